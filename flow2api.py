@@ -210,47 +210,38 @@ class Settings:
 # steps back, another may be tried, nothing was spent. banning: the same, and it counts towards the
 # automatic ban. session: the account is disabled. again: nothing was spent, the same may be tried
 # once more. final: none of these. unknown: credits may have been spent, never sent again.
-# fmt: off
 ERRORS = {  # code: (HTTP status, type, what it does)
-    "invalid_request":          (400, "invalid_request_error", "request"),
-    "invalid_image":            (400, "invalid_request_error", "request"),
-    "mode_not_available":       (400, "invalid_request_error", "request"),
-    "tier_required":            (400, "invalid_request_error", "request"),
-    "unsupported_parameter":    (400, "invalid_request_error", "request"),
-    "content_policy_violation": (400, "invalid_request_error", "request"),
-    "invalid_api_key":          (401, "authentication_error", "request"),
-    "not_found":                (404, "invalid_request_error", "request"),
-    "model_not_found":          (404, "invalid_request_error", "request"),
-    "method_not_allowed":       (405, "invalid_request_error", "request"),
-    "conflict":                 (409, "invalid_request_error", "request"),
-    "request_too_large":        (413, "invalid_request_error", "request"),
-    "queue_full":               (429, "rate_limit_error", "final"),
-    "internal_error":           (500, "server_error", "final"),
-    "generation_failed":        (502, "server_error", "final"),
-    "submit_unknown":           (502, "server_error", "unknown"),
-    "upstream_changed":         (502, "server_error", "final"),
-    "model_unavailable":        (502, "server_error", "final"),
-    "upstream_error":           (502, "server_error", "again"),
-    "upstream_busy":            (503, "server_error", "again"),
-    "upstream_unreachable":     (502, "server_error", "again"),
-    "proxy_unavailable":        (502, "server_error", "final"),
-    "generation_timeout":       (504, "server_error", "final"),
-    "cancelled":                (409, "server_error", "final"),
-    "shutting_down":            (503, "server_error", "final"),
-    "no_accounts":              (503, "server_error", "final"),
-    "no_credits":               (503, "server_error", "final"),
-    "account_refused":          (503, "server_error", "banning"),
-    "account_throttled":        (503, "server_error", "account"),
-    "account_busy":             (503, "server_error", "account"),
-    "account_daily_quota":      (503, "server_error", "account"),
-    "account_no_credits":       (503, "server_error", "account"),
-    "account_session_ended":    (503, "server_error", "session"),
-    "captcha_required":         (503, "server_error", "account"),
-    "model_not_for_account":    (503, "server_error", "account"),
+    code: (status, kind, does)
+    for status, kind, does, codes in (
+        (400, "invalid_request_error", "request", "invalid_request invalid_image tier_required"),
+        (400, "invalid_request_error", "request", "mode_not_available unsupported_parameter"),
+        (400, "invalid_request_error", "request", "content_policy_violation"),
+        (401, "authentication_error", "request", "invalid_api_key"),
+        (404, "invalid_request_error", "request", "not_found model_not_found"),
+        (405, "invalid_request_error", "request", "method_not_allowed"),
+        (409, "invalid_request_error", "request", "conflict cancelled"),
+        (413, "invalid_request_error", "request", "request_too_large"),
+        (429, "rate_limit_error", "final", "queue_full"),
+        (500, "server_error", "final", "internal_error"),
+        (502, "server_error", "final", "generation_failed upstream_changed model_unavailable"),
+        (502, "server_error", "final", "proxy_unavailable"),
+        (502, "server_error", "again", "upstream_error upstream_unreachable"),
+        (502, "server_error", "unknown", "submit_unknown"),
+        (503, "server_error", "again", "upstream_busy"),
+        (503, "server_error", "final", "no_accounts no_credits shutting_down"),
+        (503, "server_error", "account", "account_throttled account_busy account_daily_quota"),
+        (503, "server_error", "account", "account_no_credits captcha_required"),
+        (503, "server_error", "account", "model_not_for_account"),
+        (503, "server_error", "banning", "account_refused"),
+        (503, "server_error", "session", "account_session_ended"),
+        (504, "server_error", "final", "generation_timeout"),
+    )
+    for code in codes.split()
 }
 
 # Google's reason -> code, first pause of the account in seconds, words. The first match counts.
 # Reasons are the PUBLIC_ERROR_* of error.details[].reason and of failed media, and failureReasons.
+# fmt: off
 REASONS = (
     ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600,
      "Google refuses Flow to this account (region, age or availability)"),
@@ -270,6 +261,16 @@ REASONS = (
     ("UNSAFE|SEXUAL|VIOLENCE|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBITED|REPUTATION"
      "|_EDIT", "content_policy_violation", 0,
      "Google's content policy refused this prompt or picture; change it and try again"),
+)
+BY_STATUS = (  # where there is no known reason: HTTP status (0: a clip failed later), code, words
+    (0, "generation_failed", "The generation failed at Google"),
+    (401, "account_refused", "Google refused this account"),
+    (403, "account_refused", "Google refused this account"),
+    (404, "model_unavailable", "Google does not know this model key or medium; the new key of a"
+     " renamed model goes into [models] of setting.toml"),
+    (429, "account_throttled", "Google is slowing this account down"),
+    (500, "upstream_error", "Google's side failed"),
+    (400, "upstream_changed", "Google refused the form of our request"),
 )
 # fmt: on
 
@@ -304,21 +305,8 @@ def google_error(status: int, reason: str, message: str = "") -> GatewayError:
     for pattern, code, pause, words in REASONS:
         if re.search(pattern, f"{reason} {message}"):
             return GatewayError(code, words + said, pause=pause, upstream=status)
-    code, words = {
-        0: ("generation_failed", "The generation failed at Google"),
-        401: ("account_refused", "Google refused this account"),
-        403: ("account_refused", "Google refused this account"),
-        404: (
-            "model_unavailable",
-            "Google does not know this model key or medium; set the new key"
-            " of a renamed model in [models] of setting.toml",
-        ),
-        429: ("account_throttled", "Google is slowing this account down"),
-    }.get(status) or (  # fmt: skip
-        ("upstream_changed", "Google refused the form of our request")
-        if status < 500
-        else ("upstream_error", "Google's side failed")
-    )
+    known = [row for row in BY_STATUS if row[0] == status or status >= 500 == row[0]]
+    _, code, words = known[0] if known else BY_STATUS[-1]
     return GatewayError(code, words + said, upstream=status)
 
 
@@ -642,7 +630,7 @@ class Token(Record):
 
     def live(self) -> None:
         self.busy, self.reserved, self.lock = collections.Counter(), 0, asyncio.Lock()
-        self.paused_until, self.paused_for, self.pause = 0.0, None, 0.0
+        self.paused_until, self.paused_for, self.pause, self.refreshed = 0.0, None, 0.0, 0.0
 
     def __repr__(self) -> str:  # no secrets in a log line or a traceback
         return f"<token {self.id} {self.email}>"
@@ -912,9 +900,8 @@ def submit_request(job: Job, tier: str, media: list[str], context: dict) -> dict
         wanted = {"videoModelKey": job.plan.key(tier), "aspectRatio": ratio, "metadata": {}}
         wanted["textInput"] = {"structuredPrompt": prompt}
         if job.plan.mode == "references":
-            wanted["referenceImages"] = [
-                {"imageUsageType": kind, "mediaId": name} for name in media
-            ]
+            assets = [{"imageUsageType": kind, "mediaId": name} for name in media]
+            wanted["referenceImages"] = assets
         else:
             frames = zip(("startImage", "endImage"), media, strict=False)
             wanted |= {name: {"mediaId": medium} for name, medium in frames}
@@ -977,10 +964,8 @@ def read_medium(item: dict) -> Status:
     url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
     word = dig(status, "mediaGenerationStatus")
     state = read_state(word) if word else "done" if url or kind == "image" else "pending"
-    reasons = " ".join(
-        [dig(status, "error", "message"), *dig(status, "failureReasons", default=[])]
-    )
-    error = google_error(0, reasons.strip()) if state == "failed" else None
+    reasons = [dig(status, "error", "message"), *dig(status, "failureReasons", default=[])]
+    error = google_error(0, " ".join(reasons).strip()) if state == "failed" else None
     data = base64.b64decode(dig(item, "video", "encodedVideo"))
     return Status(name, state, name, dig(item, "projectId"), "", url, data, error)
 
@@ -1022,10 +1007,9 @@ def read_find(body: dict, batch: str) -> list[Status]:
     flows = dig(contents, "workflows", default=[])
     ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == batch]
     names = {dig(flow, "name") for flow in ours}
-    media = [
-        item for item in dig(contents, "media", default=[]) if dig(item, "workflowId") in names
-    ]
-    return read_statuses({"media": media, "workflows": ours}).statuses
+    media = dig(contents, "media", default=[])
+    made = [item for item in media if dig(item, "workflowId") in names]
+    return read_statuses({"media": made, "workflows": ours}).statuses
 
 
 def read_link(url: str) -> tuple[str, float]:
@@ -1158,10 +1142,8 @@ class RestFlow:
         status, reply, raw = await self._labs(token, "GET", "auth/session")
         body = self._read(status, raw)
         if not dig(body, "access_token") or dig(body, "error"):
-            words = (
-                "Google no longer knows this session token. Sign in to Flow again in your browser"
-            )
-            words += " and paste the new one (accounts moved to flow.google.com have none)"
+            words = "Google no longer knows this session token. Sign in to Flow again in your own"
+            words += " browser and paste the new one (accounts on flow.google.com have none)"
             raise GatewayError("account_session_ended", words)
         expires, cookie = now() + 3600, reply.cookies.get(SESSION_COOKIE)
         with contextlib.suppress(ValueError, TypeError):
@@ -1197,7 +1179,7 @@ class RestFlow:
         raise GatewayError("content_policy_violation", words)
 
     async def _context(self, token: Token, job: Job) -> dict:
-        """clientContext, with a reCAPTCHA token if there is a source; a picture goes without tier."""
+        """clientContext, with a reCAPTCHA token if a source is there; pictures go without a tier."""
         captcha = await self.captcha(token, job.project, f"{job.plan.kind.upper()}_GENERATION")
         tier = token.tier if job.plan.kind == "video" or job.outputs else ""
         return client_context(job.project, tier, captcha)
@@ -1241,10 +1223,9 @@ class RestFlow:
         outputs = [output for output in outputs if self.odd.get(output.name, 0) < now()]
         path = "video:batchCheckAsyncVideoGenerationStatus"
         try:
-            wanted = status_request(outputs) if outputs else {}
-            return read_statuses(
-                await self._api(token, "POST", path, json=wanted) if wanted else {}
-            )
+            if not outputs:
+                return Reply([])
+            return read_statuses(await self._api(token, "POST", path, json=status_request(outputs)))
         except GatewayError as err:
             if err.upstream not in (400, 404) or next(refusals) > 20:
                 raise
@@ -1368,8 +1349,10 @@ class Pool:
         """A valid access token; `stale` is one that Google refused. One refresh serves all who
         wait for it, and one that fails for the network leaves the token as it was."""
         async with token.lock:
-            if not token.at or token.at == stale or token.at_expires - now() < self.EARLY / 2:
-                await self.update(token, **await self.upstream.session(token))
+            ends = token.at_expires - now() < self.EARLY / 2 and now() - token.refreshed > 60
+            if not token.at or token.at == stale or ends:
+                session = await self.upstream.session(token)
+                await self.update(token, **session, refreshed=now())
             return token.at
 
     async def project(self, token: Token) -> str:
@@ -1396,8 +1379,8 @@ class Pool:
 
     async def _check_if_due(self, token: Token) -> None:
         interval = self.settings["token_refresh.interval"]
-        late = now() - token.checked_at > interval or token.at_expires - now() < self.EARLY
-        if not token.is_active or not late:
+        rest = 60 if token.at_expires - now() < self.EARLY else interval
+        if not token.is_active or now() - token.checked_at <= rest:
             return
         try:
             await self.check(token)
@@ -1859,12 +1842,8 @@ class Jobs:
                 self.pool.praise(token, job.plan.kind, len(job.done()))
         message = job.error.get("message", "")
         log.info("%s %s %s", job.id, job.state, message)
-        entry = {
-            "operation": f"generate_{job.plan.kind}",
-            "model": job.plan.model,
-            "error": message,
-        }
-        entry["status_code"] = recall(job.error).status if job.error else 200
+        entry = {"operation": f"generate_{job.plan.kind}", "model": job.plan.model}
+        entry |= {"error": message, "status_code": recall(job.error).status if job.error else 200}
         entry["duration"] = round(now() - job.created_at, 3)
         row = {"created_at": now(), "job_id": job.id, "token_id": job.token_id}
         self.store.put_rows(("logs", row | {"data": to_json(entry)}))
@@ -1962,10 +1941,8 @@ class Jobs:
             if len(found) >= job.n:
                 break
         if not found:
-            words = (
-                "The answer to the submit was lost, and Flow lists nothing made by it. Credits may"
-            )
-            words += f" have been spent: look at project {job.project} in Flow before you try again"
+            words = "The answer to the submit was lost, and Flow lists nothing made by it. Credits"
+            words += f" may have been spent: look at project {job.project} in Flow first"
             raise GatewayError("submit_unknown", words)
         await self._accepted(job, Reply(found))
 
@@ -1988,9 +1965,8 @@ class Jobs:
             reply = await self.upstream.poll(token, [output for _, output in pending])
         except GatewayError as err:
             log.warning("status call for %s: %s", token.email, err)
-            pause = max(
-                self.settings["flow.poll_interval"], self._poll_after.get(token.id, (0, 0))[1]
-            )
+            last = self._poll_after.get(token.id, (0, 0))[1]
+            pause = max(self.settings["flow.poll_interval"], last)
             self._poll_after[token.id] = now() + pause, min(60, 2 * pause)
             if err.does == "session" and token.is_active:
                 self.pool.blame(token, err)
@@ -2019,18 +1995,20 @@ class Jobs:
 
     async def _await(self, job: Job, outputs: list[Output], deadline: float) -> None:
         """Until Google has said its last word on these outputs, or the deadline fails them."""
-        most, timeout = (
-            self.settings["flow.max_poll_attempts"],
+        timeout, most = (
             f"generation.{job.plan.kind}_timeout",
+            self.settings["flow.max_poll_attempts"],
         )
         while pending := [output for output in outputs if output.state == "pending"]:
             late = [output for output in pending if now() >= deadline or output.answers >= most]
             for output in late:
                 words = (
-                    f"Flow was not done in {self.settings[timeout]} s ({timeout}) or {most} status"
+                    f"Flow was not done in {self.settings[timeout]} s ({timeout}) or after {most}"
                 )
-                words += " calls (flow.max_poll_attempts). It may still appear in Flow, project"
-                words += f" {output.project}, as {output.media or output.name}"
+                words += (
+                    " status calls (flow.max_poll_attempts). It may still appear in Flow: project"
+                )
+                words += f" {output.project}, {output.media or output.name}"
                 output.state = "failed"
                 output.error = {"code": "generation_timeout", "message": words}
             await self.store.put(*late)
@@ -2376,10 +2354,8 @@ class ChatAnswer:
         text = "\n\n".join(([] if images else parts) + notes) or f"{len(links)} made."
         if not images:
             return {"content": text}
-        listed = [
-            {"type": "image_url", "index": i, "image_url": {"url": u}} for i, u in enumerate(links)
-        ]
-        return {"content": text, "images": listed}
+        rows = [{"type": "image_url", "image_url": {"url": url}} for url in links]
+        return {"content": text, "images": [row | {"index": i} for i, row in enumerate(rows)]}
 
     def error(self, job: Job) -> GatewayError:
         words = f"Flow2API is interrupted; job {job.id} goes on at its next start"
@@ -2608,6 +2584,7 @@ CLIP = zlib.decompress(  # 4 s of H.264 in an MP4, 128x72
 # fmt: off
 DEMO_SIZES = {"LANDSCAPE": (1376, 768), "PORTRAIT": (768, 1376), "SQUARE": (1024, 1024),
               "LANDSCAPE_FOUR_THREE": (1200, 896), "PORTRAIT_THREE_FOUR": (896, 1200)}
+DEMO_BODY, DEMO_ACCOUNT = web.RequestKey("body", dict), web.RequestKey("account", dict)
 DEMO_PRICES = (  # upstream key -> credits on a free, Pro and Ultra account; the first match counts
     (r"_low_priority$", (None, None, 0)), (r"_4k$", (None, None, 50)), (r"_1080p$", (None, 0, 0)),
     (r"lite_[46]s", (None, None, 5)), (r"_lite$", (10, 10, 5)), (r"fast_[46]s", (None, None, 10)),
@@ -2706,13 +2683,13 @@ class Demo:
     @web.middleware
     async def note(self, request: web.Request, handler):
         """Finds whose call it is, by the cookie or by the access token."""
-        request["body"] = await request.json() if request.can_read_body else {}
-        self.calls.append((request.path, request["body"]))
+        request[DEMO_BODY] = await request.json() if request.can_read_body else {}
+        self.calls.append((request.path, request[DEMO_BODY]))
         at, st = bearer(request), clean_session_token(request.headers.get("Cookie", ""))
         owners = [a for a in self.accounts.values() if at and a["at"] == at]
-        request["account"] = owners[0] if owners else self.accounts.get(st, {})
+        request[DEMO_ACCOUNT] = owners[0] if owners else self.accounts.get(st, {})
         session = request.path.endswith("/session") or request.path.startswith("/media/")
-        if not request["account"] and not session:
+        if not request[DEMO_ACCOUNT] and not session:
             return self.refuse(401, "CREDENTIALS_MISSING")
         answer = await handler(request)
         return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
@@ -2723,7 +2700,7 @@ class Demo:
         return web.json_response({"error": error}, status=status)
 
     async def session(self, request: web.Request):
-        if not (account := request["account"]):
+        if not (account := request[DEMO_ACCOUNT]):
             return {}
         account["at"] = f"ya29.{secrets.token_urlsafe(32)}"
         expires = iso(now() + 3600).replace("+00:00", ".000Z")
@@ -2749,12 +2726,11 @@ class Demo:
         made = [medium for medium in self.media.values() if medium.project == project]
         ids = [{"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made]
         flows = [{"name": m.scene, "metadata": i} for m, i in zip(made, ids, strict=True)]
-        return self.trpc(
-            projectContents={"workflows": flows, "media": list(map(self.medium, made))}
-        )
+        media = list(map(self.medium, made))
+        return self.trpc(projectContents={"workflows": flows, "media": media})
 
     async def credits(self, request: web.Request):
-        account = request["account"]
+        account = request[DEMO_ACCOUNT]
         return {"credits": account["credits"], "userPaygateTier": account["tier"]}
 
     async def upload(self, request: web.Request):
@@ -2785,8 +2761,8 @@ class Demo:
         return made
 
     async def images(self, request: web.Request):
-        body, wanted = request["body"], request["body"]["requests"]
-        if refused := self.charge(request["account"], wanted[0]["imageModelName"], len(wanted)):
+        body, wanted = request[DEMO_BODY], request[DEMO_BODY]["requests"]
+        if refused := self.charge(request[DEMO_ACCOUNT], wanted[0]["imageModelName"], len(wanted)):
             return refused
         if "unsafe" in json.dumps(wanted):
             return self.refuse(400, "PUBLIC_ERROR_UNSAFE_GENERATION")
@@ -2796,12 +2772,16 @@ class Demo:
 
     async def upscale_image(self, request: web.Request):
         await asyncio.sleep(self.image_seconds)
-        scale = 4 if request["body"]["targetResolution"].endswith("4K") else 2
-        larger = self.media[request["body"]["mediaId"]].file(scale)
+        scale = 4 if request[DEMO_BODY]["targetResolution"].endswith("4K") else 2
+        larger = self.media[request[DEMO_BODY]["mediaId"]].file(scale)
         return {"encodedImage": base64.b64encode(larger).decode()}
 
     async def videos(self, request: web.Request):
-        body, account, wanted = request["body"], request["account"], request["body"]["requests"]
+        body, account, wanted = (
+            request[DEMO_BODY],
+            request[DEMO_ACCOUNT],
+            request[DEMO_BODY]["requests"],
+        )
         if refused := self.charge(account, wanted[0]["videoModelKey"], len(wanted)):
             return refused
         larger = request.match_info["mode"] == "UpsampleVideo"
@@ -2810,7 +2790,7 @@ class Demo:
         return self.clips(made) | {"remainingCredits": account["credits"]}
 
     async def status(self, request: web.Request):
-        items = [*request["body"].get("media", ()), *request["body"].get("operations", ())]
+        items = [*request[DEMO_BODY].get("media", ()), *request[DEMO_BODY].get("operations", ())]
         names = [item.get("name") or item["operation"]["name"] for item in items]
         if any(name not in self.media for name in names):
             return self.refuse(404, "", "Requested entity was not found.")
@@ -2897,9 +2877,8 @@ async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
             405: ("method_not_allowed", "this route has other methods"),
             413: ("request_too_large", f"the body is over {limit} MB (limits.body_mb)"),
         }.get(err.status, ("invalid_request", err.reason))
-        return error_response(
-            GatewayError(code, f"{request.method} {request.path}: {why}"), request
-        )
+        told = GatewayError(code, f"{request.method} {request.path}: {why}")
+        return error_response(told, request)
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except Exception:
@@ -2962,9 +2941,8 @@ async def announce_stop(app: web.Application) -> None:
 
 def make_app(settings: Settings, store: Store) -> web.Application:
     """The application on an open store, which it closes at its end."""
-    app = web.Application(
-        middlewares=[preflight, tell_errors], client_max_size=settings["limits.body_mb"] << 20
-    )
+    limit = settings["limits.body_mb"] << 20
+    app = web.Application(middlewares=[preflight, tell_errors], client_max_size=limit)
     app[SETTINGS_KEY], app[STORE_KEY], app[STATE_KEY] = settings, store, State()
     for method, path, handler, role in ROUTES:
         for prefix in ALIASES if path.startswith("/v1/") else ("",):
@@ -3012,10 +2990,8 @@ def greet(settings: Settings, port: int, made: dict[str, str], demo: bool) -> No
     key = made.get("global.api_key", "$API_KEY")
     body = {"model": "veo_3_1-fast", "stream": True}
     body["messages"] = [{"role": "user", "content": "a paper boat in the rain"}]
-    print(
-        f"Try it:\ncurl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}'", end=" "
-    )
-    print(f"-d '{to_json(body)}'", flush=True)
+    curl = f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}'"
+    print(f"Try it:\n{curl} -d '{to_json(body)}'", flush=True)
 
 
 async def serve(settings: Settings, demo: bool) -> None:
@@ -3084,10 +3060,9 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
         try:
             await pool.check(token)
             why = "" if token.is_active else f"; disabled: {token.reason or 'by hand'}; enable it"
-            words = (
-                f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits, access token"
-            )
-            yield not why, f"account {token.email}: {words} until {iso(token.at_expires)}{why}"
+            words = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
+            words += f", access token until {iso(token.at_expires)}"
+            yield token.is_active, f"account {token.email}: {words}{why}"
         except GatewayError as err:
             yield False, f"account {token.email}: {err}"
     await wire.close()
@@ -3110,11 +3085,8 @@ class JsonLines(logging.Formatter):
     """A log line as a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": iso(record.created),
-            "level": record.levelname,
-            "message": record.getMessage(),
-        }
+        line = {"time": iso(record.created), "level": record.levelname}
+        line["message"] = record.getMessage()
         line |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
         return json.dumps(line, ensure_ascii=False)
 
