@@ -34,6 +34,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -56,6 +57,7 @@ import time
 import tomllib
 import uuid
 import zlib
+from collections import namedtuple
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,34 +212,32 @@ class Settings:
 # steps back, another may be tried, nothing was spent. banning: the same, and it counts towards the
 # automatic ban. session: the account is disabled. again: nothing was spent, the same may be tried
 # once more. final: none of these. unknown: credits may have been spent, never sent again.
-ERRORS = {  # code: (HTTP status, type, what it does)
-    code: (status, kind, does)
-    for status, kind, does, codes in (
-        (400, "invalid_request_error", "request", "invalid_request invalid_image tier_required"),
-        (400, "invalid_request_error", "request", "mode_not_available unsupported_parameter"),
-        (400, "invalid_request_error", "request", "content_policy_violation"),
-        (401, "authentication_error", "request", "invalid_api_key"),
-        (404, "invalid_request_error", "request", "not_found model_not_found"),
-        (405, "invalid_request_error", "request", "method_not_allowed"),
-        (409, "invalid_request_error", "request", "conflict cancelled"),
-        (413, "invalid_request_error", "request", "request_too_large"),
-        (429, "rate_limit_error", "final", "queue_full"),
-        (500, "server_error", "final", "internal_error"),
-        (502, "server_error", "final", "generation_failed upstream_changed model_unavailable"),
-        (502, "server_error", "final", "proxy_unavailable"),
-        (502, "server_error", "again", "upstream_error upstream_unreachable"),
-        (502, "server_error", "unknown", "submit_unknown"),
-        (503, "server_error", "again", "upstream_busy"),
-        (503, "server_error", "final", "no_accounts no_credits shutting_down"),
-        (503, "server_error", "account", "account_throttled account_busy account_daily_quota"),
-        (503, "server_error", "account", "account_no_credits captcha_required"),
-        (503, "server_error", "account", "model_not_for_account"),
-        (503, "server_error", "banning", "account_refused"),
-        (503, "server_error", "session", "account_session_ended"),
-        (504, "server_error", "final", "generation_timeout"),
+ERRORS = {  # code: (HTTP status, what it does)
+    code: (status, does)
+    for status, does, codes in (
+        (400, "request", "invalid_request invalid_image unsupported_parameter tier_required"),
+        (400, "request", "mode_not_available content_policy_violation"),
+        (401, "request", "invalid_api_key"),
+        (404, "request", "not_found model_not_found"),
+        (405, "request", "method_not_allowed"),
+        (409, "request", "conflict cancelled"),
+        (413, "request", "request_too_large"),
+        (429, "final", "queue_full"),
+        (500, "final", "internal_error"),
+        (502, "final", "generation_failed upstream_changed model_unavailable proxy_unavailable"),
+        (502, "again", "upstream_error upstream_unreachable"),
+        (502, "unknown", "submit_unknown"),
+        (503, "again", "upstream_busy"),
+        (503, "final", "no_accounts no_credits shutting_down"),
+        (503, "account", "account_throttled account_busy account_daily_quota account_no_credits"),
+        (503, "account", "captcha_required model_not_for_account"),
+        (503, "banning", "account_refused"),
+        (503, "session", "account_session_ended"),
+        (504, "final", "generation_timeout"),
     )
     for code in codes.split()
 }
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # OpenAI's words; others by class
 
 # Google's reason -> code, first pause of the account in seconds, words. The first match counts.
 # Reasons are the PUBLIC_ERROR_* of error.details[].reason and of failed media, and failureReasons.
@@ -249,9 +249,9 @@ REASONS = (
     ("UNUSUAL_ACTIVITY|reCAPTCHA", "captcha_required", 300,
      "Google wants a reCAPTCHA token with this, and no browser is connected that could give one;"
      " use Flow once by hand in this account's own browser, or connect the companion extension"),
-    ("DAILY_QUOTA", "account_daily_quota", 3600, "This model's quota of the day is used up"),
+    ("DAILY_QUOTA", "account_daily_quota", 60, "This model's quota of the day is used up"),
     ("QUOTA_REACHED", "account_no_credits", 600, "The account has no credits left"),
-    ("MODEL_ACCESS_DENIED", "model_not_for_account", 60, "The account's plan lacks this model"),
+    ("MODEL_ACCESS_DENIED", "model_not_for_account", 0, "The account's plan lacks this model"),
     ("CONCURRENT_LIMIT", "account_busy", 20, "The account has too many clips under way"),
     ("HIGH_TRAFFIC|OVERLOADED|DUE_TO_TRAFFIC|SOMETHING_WENT|TIMED_OUT", "upstream_busy", 0,
      "Flow is overloaded"),
@@ -283,7 +283,9 @@ class GatewayError(Exception):
 
     def __init__(self, code: str, message: str, *, param=None, retry_after=0, pause=60, upstream=0):
         super().__init__(message)
-        self.status, self.type, self.does = ERRORS[code]
+        self.status, self.does = ERRORS[code]
+        other = "invalid_request_error" if self.status < 500 else "server_error"
+        self.type = TYPES.get(self.status, other)
         self.code, self.param, self.retry_after = code, param, retry_after
         self.pause, self.upstream = pause, upstream
 
@@ -355,30 +357,19 @@ MODES = {"text": "text to video", "start": "start frame", "frames": "start and e
 # fmt: on
 
 
-def _keys() -> dict[str, str]:
-    """Upstream keys by the names that [models] in setting.toml overrides: pictures by family;
-    clips by family and mode, with `_short` for 4 and 6 s. The relaxed family is lite, queued."""
-    keys = {"nano_banana_pro": "GEM_PIX_2", "nano_banana_2": "NARWHAL"}
-    keys |= {"nano_banana_2_lite": "HARBOR_SEAL", "imagen_4": "IMAGEN_3_5"}
-    for family, mode, key, short in KEY_ROWS:
-        keys |= {f"{family}_{mode}": key} | ({f"{family}_{mode}_short": short} if short else {})
-    lite = {name: key for name, key in keys.items() if name.startswith("veo_3_1_lite")}
-    return keys | {n.replace("lite", "relaxed"): f"{k}_low_priority" for n, k in lite.items()}
+# Upstream keys by the names that [models] in setting.toml overrides: pictures by family; clips by
+# family and mode, with `_short` for 4 and 6 s. The relaxed family is lite at low priority.
+KEYS = {"nano_banana_pro": "GEM_PIX_2", "nano_banana_2": "NARWHAL"}
+KEYS |= {"nano_banana_2_lite": "HARBOR_SEAL", "imagen_4": "IMAGEN_3_5"}
+KEYS |= {f"{family}_{mode}": key for family, mode, key, _ in KEY_ROWS}
+KEYS |= {f"{family}_{mode}_short": short for family, mode, _, short in KEY_ROWS if short}
+_LITE = {name: key for name, key in KEYS.items() if name.startswith("veo_3_1_lite")}
+KEYS |= {name.replace("lite", "relaxed"): f"{key}_low_priority" for name, key in _LITE.items()}
 
 
-KEYS = _keys()
-
-
-class Head(NamedTuple):
-    """The part of a model id before its parameters, and what it stands for."""
-
-    family: str
-    params: tuple[str, ...]
-    ratio: str = "portrait"
-    mode: str = "auto"
-    note: str = ""
-
-
+# The part of a model id before its parameters: what it stands for, the parameters that it takes,
+# its own shape, its mode, and what a caller should know of it.
+Head = namedtuple("Head", "family params ratio mode note", defaults=["portrait", "auto", ""])
 # fmt: off
 SHAPES, SIZES, SIDES = tuple(RATIOS), ("1K", "2K", "4K"), ("portrait", "landscape")
 LENGTHS = ("4s", "6s", "8s", "10s")
@@ -572,12 +563,8 @@ LISTED = (
 )
 
 
-def _expand(pattern: str) -> Iterable[str]:
-    choices = [part.split("|") for part in re.split("[{}]", pattern)]
-    return map("".join, itertools.product(*choices))
-
-
-MODELS = tuple(dict.fromkeys(itertools.chain.from_iterable(map(_expand, LISTED))))
+_CHOICES = [[part.split("|") for part in re.split("[{}]", pattern)] for pattern in LISTED]
+MODELS = tuple(dict.fromkeys("".join(word) for row in _CHOICES for word in itertools.product(*row)))
 
 
 # ---- 4. Store -------------------------------------------------------------------------------
@@ -668,7 +655,7 @@ class Job(Record):
     def live(self) -> None:
         self.plan = Plan(**self.plan) if isinstance(self.plan, dict) else self.plan
         self.outputs: list[Output] = []
-        self.stage, self.lease, self.task, self.changed = "", None, None, asyncio.Event()
+        self.stage, self.task, self.changed = "", None, asyncio.Event()
 
     @property
     def ended(self) -> bool:
@@ -722,7 +709,11 @@ class Store:
             raise StoreError(f"{self.path.parent} is in use by another Flow2API") from None
         try:
             self._reader = self._connect()
-            self._migrate()
+            version = self._rows("PRAGMA user_version")[0][0]
+            if version > len(MIGRATIONS):
+                raise sqlite3.DatabaseError("made by a newer Flow2API")
+            for number, script in enumerate(MIGRATIONS[version:], version + 1):
+                self._reader.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
         except sqlite3.DatabaseError as err:
             self._lock.close()
             raise StoreError(f"{self.path}: {err}; nothing was changed, restore a backup") from None
@@ -740,13 +731,6 @@ class Store:
         db.row_factory = sqlite3.Row
         db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
         return db
-
-    def _migrate(self) -> None:
-        version = self._rows("PRAGMA user_version")[0][0]
-        if version > len(MIGRATIONS):
-            raise sqlite3.DatabaseError("made by a newer Flow2API")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self._reader.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
 
     def _write_forever(self) -> None:
         db = self._connect()
@@ -823,13 +807,6 @@ class Store:
             job.outputs = [Output.load(row) for row in self._rows(sql, (job.id,))]
         return jobs
 
-    def output_with(self, link: str) -> Output | None:
-        """The output that a media link was given out for, ours (/tmp/…) or Google's."""
-        mark = re.sub(r"[^\w.-]", "", urlsplit(link).path.rpartition("/")[2])
-        sql = "SELECT * FROM outputs WHERE instr(data, ?) LIMIT 1"
-        rows = self._rows(sql, (mark,)) if len(mark) > 16 else []
-        return Output.load(rows[0]) if rows else None
-
 
 # ---- 5. Upstream ----------------------------------------------------------------------------
 # Wire facts: captures of Flow's web client and of public clients, October 2025 ("2025") to August
@@ -844,32 +821,14 @@ ENDPOINTS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"
 # fmt: on
 
 
-class Status(NamedTuple):
-    """What Google says of one output. state: "pending", "done" or "failed". media: the name that
-    later calls (upscale, download) want. data: the file itself, where the reply carried it."""
-
-    name: str
-    state: str = "pending"
-    media: str = ""
-    project: str = ""
-    scene: str = ""
-    url: str = ""
-    data: bytes = b""
-    error: GatewayError | None = None
-
-
-class Reply(NamedTuple):
-    """Of a submit or a status call; credits is the balance, None where it isn't said."""
-
-    statuses: list[Status]
-    credits: int | None = None
-
-
-class InputImage(NamedTuple):
-    """A picture that a client sent, its type checked by its first bytes."""
-
-    data: bytes
-    type: str
+# What Google says of one output. state: "pending", "done" or "failed". media: the name that later
+# calls (upscale, download) want. data: the file itself, where the reply carried it.
+_UNSAID = ["pending", "", "", "", "", b"", None]
+Status = namedtuple("Status", "name state media project scene url data error", defaults=_UNSAID)
+# Of a submit or a status call: a list of Status, and the balance (None where it isn't said).
+Reply = namedtuple("Reply", "statuses credits", defaults=[None])
+# A picture that a client sent: bytes, and the media type by its first bytes.
+InputImage = namedtuple("InputImage", "data type")
 
 
 def clean_session_token(text: str) -> str:
@@ -906,7 +865,7 @@ def submit_request(job: Job, tier: str, media: list[str], context: dict) -> dict
             frames = zip(("startImage", "endImage"), media, strict=False)
             wanted |= {name: {"mediaId": medium} for name, medium in frames}
         batch["audioFailurePreference"] = "BLOCK_SILENCED_VIDEOS"
-    requests = [wanted | {"seed": seed} for seed in random.sample(range(1, 100_000), job.n)]
+    requests = [wanted | {"seed": seed} for seed in _seeds(job.n)]
     return {"mediaGenerationContext": batch, "clientContext": context, "requests": requests} | extra
 
 
@@ -916,15 +875,15 @@ def upscale_request(job: Job, output: Output, context: dict) -> dict:
     if job.plan.kind == "image":
         target = f"UPSAMPLE_IMAGE_RESOLUTION_{size}"
         return {**media, "targetResolution": target, "clientContext": context}
-    wanted = {
-        "aspectRatio": "VIDEO_ASPECT_RATIO_" + WIRE_RATIOS[job.plan.ratio],
-        "resolution": "VIDEO_RESOLUTION_" + size.upper(),
-        "videoModelKey": "veo_3_1_upsampler_" + size,
-        "videoInput": media,
-        "seed": random.randrange(1, 100_000),
-        "metadata": {"sceneId": output.scene or str(uuid.uuid4())},
-    }
+    ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
+    wanted = {"videoModelKey": f"veo_3_1_upsampler_{size}", "videoInput": media}
+    wanted |= {"aspectRatio": f"VIDEO_ASPECT_RATIO_{ratio}", "metadata": {"sceneId": scene}}
+    wanted["resolution"], wanted["seed"] = f"VIDEO_RESOLUTION_{size.upper()}", _seeds(1)[0]
     return {"clientContext": context, "requests": [wanted], "useV2ModelConfig": True}
+
+
+def _seeds(n: int) -> list[int]:
+    return random.sample(range(1, 100_000), n)
 
 
 def by_media(output: Output) -> bool:
@@ -982,8 +941,7 @@ def read_operation(item: dict) -> Status:
 
 
 def read_statuses(body: dict) -> Reply:
-    """A submit, status or listing reply. Replies of mid-2026 hold both lists, or workflows alone;
-    a name counts once. Raises upstream_changed."""
+    """Any reply that lists outputs: media[], operations[], both (mid-2026), or workflows alone."""
     found: dict[str, Status] = {}
     try:
         for item in dig(body, "media", default=[]):
@@ -1100,7 +1058,8 @@ class RestFlow:
         error = dig(error, "json", default=error)  # tRPC wraps it once more
         reasons = (dig(item, "reason") for item in dig(error, "details", default=[]))
         reason = next(filter(None, reasons), "")
-        if spends and not (400 <= status < 500 or "PUBLIC_ERROR" in reason):
+        refused = 400 <= status < 500 and status not in (408, 499)
+        if spends and not refused and "PUBLIC_ERROR" not in reason:
             words = f"Google's answer to the submit can't be read (HTTP {status})"
             raise GatewayError("submit_unknown", words)
         if status < 300:
@@ -1179,14 +1138,13 @@ class RestFlow:
         raise GatewayError("content_policy_violation", words)
 
     async def _context(self, token: Token, job: Job) -> dict:
-        """clientContext, with a reCAPTCHA token if a source is there; pictures go without a tier."""
+        """clientContext, with a reCAPTCHA token if there is a source. Pictures send no tier."""
         captcha = await self.captcha(token, job.project, f"{job.plan.kind.upper()}_GENERATION")
         tier = token.tier if job.plan.kind == "video" or job.outputs else ""
         return client_context(job.project, tier, captcha)
 
     async def submit(self, token: Token, job: Job, media: list[str]) -> Reply:
-        """Sends a job, all its n outputs in one call. `media` are names of uploaded pictures.
-        Raises submit_unknown where it may have been accepted."""
+        """Sends all n outputs in one call; `media` are uploaded pictures. May be submit_unknown."""
         path = f"projects/{job.project}/flowMedia:batchGenerateImages"
         if job.plan.kind == "video":
             path = "video:batchAsyncGenerateVideo" + ENDPOINTS[job.plan.mode]
@@ -1279,28 +1237,9 @@ class RestFlow:
 # ---- 6. Pool --------------------------------------------------------------------------------
 
 
-@dataclass
-class Lease:
-    """The right to use a token for one job: a slot of its kind is taken until `release()`, and
-    credits are reserved until `spent()`."""
-
-    pool: Pool
-    token: Token
-    kind: str
-    reserved: int
-
-    def spent(self) -> None:
-        self.token.reserved -= self.reserved
-        self.reserved = 0
-
-    def release(self) -> None:
-        self.spent()
-        self.token.busy[self.kind] -= 1
-        self.pool.wake()
-
-
 class Pool:
-    """The accounts: in memory, written on change. Nothing else changes a token."""
+    """The accounts: in memory, written on change. Nothing else changes a token. A lease is the
+    right to use a token for one job: a slot of its kind, and credits reserved until it is sent."""
 
     LONGEST_PAUSE = 3600.0
     EARLY = 600.0  # seconds before its end at which an access token is renewed
@@ -1309,6 +1248,7 @@ class Pool:
         self.settings, self.store, self.upstream = settings, store, upstream
         upstream.authorise = self.access_token
         self.tokens = {token.id: token for token in store.tokens()}
+        self.leases: dict[str, tuple[Token, int]] = {}  # job id -> token, credits reserved
         self.waiting: dict[asyncio.Future, tuple[Job, set[int]]] = {}
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -1371,8 +1311,7 @@ class Pool:
         await self.update(token, **await self.upstream.credits(token), checked_at=now())
 
     async def keep_fresh(self) -> None:
-        """Runs for ever: checks each active account every `token_refresh.interval` seconds, and
-        before its access token ends."""
+        """For ever: checks the active accounts, by `token_refresh.interval` and by their expiry."""
         while True:
             await asyncio.gather(*map(self._check_if_due, list(self.tokens.values())))
             await asyncio.sleep(30)
@@ -1458,27 +1397,34 @@ class Pool:
         return rest
 
     def _free(self, job: Job, tried: Iterable[int]) -> Token | None:
-        """Of the tokens that can take the job now, the one with the fewest leases, then with the
-        most credits."""
-        kind = job.plan.kind
-
-        def has_room(token: Token) -> bool:
+        """Of those that can take the job now: fewest leases first, then most credits."""
+        free, kind = [], job.plan.kind
+        for token in self.able(job.plan, job.n, tried):
             limit = getattr(token, f"{kind}_concurrency")
-            return token.paused_until <= now() and (limit < 1 or token.busy[kind] < limit)
+            if token.paused_until <= now() and (limit < 1 or token.busy[kind] < limit):
+                credits = token.reserved - (token.credits or 0)
+                free.append((token.busy.total(), credits, token.last_used_at, token.id, token))
+        return min(free)[-1] if free else None
 
-        def order(token: Token) -> tuple:
-            return token.busy.total(), token.reserved - (token.credits or 0), token.last_used_at
-
-        return min(filter(has_room, self.able(job.plan, job.n, tried)), key=order, default=None)
-
-    def take(self, token: Token, job: Job) -> Lease:
-        """Takes a slot without a question: also for a job that is found running at start."""
-        cost = (job.plan.cost(token.tier) or 0) * job.n
+    def take(self, token: Token, job: Job) -> None:
+        """Leases without a question: also for a job that is found running at start."""
+        self.leases[job.id] = token, (job.plan.cost(token.tier) or 0) * job.n
+        token.reserved += self.leases[job.id][1]
         token.busy[job.plan.kind] += 1
-        token.reserved += cost
-        return Lease(self, token, job.plan.kind, cost)
 
-    async def lease(self, job: Job, tried: set[int]) -> Lease:
+    def spent(self, job: Job) -> None:
+        """Ends the reservation: the balance that Google tells has the cost in it."""
+        if lease := self.leases.get(job.id):
+            lease[0].reserved -= lease[1]
+            self.leases[job.id] = lease[0], 0
+
+    def release(self, job: Job) -> None:
+        self.spent(job)
+        if lease := self.leases.pop(job.id, None):
+            lease[0].busy[job.plan.kind] -= 1
+            self.wake()
+
+    async def lease(self, job: Job, tried: set[int]) -> Token:
         """Waits in a fair queue for a free token. Raises what `able` raises."""
         turn = asyncio.get_running_loop().create_future()
         self.waiting[turn] = job, tried
@@ -1486,8 +1432,7 @@ class Pool:
         try:
             return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and not turn.exception():
-                turn.result().release()
+            self.release(job)
             raise
         finally:
             self.waiting.pop(turn, None)
@@ -1498,7 +1443,8 @@ class Pool:
         for turn, (job, tried) in list(self.waiting.items()):
             try:
                 if not turn.done() and (token := self._free(job, tried)):
-                    turn.set_result(self.take(token, job))
+                    self.take(token, job)
+                    turn.set_result(token)
             except GatewayError as err:
                 turn.set_exception(err)
             if turn.done():
@@ -1507,11 +1453,6 @@ class Pool:
             self._alarm.cancel()
         loop = asyncio.get_running_loop()
         self._alarm = loop.call_later(1, self.wake) if self.waiting else None
-
-    def place(self, job: Job) -> int:
-        """How many wait before this job."""
-        waiting = [waiting for waiting, _ in self.waiting.values()]
-        return waiting.index(job) if job in waiting else 0
 
 
 # ---- 7. Media -------------------------------------------------------------------------------
@@ -1534,15 +1475,14 @@ def sniff(data: bytes) -> tuple[str, str]:
 
 def require_public(address: str) -> None:
     ip = ipaddress.ip_address(address.split("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
     if not ip.is_global or ip.is_multicast:
         words = f"{address} is not a public address (server.allow_private_urls would allow it)"
         raise bad(words, code="invalid_image")
 
 
 class GuardedResolver(aiohttp.ThreadedResolver):
-    """Refuses names that lead to a private address, at the moment of connecting: a name that
-    changes between a check and its use gains nothing."""
+    """Refuses private addresses at the moment of connecting, when a name can't change any more."""
 
     async def resolve(self, *name):
         found = await super().resolve(*name)
@@ -1577,8 +1517,7 @@ class Media:
             raise GatewayError("upstream_error", words) from None
 
     async def keep(self, chunks: AsyncIterator[bytes]) -> str:
-        """Writes a file -> its name, which nobody can guess. Temporary name, fsync, rename: what
-        can be served is whole."""
+        """Writes a file -> a name that nobody can guess. What bears such a name is whole."""
         part, start = self.kept / f"{secrets.token_urlsafe(24)}.part", b""
         file = await asyncio.to_thread(part.open, "wb")
         try:
@@ -1591,18 +1530,14 @@ class Media:
             file.close()
             part.unlink(missing_ok=True)
 
-    async def expire(self) -> None:
-        """Runs for ever: removes kept files older than `cache.timeout`."""
+    async def expire_forever(self) -> None:
+        """Removes kept files older than `cache.timeout`."""
         while True:
-            lifetime = self.settings["cache.timeout"]
-            if lifetime:
-                await asyncio.to_thread(self._remove_older, now() - lifetime)
-            await asyncio.sleep(min(60, max(1, lifetime / 4)) if lifetime else 60)
-
-    def _remove_older(self, limit: float) -> None:
-        for path in self.kept.iterdir():
-            if path.stat().st_mtime < limit:
-                path.unlink(missing_ok=True)
+            lifetime = self.settings["cache.timeout"] or math.inf
+            for path in await asyncio.to_thread(lambda: list(self.kept.iterdir())):
+                if path.stat().st_mtime < now() - lifetime:
+                    path.unlink(missing_ok=True)
+            await asyncio.sleep(min(60, max(1, lifetime / 4)))
 
     def save_inputs(self, job_id: str, images: list[InputImage]) -> list[str]:
         names = [f"{job_id}_{number}" for number in range(len(images))]
@@ -1610,17 +1545,16 @@ class Media:
             (self.inputs / name).write_bytes(image.data)
         return names
 
-    def load_inputs(self, names: list[str]) -> list[InputImage]:
-        files = [(self.inputs / name).read_bytes() for name in names]
-        return [InputImage(data, sniff(data)[0]) for data in files]
+    def load_input(self, name: str) -> InputImage:
+        data = (self.inputs / name).read_bytes()
+        return InputImage(data, sniff(data)[0])
 
-    def drop_inputs(self, names: list[str]) -> None:
+    def drop_inputs(self, names: Iterable[str]) -> None:
         for name in names:
             (self.inputs / name).unlink(missing_ok=True)
 
     async def input_image(self, value: Any, param: str) -> InputImage:
-        """A picture from an http(s) URL, a data URL, bare base64, or bytes. Raises invalid_image
-        or request_too_large."""
+        """A picture from a URL, a data URL, base64 or bytes. Raises what `bad` makes of it."""
         limit, data = self.settings["limits.image_mb"] << 20, value
         try:
             if isinstance(value, str) and value.startswith(("http://", "https://")):
@@ -1650,22 +1584,16 @@ class Media:
                     if guarded and re.fullmatch(r"[\d.]+|.*:.*", host):
                         require_public(host)
                     async with session.get(url, allow_redirects=False) as reply:
+                        data = bytearray()
+                        async for chunk in reply.content.iter_chunked(1 << 16):
+                            data += chunk[: limit + 1 - len(data)]
                         if reply.status == 200:
-                            return await _read_up_to(reply.content, limit + 1)
+                            return bytes(data)
                         words = f"it answered {reply.status}"
                         url = urljoin(url, reply.headers.get("Location", ""))
         except (aiohttp.ClientError, TimeoutError, OSError) as err:
             words = type(err).__name__
         raise bad(f"The picture's URL can't be fetched: {words}", code="invalid_image")
-
-
-async def _read_up_to(stream: aiohttp.StreamReader, limit: int) -> bytes:
-    data = bytearray()
-    async for chunk in stream.iter_chunked(1 << 16):
-        data += chunk
-        if len(data) >= limit:
-            break
-    return bytes(data)
 
 
 # ---- 8. Jobs --------------------------------------------------------------------------------
@@ -1714,8 +1642,7 @@ class Jobs:
             self._learn(job)
 
     async def create(self, generation: Generation, origin: str, detached=False) -> Job:
-        """Accepts a generation: when this returns, the job is on disk and under way. Raises what
-        Pool.able raises, or queue_full."""
+        """Once this returns, the job is on disk and under way. Raises as `able` does, or queue_full."""
         plan, n = generation.plan, generation.n
         self.pool.able(plan, n)
         if len(self.pool.waiting) >= (limit := self.settings["limits.queue"]):
@@ -1725,7 +1652,11 @@ class Jobs:
         job.id = f"{plan.kind}_{secrets.token_hex(12)}"
         job.deadline = now() + self.settings[f"generation.{plan.kind}_timeout"]
         job.inputs = await asyncio.to_thread(self.media.save_inputs, job.id, generation.images)
-        await self.store.put(job)
+        try:
+            await self.store.put(job)
+        except asyncio.CancelledError:  # the client left in this very moment
+            job.task = asyncio.create_task(self.abandon(job))
+            raise
         self._start(job)
         return job
 
@@ -1733,8 +1664,7 @@ class Jobs:
         return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
 
     async def watch(self, job: Job, every: float) -> AsyncIterator[None]:
-        """Yields at once, at each change and at least `every` seconds, until the job has ended or
-        stands still."""
+        """Yields at once, at each change and each `every` seconds, until the job moves no more."""
         while True:
             changed = job.changed
             yield
@@ -1746,14 +1676,14 @@ class Jobs:
     async def abandon(self, job: Job) -> None:
         """Its client is gone: a job that has not been sent is cancelled, any other runs on."""
         if job.state == "queued" and not job.detached:
-            if job.task:
+            if job.id in self.open:
                 job.task.cancel()
-            words = "The client left before anything was sent; nothing was spent"
-            await self._step(job, "cancelled", error={"code": "cancelled", "message": words})
+            gone = GatewayError("cancelled", "The client left before anything was sent or spent")
+            await self._step(job, "cancelled", error=record(gone))
 
     def progress(self, job: Job) -> tuple[int, int] | None:
-        """(percent, how many earlier jobs that rests on). Flow tells no progress, so this is the
-        elapsed time against the median of the same model's own jobs; None without any."""
+        """(percent, number of earlier jobs behind it): elapsed time against their median, since
+        Flow tells no progress. None without any."""
         known = self.durations[_family(job.plan)]
         if not known or not job.submitted_at:
             return None
@@ -1768,26 +1698,21 @@ class Jobs:
             await self.store.put(output)
         return output.url
 
-    async def picture_behind(self, link: str) -> bytes | None:
-        """The picture behind a media link that we gave out; None where it is none of ours."""
-        output = await asyncio.to_thread(self.store.output_with, link)
-        job = await self.get(output.job_id) if output else None
-        if not job or job.plan.kind != "image":
-            return None
-        name = output.file if self.media.path(output.file) else ""
-        name = name or await self.media.download(await self.link(job, output))
-        return await asyncio.to_thread((self.media.kept / name).read_bytes)
-
     async def resume(self) -> None:
         """At start: goes on with what was under way. A submit that may have left is unknown."""
-        for job in self.store.open_jobs():
+        jobs = self.store.open_jobs()
+        known = {name for job in jobs for name in job.inputs}
+        self.media.drop_inputs(
+            path.name for path in self.media.inputs.iterdir() if path.name not in known
+        )
+        for job in jobs:
             if job.state == "queued":
                 await self.abandon(job)
             if job.state == "submitting":
                 await self._step(job, "unknown")
             if job.state not in ("queued", "cancelled") and job.token_id in self.pool.tokens:
-                job.lease = self.pool.take(self.pool.tokens[job.token_id], job)
-                job.lease.spent()
+                self.pool.take(self.pool.tokens[job.token_id], job)
+                self.pool.spent(job)
             if not job.ended:
                 self._start(job)
 
@@ -1812,7 +1737,8 @@ class Jobs:
                 if not job.done():
                     raise recall(job.outputs[0].error)
                 await self._step(job, "settling")
-            await asyncio.gather(*(self._settle(job, output) for output in job.done()))
+            paid = [output for output in job.outputs if output.state != "failed" or output.made]
+            await asyncio.gather(*(self._settle(job, output) for output in paid))
             await self._step(job, "completed", completed_at=now())
         except GatewayError as err:
             await self._step(job, "failed", error=record(err), completed_at=now())
@@ -1834,7 +1760,7 @@ class Jobs:
 
     def _close(self, job: Job) -> None:
         self.open.pop(job.id, None)
-        self._release(job)
+        self.pool.release(job)
         self.media.drop_inputs(job.inputs)
         if job.state == "completed":
             self._learn(job)
@@ -1847,11 +1773,6 @@ class Jobs:
         entry["duration"] = round(now() - job.created_at, 3)
         row = {"created_at": now(), "job_id": job.id, "token_id": job.token_id}
         self.store.put_rows(("logs", row | {"data": to_json(entry)}))
-
-    def _release(self, job: Job) -> None:
-        if job.lease:
-            job.lease.release()
-            job.lease = None
 
     def _tell(self, job: Job, stage="") -> None:
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -1869,16 +1790,23 @@ class Jobs:
         tried: set[int] = set()
         last: GatewayError | None = None
         for attempt in itertools.count(1):
-            job.lease = await self._lease(job, tried, last)
+            self._tell(job, "Waiting for an account")
             try:
-                return await self._submit_on(job, job.lease.token)
+                turn = self.pool.lease(job, tried)
+                token = await asyncio.wait_for(turn, job.deadline - now())
+            except TimeoutError:
+                words = "No account became free in time"
+                raise GatewayError("queue_full", words, retry_after=60) from None
+            except GatewayError as err:
+                raise last or err from None  # what the last account said is the better reason
+            try:
+                return await self._submit_on(job, token)
             except GatewayError as err:
                 last = err
             if last.does == "unknown":
                 log.warning("%s: %s; looking for it at Google", job.id, last)
                 return await self._step(job, "unknown")
-            token = job.lease.token
-            self._release(job)
+            self.pool.release(job)
             if job.state == "submitting":
                 await self._step(job, "queued", submitted_at=0.0)
             if last.does in ("account", "banning", "session"):
@@ -1891,22 +1819,12 @@ class Jobs:
                 raise last
         return None
 
-    async def _lease(self, job: Job, tried: set[int], last: GatewayError | None) -> Lease:
-        self._tell(job, "Waiting for an account")
-        try:
-            async with asyncio.timeout(job.deadline - now()):
-                return await self.pool.lease(job, tried)
-        except TimeoutError:
-            words = "No account became free in time"
-            raise GatewayError("queue_full", words, retry_after=60) from None
-        except GatewayError as err:
-            raise last or err from None  # what the last account said is the better reason
-
     async def _submit_on(self, job: Job, token: Token) -> None:
         project = await self.pool.project(token)
         media = []
-        for image in await asyncio.to_thread(self.media.load_inputs, job.inputs):
+        for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
+            image = await asyncio.to_thread(self.media.load_input, name)
             media.append(await self.upstream.upload(token, project, image))
         await self.pool.update(token, last_used_at=now(), use_count=token.use_count + 1)
         sent = {"token_id": token.id, "project": project, "batch": str(uuid.uuid4())}
@@ -1921,9 +1839,9 @@ class Jobs:
             output.project = status.project or job.project
             job.outputs.append(output)
             await self._take(output, status)
-        if job.lease:
-            job.lease.spent()
-            self.pool.note_credits(job.lease.token, reply.credits)
+        self.pool.spent(job)
+        if job.token_id in self.pool.tokens:
+            self.pool.note_credits(self.pool.tokens[job.token_id], reply.credits)
         deadline = now() + self.settings[f"generation.{job.plan.kind}_timeout"]
         await self._step(job, "running", *job.outputs, deadline=deadline)
         self.media.drop_inputs(job.inputs)
@@ -1995,22 +1913,20 @@ class Jobs:
 
     async def _await(self, job: Job, outputs: list[Output], deadline: float) -> None:
         """Until Google has said its last word on these outputs, or the deadline fails them."""
-        timeout, most = (
-            f"generation.{job.plan.kind}_timeout",
-            self.settings["flow.max_poll_attempts"],
-        )
+        timeout = f"generation.{job.plan.kind}_timeout"
+        most = self.settings["flow.max_poll_attempts"]
         while pending := [output for output in outputs if output.state == "pending"]:
             late = [output for output in pending if now() >= deadline or output.answers >= most]
             for output in late:
                 words = (
-                    f"Flow was not done in {self.settings[timeout]} s ({timeout}) or after {most}"
+                    f"Flow was not done in {self.settings[timeout]} s ({timeout}) or {most} status"
                 )
-                words += (
-                    " status calls (flow.max_poll_attempts). It may still appear in Flow: project"
+                words += " calls (flow.max_poll_attempts). It may still appear there, in project"
+                words += f" {output.project} as {output.media or output.name}"
+                output.state, output.error = (
+                    "failed",
+                    record(GatewayError("generation_timeout", words)),
                 )
-                words += f" {output.project}, {output.media or output.name}"
-                output.state = "failed"
-                output.error = {"code": "generation_timeout", "message": words}
             await self.store.put(*late)
             with contextlib.suppress(TimeoutError):
                 if not late:
@@ -2050,9 +1966,10 @@ class Jobs:
                 output.made = {name: getattr(output, name) for name in names}
                 await self.store.put(output)
                 status = await self._patiently(self.upstream.upscale, token, job, output)
-            else:  # a restart came in between
-                status = Status(output.name) if output.name != output.made["name"] else None
-                status = status or self.upstream.upscaled(output)
+            elif output.name == output.made["name"]:  # a restart came before the answer
+                status = self.upstream.upscaled(output)
+            else:
+                status = Status(output.name, media=output.media)
             output.name, output.url, output.url_expires, output.answers = status.name, "", 0.0, 0
             await self._take(output, status)
             await self.store.put(output)
@@ -2101,25 +2018,16 @@ SIDE_PROMPTS = (
 )
 # fmt: on
 EDIT_WORDS = re.compile(
-    r"\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn|swap|keep"
-    r"|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background|zoom|crop|fix)\b"
-    r"|[改换变加减去删除修调把它这再更]|背景|颜色",
-    re.IGNORECASE,
+    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn|swap"
+    r"|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background|zoom|crop"
+    r"|fix)\b|[改换变加减去删除修调把它这再更]|背景|颜色"
 )
 SORA_ONLY = ("video", "character_options", "remix_target_id", "style_id")
 
 
-@dataclass
-class Chat:
-    """A chat request: what to generate, or the text that answers a client's own prompt. images:
-    pictures go into message.images, as clients with `modalities` want them."""
-
-    model: str
-    stream: bool = False
-    usage: bool = False
-    images: bool = False
-    text: str = ""
-    generation: Generation | None = None
+# A chat request: what to generate, or the text that answers a client's own prompt. images: pictures
+# go into message.images, as clients with `modalities` want them.
+Chat = namedtuple("Chat", "model stream usage images text generation")
 
 
 async def read_json(request: web.Request) -> dict:
@@ -2133,9 +2041,9 @@ async def read_json(request: web.Request) -> dict:
     return body
 
 
-async def read_chat(body: dict, media: Media, earlier: Callable) -> Chat:
+async def read_chat(body: dict, media: Media) -> Chat:
     """POST /v1/chat/completions. The prompt is the text of the user's last turn; system messages
-    and earlier turns are not part of it. `earlier(link)`: the picture behind a link of ours."""
+    and earlier turns are not part of it."""
     settings, model, messages = media.settings, body.get("model"), body.get("messages")
     for name in filter(body.get, SORA_ONLY):
         words = f"{name} belongs to Sora, and Flow has nothing like it"
@@ -2150,15 +2058,12 @@ async def read_chat(body: dict, media: Media, earlier: Callable) -> Chat:
         raise bad("messages holds no message of the user", "messages")
     _, prompt, links = users[-1]
     system = "\n".join(text for role, text, _ in turns if role in ("system", "developer"))
-    chat = Chat(
-        model=model,
-        stream=body.get("stream") is True,
-        usage=bool(dig(body, "stream_options", "include_usage")),
-        images="image" in (body.get("modalities") or ()),
-        text=side_answer(prompt, system) if settings["chat.answer_side_prompts"] else "",
-    )
-    if chat.text:
-        return chat
+    stream, usage = body.get("stream") is True, bool(dig(body, "stream_options", "include_usage"))
+    modalities = body.get("modalities")
+    images = isinstance(modalities, list) and "image" in modalities
+    chat = Chat(model, stream, usage, images, "", None)
+    if settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
+        return chat._replace(text=text)
     if not prompt.strip():
         raise bad("The user's last message holds no text: there is no prompt", "messages")
     links = links or ([body["image"]] if body.get("image") else [])
@@ -2168,12 +2073,11 @@ async def read_chat(body: dict, media: Media, earlier: Callable) -> Chat:
     for link in links if not notes else ():
         images.append(await media.input_image(link, "messages"))
     if plan.kind == "image" and not images and settings["chat.continue_pictures"]:
-        images = await _continued(turns, prompt, earlier)
+        images = await _continued(turns, prompt, media)
         notes += ["The chat's last picture went along as a reference."] if images else []
     if settings["chat.use_system_prompt"] and system:
         prompt = f"{system}\n\n{prompt}"
-    chat.generation = Generation(plan, prompt, n, images, notes)
-    return chat
+    return chat._replace(generation=Generation(plan, prompt, n, images, notes))
 
 
 def _read_message(message: Any, where: str) -> tuple[str, str, list]:
@@ -2195,12 +2099,19 @@ def _read_message(message: Any, where: str) -> tuple[str, str, list]:
     return role, "\n".join(texts), links
 
 
-async def _continued(turns: list, prompt: str, earlier: Callable) -> list[InputImage]:
-    """The chat's last picture of ours, where the last turn asks for an edit and brings none."""
+async def _continued(turns: list, prompt: str, media: Media) -> list[InputImage]:
+    """The chat's last picture, where the last turn asks for an edit and brings none."""
     answers = " ".join(text for role, text, _ in turns if role == "assistant")
     links = re.findall(r"!\[[^\]]*\]\((\S+?)\)", answers)
-    data = await earlier(links[-1]) if links and EDIT_WORDS.search(prompt) else None
-    return [InputImage(data, sniff(data)[0])] if data else []
+    if not links or not EDIT_WORDS.search(prompt):
+        return []
+    kept = media.path(links[-1].rpartition("/")[2])
+    try:
+        source = await asyncio.to_thread(kept.read_bytes) if kept else links[-1]
+        return [await media.input_image(source, "messages")]
+    except GatewayError as err:
+        log.info("the chat's last picture is not to be had: %s", err)
+        return []
 
 
 def side_answer(prompt: str, system: str) -> str:
@@ -2229,8 +2140,7 @@ def read_count(body: dict) -> int:
 
 
 def check_images(plan: Plan, count: int) -> list[str]:
-    """Holds the number of pictures against the plan. A model that takes none leaves them out, and
-    the note that comes back says so."""
+    """Holds the number of pictures against the plan -> a note where they are to be left out."""
     least, most = plan.images
     if plan.mode == "extend":
         raise bad(f"{plan.model} extends a clip, and chat has no way to name one", "model")
@@ -2248,18 +2158,24 @@ HEARTBEAT = 10.0  # seconds between signs of life in a stream
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
-class State:
-    """What a running process knows beside its chapters."""
+class Gateway:
+    """The parts of a running gateway, on an open store."""
 
-    def __init__(self):
+    def __init__(self, settings: Settings, store: Store):
+        self.settings, self.store, self.wire = settings, store, Wire(settings)
+        self.pool = Pool(settings, store, RestFlow(settings, self.wire))
+        self.media = Media(settings, self.wire)
+        self.jobs = Jobs(store, self.pool, self.media)
         self.sessions: dict[str, float] = {}  # SHA-256 of an admin session -> its end
-        self.streams = 0
-        self.stopping = False
+        self.streams, self.stopping = 0, False
+
+    async def close(self) -> None:
+        await self.jobs.stop()
+        await self.wire.close()
+        await asyncio.to_thread(self.store.close)
 
 
-SETTINGS_KEY, STORE_KEY = web.AppKey("settings", Settings), web.AppKey("store", Store)
-POOL_KEY, MEDIA_KEY = web.AppKey("pool", Pool), web.AppKey("media", Media)
-JOBS_KEY, STATE_KEY = web.AppKey("jobs", Jobs), web.AppKey("state", State)
+GATEWAY = web.AppKey("gateway", Gateway)
 
 
 def error_response(err: GatewayError, request: web.Request, headers=None) -> web.Response:
@@ -2279,9 +2195,10 @@ def job_headers(job: Job | None) -> dict:
 
 def output_url(request: web.Request, output: Output) -> str:
     """Where a client gets an output without a key: here while it is kept, else at Google."""
-    if not request.app[MEDIA_KEY].path(output.file):
+    gateway = request.app[GATEWAY]
+    if not gateway.media.path(output.file):
         return output.url
-    base = request.app[SETTINGS_KEY]["cache.base_url"].rstrip("/") or request.url.origin()
+    base = gateway.settings["cache.base_url"].rstrip("/") or request.url.origin()
     return f"{base}/tmp/{output.file}"
 
 
@@ -2289,14 +2206,9 @@ def model_object(model: str) -> dict:
     frames = "i2v" in model or "interpolation" in model or model.endswith("-fl")
     plan = resolve(model, images=2 if frames else 0)
     endpoint = "image-generation" if plan.kind == "image" else "openai-video"
-    return {
-        "id": model,
-        "object": "model",
-        "created": 1764547200,
-        "owned_by": "flow2api",
-        "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
-        "supported_endpoint_types": ["openai", endpoint],
-    }
+    head = {"id": model, "object": "model", "created": 1764547200, "owned_by": "flow2api"}
+    head["description"] = f"{plan.kind.capitalize()} generation - {plan.describe()}"
+    return head | {"supported_endpoint_types": ["openai", endpoint]}
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -2309,20 +2221,21 @@ async def get_model(request: web.Request) -> web.Response:
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions, streamed or not."""
-    jobs, state = request.app[JOBS_KEY], request.app[STATE_KEY]
-    chat = await read_chat(await read_json(request), request.app[MEDIA_KEY], jobs.picture_behind)
+    gateway = request.app[GATEWAY]
+    jobs = gateway.jobs
+    chat = await read_chat(await read_json(request), gateway.media)
     answer = ChatAnswer(request, chat)
     if not chat.generation:
         log.info("a client's own prompt was answered without generating")
         return await (answer.stream() if chat.stream else answer.whole())
-    if state.streams >= request.app[SETTINGS_KEY]["limits.streams"]:
+    if gateway.streams >= gateway.settings["limits.streams"]:
         raise GatewayError("queue_full", "Too many answers are open", retry_after=10)
     job = await jobs.create(chat.generation, "chat")
-    state.streams += 1
+    gateway.streams += 1
     try:
         return await (answer.stream(job) if chat.stream else answer.whole(job))
     finally:
-        state.streams -= 1
+        gateway.streams -= 1
         await asyncio.shield(jobs.abandon(job))
 
 
@@ -2330,8 +2243,7 @@ class ChatAnswer:
     """Renders a job, or a text, in the format of OpenAI's chat completions."""
 
     def __init__(self, request: web.Request, chat: Chat):
-        self.request, self.chat = request, chat
-        self.jobs, self.state = request.app[JOBS_KEY], request.app[STATE_KEY]
+        self.request, self.chat, self.gateway = request, chat, request.app[GATEWAY]
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(now())
         self.reply = web.StreamResponse()
 
@@ -2344,7 +2256,7 @@ class ChatAnswer:
         if not job:
             return {"content": self.chat.text}
         links = [url for output in job.done() if (url := output_url(self.request, output))]
-        form = self.request.app[SETTINGS_KEY]["chat.video_content"]
+        form = self.gateway.settings["chat.video_content"]
         parts = [clip_text(url, form) for url in links]
         if job.plan.kind == "image":
             parts = [f"![Generated Image]({url})" for url in links]
@@ -2363,8 +2275,8 @@ class ChatAnswer:
 
     async def whole(self, job: Job | None = None) -> web.Response:
         if job:
-            async for _ in self.jobs.watch(job, HEARTBEAT):
-                if self.state.stopping:
+            async for _ in self.gateway.jobs.watch(job, HEARTBEAT):
+                if self.gateway.stopping:
                     break
             if job.state != "completed":
                 return error_response(self.error(job), self.request, job_headers(job))
@@ -2389,10 +2301,10 @@ class ChatAnswer:
         said = f"Job {job.id}: {job.plan.describe()}\n" if job else ""
         await self.delta(role="assistant", **({"reasoning_content": said} if job else {}))
         if job:
-            async for _ in self.jobs.watch(job, HEARTBEAT):
-                if self.state.stopping or job.ended:
+            async for _ in self.gateway.jobs.watch(job, HEARTBEAT):
+                if self.gateway.stopping or job.ended:
                     break
-                line = progress_line(self.jobs, job)
+                line = progress_line(self.gateway.jobs, job)
                 await self.delta(**({"reasoning_content": line} if line != said else {}))
                 said = line
         if not job or job.state == "completed":
@@ -2418,7 +2330,8 @@ def clip_text(url: str, form: str) -> str:
 def progress_line(jobs: Jobs, job: Job) -> str:
     """A line on where the job stands; no number in it is invented."""
     if job.stage or not job.outputs:
-        place = jobs.pool.place(job)
+        waiting = [waiting for waiting, _ in jobs.pool.waiting.values()]
+        place = waiting.index(job) if job in waiting else 0
         return (job.stage or "Starting") + (f" ({place} before this one)" if place else "") + "\n"
     ready = f"{len(job.done())} of {job.n} done, " if job.n > 1 else ""
     elapsed = f"{ready}generating for {int(now() - job.submitted_at)} s"
@@ -2429,22 +2342,27 @@ def progress_line(jobs: Jobs, job: Job) -> str:
 
 async def serve_media(request: web.Request) -> web.StreamResponse:
     """GET /tmp/{name}: a kept file, with Range and without a key; its name can't be guessed."""
-    path = request.app[MEDIA_KEY].path(request.match_info["name"])
+    path = request.app[GATEWAY].media.path(request.match_info["name"])
     if not path:
         raise GatewayError("not_found", "There is no such file, or it has expired")
     headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
     return web.FileResponse(path, headers=headers)
 
 
+def preflight(request: web.Request) -> web.Response:
+    """OPTIONS: CORS for browser clients, who send their key in a header; `expose` adds the rest."""
+    asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
+    methods = {"Access-Control-Allow-Methods": "GET, POST, DELETE"}
+    headers = methods | {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "86400"}
+    return web.Response(status=204, headers=headers)
+
+
 # ---- 11. Admin API --------------------------------------------------------------------------
 
 SESSION_SECONDS = 7 * 86400
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY + "; frame-ancestors 'none'"}
+PAGE_HEADERS |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def bearer(request: web.Request) -> str:
@@ -2468,7 +2386,7 @@ def hash_password(password: str, salt: bytes) -> str:
 def same_password(password: str, known: str) -> bool:
     """`known`: a hash, or the text that stands in setting.toml."""
     if not known.startswith("scrypt$"):
-        return same(password, known)
+        return known != "" and same(password, known)
     return same(hash_password(password, bytes.fromhex(known.split("$")[1])), known)
 
 
@@ -2478,19 +2396,14 @@ def ok(message: str, **more: Any) -> web.Response:
 
 async def login(request: web.Request) -> web.Response:
     """POST /api/login -> a session token for /api, good for seven days after its last use."""
-    body, settings = await read_json(request), request.app[SETTINGS_KEY]
+    body, settings = await read_json(request), request.app[GATEWAY].settings
     name, password = str(body.get("username")), str(body.get("password"))
     good = await asyncio.to_thread(same_password, password, settings["global.admin_password"])
     if not good or not same(name, settings["global.admin_username"]):
         raise GatewayError("invalid_api_key", "Invalid credentials")
     session = "admin-" + secrets.token_urlsafe(32)
-    request.app[STATE_KEY].sessions[digest(session)] = now() + SESSION_SECONDS
+    request.app[GATEWAY].sessions[digest(session)] = now() + SESSION_SECONDS
     return ok("Login successful", token=session, username=name)
-
-
-async def logout(request: web.Request) -> web.Response:
-    request.app[STATE_KEY].sessions.pop(digest(bearer(request)), None)
-    return ok("Logged out successfully")
 
 
 def iso(seconds: float) -> str | None:
@@ -2516,7 +2429,7 @@ def token_object(token: Token) -> dict:
 
 
 async def list_tokens(request: web.Request) -> web.Response:
-    tokens = sorted(request.app[POOL_KEY].tokens.values(), key=lambda token: -token.id)
+    tokens = sorted(request.app[GATEWAY].pool.tokens.values(), key=lambda token: -token.id)
     return web.json_response([token_object(token) for token in tokens])
 
 
@@ -2536,7 +2449,7 @@ def token_fields(body: dict) -> dict:
 
 async def add_token(request: web.Request) -> web.Response:
     """POST /api/tokens: a new account, or a new session of a known one."""
-    body, pool = await read_json(request), request.app[POOL_KEY]
+    body, pool = await read_json(request), request.app[GATEWAY].pool
     st = clean_session_token(body["st"]) if isinstance(body.get("st"), str) else ""
     if not st or not st.isascii() or not st.isprintable():
         raise bad("st, the session token, is missing or not one", "st")
@@ -2550,7 +2463,7 @@ async def add_token(request: web.Request) -> web.Response:
 
 
 async def delete_token(request: web.Request) -> web.Response:
-    pool = request.app[POOL_KEY]
+    pool = request.app[GATEWAY].pool
     token = pool.tokens.get(int(request.match_info["id"]))
     if not token:
         raise GatewayError("not_found", "There is no such token")
@@ -2569,22 +2482,18 @@ async def page(request: web.Request) -> web.StreamResponse:
 
 # ---- 12. Demo -------------------------------------------------------------------------------
 
-CLIP = zlib.decompress(  # 4 s of H.264 in an MP4, 128x72
-    base64.b64decode(
-        "eNpjYGBQSCupLMgszs9lYGBiANFAbJRYlmyYW2BiyMDArJSbn1/GwMCQk1uWkcKAAphfMDDwL2BgZAAhBGBEVYXO"
-        "d2DAC5iAqLCkKDEbyI4pyQbbyYxpGtBeBvz2YLW3AYg9wFyV1JSSYiAtk5pTXILQATUXrJfxZW5KZiKQoZCbgu53"
-        "B7Ca0CNgjm5GSk4RTKYsMyUVWWUYkJ/vkZiXkpMKUsM4JTczLw3IECnLBRuK7EyVFIicTEpRahqSN3hKi3IUIGzG"
-        "kOKSpBwge09xSXEKkpo1oEjDERQgj3uAPe4BU8HjA1SvkJOZVGFkZoItIiT+/weSoKTgzOh0gPv/QwbJdCC9TJBD"
-        "/+kBF1CksIAIAZuAFW6MDGwZJ5wYVTYBdQgUJBYXQN0AwiJJJUXQAGZkgZldXAIOfJhbOYBhDGKLAP2ELA7CMkCx"
-        "ZDQxDihtApSrQnIzSNwUiLnxYKAdyfkI85iDgLRtaUoJKKJNc1PBNAgoIkcqMCEUJRYU5CAHEEcmJOVwpBWlgmK8"
-        "KzclEcQ3TO1oYtqnLMLAIpvcwNBYUsAgILrv9/t9v1+v24UVfQBqYnecJcNaI3IAwtRijGc1gDCtEUxPhuCDPhBm"
-        "pAOcmdkAZ1Ye8D7oAwBxh5bO"
-    )
-)
 # fmt: off
+CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
+    "c-muNU{FXasVvAW&d+6FU}6B#Kx~v)mTZ_?U}DI?z^s&;pI^qnz>t$$mXX4M0+?SgFz_#6U}OLx1Ykr}h0b?izzd"
+    "jwsIa6cF&oH^Dai)g$&6_l&|U`o_F%QQ0f;@oT$R+6l42k&lbTapg3tjq7p#}@Wo}AlB9Nhwn}Y6l2e6vZBVdkhM"
+    "oLZ*Or|U|B^6m^7?7Xuk(if~lL}J9I3+hTFAc~LDa!>LitJ346o{NmN>OSWk~erti*ghoY{rn{lB66UdrxsmaSD="
+    "}HK0ht5fmVgdw@Oe0aL-_15~e&lbKXuWM+abA|(F*2a=$q;LPZBfcyVL2FY|Fy-bip|LFl2P^7Sc2mzab6>f|SY#"
+    "Aq<7*#d_bqEwB78gL>0Ky_kB}LExW@LexU0ebVe3)A~fME<`ivazEEDpjlK(S;rF%Bqg0+g#lax+NW6o|R;V4xkz"
+    "`3UovgMhScX-WwwqD^yC!88acB1bAPArvJR6yzWW5Jx5?<#41GrGjF-D>o$(#5YXsXkyx@EW*Gdo7}+ASW>_sAiD"
+    "4O`+dJ(uiJ$ceE@1=cbp}|S|f4*!qj4nXElH@tr1L5hTwxf5N4zUoSE4GXI38YKIj7gafg=9"
+))
 DEMO_SIZES = {"LANDSCAPE": (1376, 768), "PORTRAIT": (768, 1376), "SQUARE": (1024, 1024),
               "LANDSCAPE_FOUR_THREE": (1200, 896), "PORTRAIT_THREE_FOUR": (896, 1200)}
-DEMO_BODY, DEMO_ACCOUNT = web.RequestKey("body", dict), web.RequestKey("account", dict)
 DEMO_PRICES = (  # upstream key -> credits on a free, Pro and Ultra account; the first match counts
     (r"_low_priority$", (None, None, 0)), (r"_4k$", (None, None, 50)), (r"_1080p$", (None, 0, 0)),
     (r"lite_[46]s", (None, None, 5)), (r"_lite$", (10, 10, 5)), (r"fast_[46]s", (None, None, 10)),
@@ -2594,6 +2503,7 @@ DEMO_PRICES = (  # upstream key -> credits on a free, Pro and Ultra account; the
     (r"^(NARWHAL|BELUGA|GEM_PIX_2|HARBOR_SEAL|IMAGEN_3_5)$", (0, 0, 0)),
 )
 # fmt: on
+UNSAFE = {"error": {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}}
 
 
 def picture(text: str, width: int, height: int) -> bytes:
@@ -2613,18 +2523,8 @@ def picture(text: str, width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + colours + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-@dataclass
-class DemoMedium:
+class DemoMedium(namedtuple("DemoMedium", "name kind prompt ratio ready project batch scene")):
     """Something that the simulated Flow has made, or is making until `ready`."""
-
-    name: str
-    kind: str
-    prompt: str
-    ratio: str
-    ready: float
-    project: str
-    batch: str
-    scene: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def state(self) -> str:
         refused = "FAILED" if "unsafe" in self.prompt else "SUCCESSFUL"
@@ -2659,7 +2559,7 @@ class Demo:
         return st
 
     async def start(self, *middlewares) -> web.AppRunner:
-        app = web.Application(client_max_size=1 << 30, middlewares=[*middlewares, self.note])
+        app = web.Application(client_max_size=1 << 30, middlewares=middlewares)
         for method, path, handler in (
             ("GET", "/fx/api/auth/session", self.session),
             ("POST", "/fx/api/trpc/project.createProject", self.create_project),
@@ -2673,47 +2573,43 @@ class Demo:
             ("POST", "/v1/video:batchAsyncGenerateVideo{mode}", self.videos),
             ("GET", "/media/{kind}/{name}", self.file),
         ):
-            app.router.add_route(method, path, handler)
+            app.router.add_route(method, path, functools.partial(self.answer, handler))
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
         return runner
 
-    @web.middleware
-    async def note(self, request: web.Request, handler):
+    async def answer(self, handler: Callable, request: web.Request) -> web.StreamResponse:
         """Finds whose call it is, by the cookie or by the access token."""
-        request[DEMO_BODY] = await request.json() if request.can_read_body else {}
-        self.calls.append((request.path, request[DEMO_BODY]))
+        body = await request.json() if request.can_read_body else {}
+        self.calls.append((request.path, body))
         at, st = bearer(request), clean_session_token(request.headers.get("Cookie", ""))
-        owners = [a for a in self.accounts.values() if at and a["at"] == at]
-        request[DEMO_ACCOUNT] = owners[0] if owners else self.accounts.get(st, {})
-        session = request.path.endswith("/session") or request.path.startswith("/media/")
-        if not request[DEMO_ACCOUNT] and not session:
+        owners = [account for account in self.accounts.values() if at and account["at"] == at]
+        account = owners[0] if owners else self.accounts.get(st, {})
+        if not account and handler not in (self.session, self.file):
             return self.refuse(401, "CREDENTIALS_MISSING")
-        answer = await handler(request)
-        return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
+        reply = await handler(request, body, account)
+        return reply if isinstance(reply, web.StreamResponse) else web.json_response(reply)
 
     def refuse(self, status: int, reason: str, message="Refused.") -> web.Response:
         details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason}]
         error = {"code": status, "message": message, "details": details if reason else []}
         return web.json_response({"error": error}, status=status)
 
-    async def session(self, request: web.Request):
-        if not (account := request[DEMO_ACCOUNT]):
+    async def session(self, request, body, account):
+        if not account:
             return {}
         account["at"] = f"ya29.{secrets.token_urlsafe(32)}"
         expires = iso(now() + 3600).replace("+00:00", ".000Z")
         user = {"name": account["email"].split("@")[0], "email": account["email"]}
         return {"user": user, "expires": expires, "access_token": account["at"]}
 
-    def trpc(self, **result: Any) -> dict:
-        return {"result": {"data": {"json": result | {"status": 200}}}}
+    async def create_project(self, request, body, account):
+        project = {"projectId": str(uuid.uuid4())}
+        return {"result": {"data": {"json": {"result": project, "status": 200}}}}
 
-    async def create_project(self, request: web.Request):
-        return self.trpc(result={"projectId": str(uuid.uuid4())})
-
-    async def redirect(self, request: web.Request):
+    async def redirect(self, request, body, account):
         if medium := self.media.get(request.query.get("name", "")):
             raise web.HTTPTemporaryRedirect(self.url(medium))
         return self.refuse(404, "", "NOT_FOUND")
@@ -2721,19 +2617,18 @@ class Demo:
     def url(self, medium: DemoMedium) -> str:
         return f"{self.address}/media/{medium.kind}/{medium.name}?Expires={int(now()) + 18000}"
 
-    async def listing(self, request: web.Request):
+    async def listing(self, request, body, account):
         project = json.loads(request.query["input"])["json"]["projectId"]
         made = [medium for medium in self.media.values() if medium.project == project]
         ids = [{"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made]
         flows = [{"name": m.scene, "metadata": i} for m, i in zip(made, ids, strict=True)]
-        media = list(map(self.medium, made))
-        return self.trpc(projectContents={"workflows": flows, "media": media})
+        contents = {"workflows": flows, "media": list(map(self.medium, made))}
+        return {"result": {"data": {"json": {"projectContents": contents, "status": 200}}}}
 
-    async def credits(self, request: web.Request):
-        account = request[DEMO_ACCOUNT]
+    async def credits(self, request, body, account):
         return {"credits": account["credits"], "userPaygateTier": account["tier"]}
 
-    async def upload(self, request: web.Request):
+    async def upload(self, request, body, account):
         return {"media": {"name": str(uuid.uuid4())}}
 
     def charge(self, account: dict, key: str, n: int) -> web.Response | None:
@@ -2755,14 +2650,14 @@ class Demo:
             ratio = (dig(wanted, "imageAspectRatio") or wanted["aspectRatio"]).split("RATIO_")[1]
             ready = now() + (self.video_seconds if kind == "video" else 0)
             new = name or (uuid.uuid4().hex if self.replies == "old" else str(uuid.uuid4()))
-            text = dig(prompt, "parts", 0, "text")
-            self.media[new] = DemoMedium(new, kind, text, ratio, ready, project, batch)
+            text, scene = dig(prompt, "parts", 0, "text"), str(uuid.uuid4())
+            self.media[new] = DemoMedium(new, kind, text, ratio, ready, project, batch, scene)
             made.append(self.media[new])
         return made
 
-    async def images(self, request: web.Request):
-        body, wanted = request[DEMO_BODY], request[DEMO_BODY]["requests"]
-        if refused := self.charge(request[DEMO_ACCOUNT], wanted[0]["imageModelName"], len(wanted)):
+    async def images(self, request, body, account):
+        wanted = body["requests"]
+        if refused := self.charge(account, wanted[0]["imageModelName"], len(wanted)):
             return refused
         if "unsafe" in json.dumps(wanted):
             return self.refuse(400, "PUBLIC_ERROR_UNSAFE_GENERATION")
@@ -2770,18 +2665,14 @@ class Demo:
         made = self.make(body, "image", request.match_info["project"])
         return {"media": list(map(self.medium, made))}
 
-    async def upscale_image(self, request: web.Request):
+    async def upscale_image(self, request, body, account):
         await asyncio.sleep(self.image_seconds)
-        scale = 4 if request[DEMO_BODY]["targetResolution"].endswith("4K") else 2
-        larger = self.media[request[DEMO_BODY]["mediaId"]].file(scale)
+        scale = 4 if body["targetResolution"].endswith("4K") else 2
+        larger = self.media[body["mediaId"]].file(scale)
         return {"encodedImage": base64.b64encode(larger).decode()}
 
-    async def videos(self, request: web.Request):
-        body, account, wanted = (
-            request[DEMO_BODY],
-            request[DEMO_ACCOUNT],
-            request[DEMO_BODY]["requests"],
-        )
+    async def videos(self, request, body, account):
+        wanted = body["requests"]
         if refused := self.charge(account, wanted[0]["videoModelKey"], len(wanted)):
             return refused
         larger = request.match_info["mode"] == "UpsampleVideo"
@@ -2789,8 +2680,8 @@ class Demo:
         made = self.make(body, "video", body["clientContext"]["projectId"], name)
         return self.clips(made) | {"remainingCredits": account["credits"]}
 
-    async def status(self, request: web.Request):
-        items = [*request[DEMO_BODY].get("media", ()), *request[DEMO_BODY].get("operations", ())]
+    async def status(self, request, body, account):
+        items = [*body.get("media", ()), *body.get("operations", ())]
         names = [item.get("name") or item["operation"]["name"] for item in items]
         if any(name not in self.media for name in names):
             return self.refuse(404, "", "Requested entity was not found.")
@@ -2802,23 +2693,21 @@ class Demo:
         return {"media": list(map(self.medium, media))}
 
     def operation(self, medium: DemoMedium) -> dict:
-        state, operation = medium.state(), {"name": medium.name}
+        name, state = {"name": medium.name}, medium.state()
+        operation = name | (UNSAFE if state.endswith("FAILED") else {})
         if state.endswith("SUCCESSFUL"):
-            operation["metadata"] = {"name": medium.name, "video": {"fifeUrl": self.url(medium)}}
-        if state.endswith("FAILED"):
-            operation["error"] = {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}
+            operation["metadata"] = {**name, "video": {"fifeUrl": self.url(medium)}}
         return {"operation": operation, "sceneId": medium.scene, "status": state}
 
     def medium(self, medium: DemoMedium) -> dict:
-        status: dict[str, Any] = {"mediaGenerationStatus": medium.state()}
-        if medium.state().endswith("FAILED"):
-            status["error"] = {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}
+        status = {"mediaGenerationStatus": medium.state()}
+        status |= UNSAFE if medium.state().endswith("FAILED") else {}
         made = {"fifeUrl": self.url(medium)} if medium.kind == "image" else {}
         ids = {"name": medium.name, "projectId": medium.project, "workflowId": medium.scene}
         made = {medium.kind: {f"generated{medium.kind.capitalize()}": made}}
         return ids | made | {"mediaMetadata": {"mediaStatus": status}}
 
-    async def file(self, request: web.Request):
+    async def file(self, request, body, account):
         medium = self.media[request.match_info["name"]]
         kind = "video/mp4" if medium.kind == "video" else "image/png"
         return web.Response(body=medium.file(), content_type=kind)
@@ -2833,7 +2722,6 @@ ROUTES = (  # method, path, handler, who may call it
     ("GET", "/tmp/{name}", serve_media, PUBLIC),
     ("POST", "/api/login", login, PUBLIC),
     ("POST", "/api/admin/login", login, PUBLIC),
-    ("POST", "/api/logout", logout, ADMIN),
     ("GET", "/api/tokens", list_tokens, ADMIN),
     ("POST", "/api/tokens", add_token, ADMIN),
     ("DELETE", r"/api/tokens/{id:\d+}", delete_token, ADMIN),
@@ -2848,8 +2736,9 @@ def guard(handler, role: str):
     """The handler, for those who may call it."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        given, sessions = bearer(request), request.app[STATE_KEY].sessions
-        if role == KEY and not same(given, request.app[SETTINGS_KEY]["global.api_key"]):
+        given, sessions = bearer(request), request.app[GATEWAY].sessions
+        key = request.app[GATEWAY].settings["global.api_key"]
+        if role == KEY and not (key and same(given, key)):
             words = "Invalid API key" if given else "No API key: send Authorization: Bearer <key>"
             raise GatewayError("invalid_api_key", words)
         if role == ADMIN:
@@ -2864,6 +2753,8 @@ def guard(handler, role: str):
 @web.middleware
 async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
     """Every failure in the caller's format."""
+    if request.method == "OPTIONS":
+        return preflight(request)
     try:
         return await handler(request)
     except GatewayError as err:
@@ -2871,31 +2762,20 @@ async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
     except web.HTTPException as err:
         if err.status < 400:
             raise
-        limit = request.app[SETTINGS_KEY]["limits.body_mb"]
+        limit = request.app[GATEWAY].settings["limits.body_mb"]
         code, why = {
             404: ("not_found", "no such route; /v1/models and /v1/chat/completions are here"),
             405: ("method_not_allowed", "this route has other methods"),
             413: ("request_too_large", f"the body is over {limit} MB (limits.body_mb)"),
         }.get(err.status, ("invalid_request", err.reason))
-        told = GatewayError(code, f"{request.method} {request.path}: {why}")
-        return error_response(told, request)
+        told = f"{request.method} {request.path[:80]}: {why}"
+        return error_response(GatewayError(code, told), request)
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except Exception:
         log.exception("%s %s", request.method, request.path)
         words = "Something went wrong inside the gateway; its log says more"
         return error_response(GatewayError("internal_error", words), request)
-
-
-@web.middleware
-async def preflight(request: web.Request, handler) -> web.StreamResponse:
-    """CORS for browser clients, who send their key in a header; not for /api."""
-    if request.method != "OPTIONS" or request.path.startswith("/api/"):
-        return await handler(request)
-    asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
-    methods = {"Access-Control-Allow-Methods": "GET, POST, DELETE"}
-    headers = methods | {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "86400"}
-    return web.Response(status=204, headers=headers)
 
 
 async def expose(request: web.Request, response: web.StreamResponse) -> None:
@@ -2906,22 +2786,16 @@ async def expose(request: web.Request, response: web.StreamResponse) -> None:
 
 
 async def workings(app: web.Application) -> AsyncIterator[None]:
-    """Opens pool, media and jobs, runs what runs for ever, and closes it all, the store too."""
-    settings, store = app[SETTINGS_KEY], app[STORE_KEY]
-    wire = Wire(settings)
-    pool, media = Pool(settings, store, RestFlow(settings, wire)), Media(settings, wire)
-    jobs = Jobs(store, pool, media)
-    app[POOL_KEY], app[MEDIA_KEY], app[JOBS_KEY] = pool, media, jobs
-    await jobs.resume()
-    loops = (pool.keep_fresh(), jobs.poll_forever(), media.expire())
-    tasks = [asyncio.create_task(for_ever(loop)) for loop in loops]
+    """Goes on with what was under way, runs what runs for ever, and closes it all at the end."""
+    gateway = app[GATEWAY]
+    await gateway.jobs.resume()
+    loops = gateway.pool.keep_fresh, gateway.jobs.poll_forever, gateway.media.expire_forever
+    tasks = [asyncio.create_task(for_ever(loop())) for loop in loops]
     yield
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await jobs.stop()
-    await wire.close()
-    await asyncio.to_thread(store.close)
+    await gateway.close()
 
 
 async def for_ever(loop: Awaitable) -> None:
@@ -2934,19 +2808,19 @@ async def for_ever(loop: Awaitable) -> None:
 
 async def announce_stop(app: web.Application) -> None:
     """The first step of the end: open answers say so, and name their job."""
-    app[STATE_KEY].stopping = True
-    for job in list(app[JOBS_KEY].open.values()):
-        app[JOBS_KEY]._tell(job, job.stage)
+    app[GATEWAY].stopping = True
+    for job in list(app[GATEWAY].jobs.open.values()):
+        app[GATEWAY].jobs._tell(job, job.stage)
 
 
 def make_app(settings: Settings, store: Store) -> web.Application:
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
-    app = web.Application(middlewares=[preflight, tell_errors], client_max_size=limit)
-    app[SETTINGS_KEY], app[STORE_KEY], app[STATE_KEY] = settings, store, State()
+    app = web.Application(middlewares=[tell_errors], client_max_size=limit)
+    app[GATEWAY] = Gateway(settings, store)
     for method, path, handler, role in ROUTES:
         for prefix in ALIASES if path.startswith("/v1/") else ("",):
-            route = prefix + path.removeprefix("/v1") if prefix != path[:3] else path
+            route = prefix + path.removeprefix("/v1")
             app.router.add_route(method, route, guard(handler, role))
     app.on_response_prepare.append(expose)
     app.on_shutdown.append(announce_stop)
@@ -3006,7 +2880,7 @@ async def serve(settings: Settings, demo: bool) -> None:
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, settings["server.host"], settings["server.port"]).start()
         for st in simulated:
-            await app[POOL_KEY].add(st)
+            await app[GATEWAY].pool.add(st)
         greet(settings, runner.addresses[0][1], made, demo)
         done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3021,13 +2895,9 @@ async def start_demo(settings: Settings, stack: contextlib.AsyncExitStack) -> li
     demo = Demo(settings["demo.image_seconds"], settings["demo.video_seconds"])
     runner = await demo.start()
     stack.push_async_callback(runner.cleanup)
-    settings.layers["command line"] |= {
-        "flow.labs_base_url": f"{demo.address}/fx/api",
-        "flow.api_base_url": f"{demo.address}/v1",
-        "flow.poll_interval": 1.0,
-        "proxy.proxy_enabled": False,
-        "cache.enabled": True,
-    }
+    forced = {"flow.poll_interval": 1.0, "proxy.proxy_enabled": False, "cache.enabled": True}
+    forced |= {"flow.labs_base_url": f"{demo.address}/fx/api"}
+    settings.layers["command line"] |= forced | {"flow.api_base_url": f"{demo.address}/v1"}
     pro = demo.account("pro@demo.example", "PAYGATE_TIER_ONE", 1000)
     return [pro, demo.account("ultra@demo.example", "PAYGATE_TIER_TWO", 25000)]
 
@@ -3044,8 +2914,8 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     yield True, f"database {store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
-    wire = Wire(settings)
-    pool = Pool(settings, store, RestFlow(settings, wire))
+    gateway = Gateway(settings, store)
+    wire, pool = gateway.wire, gateway.pool
     url, proxy = settings["flow.labs_base_url"], settings["proxy.proxy_url"]
     way = re.sub(r"//[^@/]*@", "//***@", proxy) if settings["proxy.proxy_enabled"] else "no proxy"
     try:
@@ -3065,8 +2935,7 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
             yield token.is_active, f"account {token.email}: {words}{why}"
         except GatewayError as err:
             yield False, f"account {token.email}: {err}"
-    await wire.close()
-    await asyncio.to_thread(store.close)
+    await gateway.close()
 
 
 async def check(settings: Settings) -> bool:
@@ -3099,9 +2968,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
-    option("--config", type=Path, default=Path(__file__).with_name("setting.toml"))
-    option("--data", help="data folder (default: data/ beside the configuration)")
+    option, beside = parser.add_argument, Path(__file__).with_name("setting.toml")
+    option("--config", type=Path, default=beside, help="default: setting.toml beside flow2api.py")
+    option("--data", dest="data_dir", help="data folder (default: data/ beside the configuration)")
     option("--host", help="address to listen on")
     option("--port", help="port to listen on")
     option("--demo", action="store_true", help="run on a simulated Flow; nothing is kept")
@@ -3115,13 +2984,9 @@ def load_settings(arguments: argparse.Namespace) -> Settings:
     if not arguments.demo:  # the demo touches nothing of the real one
         settings.read_file(arguments.config.expanduser().resolve())
     settings.read_environment(dict(os.environ))
-    for option, name in {
-        "data": "server.data_dir",
-        "host": "server.host",
-        "port": "server.port",
-    }.items():
+    for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
-            settings.put("command line", name, value, f"--{option}")
+            settings.put("command line", f"server.{option}", value, "command line")
     for name in set(settings.models) - set(KEYS):
         settings.warnings.append(f"[models] {name} is unknown; there are {', '.join(KEYS)}")
     return settings
@@ -3131,10 +2996,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         settings = load_settings(arguments)
-        handler = logging.StreamHandler()
-        text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-        handler.setFormatter(JsonLines() if settings["server.log_format"] == "json" else text)
-        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        if settings["server.log_format"] == "json":
+            logging.getLogger().handlers[0].setFormatter(JsonLines())
         if arguments.check:
             return 0 if asyncio.run(check(settings)) else 1
         for warning in settings.warnings:

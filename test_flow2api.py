@@ -59,7 +59,8 @@ class World:
         await web.TCPSite(self.runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
         self.live = settings
-        self.pool, self.jobs = self.app[flow2api.POOL_KEY], self.app[flow2api.JOBS_KEY]
+        self.gateway = self.app[flow2api.GATEWAY]
+        self.pool, self.jobs = self.gateway.pool, self.gateway.jobs
 
     async def stop_gateway(self):
         await self.runner.cleanup()
