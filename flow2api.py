@@ -3,8 +3,7 @@
     client -> Generation -> Job(queued) -> a leased token -> upload -> submit -> Job(running)
     client <- rendered answer <- Job(completed | failed) <- settle <- one batched poll per token
 
-The file reads from top to bottom; a chapter uses only what stands above it.
-
+A chapter uses only what stands above it:
      1  Settings          what can be set, and where a value comes from
      2  Errors            every failure that a caller is told about, and Google's reasons
      3  Catalogue         model ids -> Plan
@@ -30,7 +29,6 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -49,6 +47,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import sys
 import tempfile
@@ -190,11 +189,19 @@ class Settings:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path}: {err}") from None
-        models = document.pop("models", {})
-        self.models = {key: str(value) for key, value in models.items()}
+        self._read_models(path, document.pop("models", {}))
         for section, values in document.items():
             for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
                 self.put("file", f"{section}.{key}", raw, path.name)
+
+    def _read_models(self, path: Path, models: Any) -> None:
+        for name, key in models.items() if isinstance(models, dict) else [("", models)]:
+            try:
+                self.models[name] = key
+                key.format(P="", O="", U="", D=0)
+            except (AttributeError, LookupError, ValueError):
+                words = f"{path.name}: [models] {name} can't be {key!r}; allowed: a text, in it at"
+                raise SettingError(f"{words} most {{P}} {{O}} {{U}} {{D}}") from None
 
     def read_environment(self, environ: dict[str, str]) -> None:
         names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
@@ -255,6 +262,7 @@ REASONS = (
     ("CONCURRENT_LIMIT", "account_busy", 20, "The account has too many clips under way"),
     ("HIGH_TRAFFIC|OVERLOADED|DUE_TO_TRAFFIC|SOMETHING_WENT|TIMED_OUT", "upstream_busy", 0,
      "Flow is overloaded"),
+    ("NON_ENGLISH", "invalid_request", 0, "Flow wants an English prompt for this"),
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|IMAGE_FILE_FORMAT", "invalid_image", 0,
      "Flow does not take this picture (its size or format)"),
@@ -269,6 +277,8 @@ BY_STATUS = (  # where there is no known reason: HTTP status (0: a clip failed l
     (404, "model_unavailable", "Google does not know this model key or medium; the new key of a"
      " renamed model goes into [models] of setting.toml"),
     (429, "account_throttled", "Google is slowing this account down"),
+    (408, "upstream_error", "Google's side took too long"),
+    (499, "upstream_error", "Google's side took too long"),
     (500, "upstream_error", "Google's side failed"),
     (400, "upstream_changed", "Google refused the form of our request"),
 )
@@ -288,6 +298,10 @@ class GatewayError(Exception):
         self.type = TYPES.get(self.status, other)
         self.code, self.param, self.retry_after = code, param, retry_after
         self.pause, self.upstream = pause, upstream
+
+    def record(self) -> dict:
+        """What is stored of it; GatewayError(**record) is the error again."""
+        return {"code": self.code, "message": str(self)}
 
     def body(self) -> dict:
         """The error object of OpenAI's API."""
@@ -378,7 +392,7 @@ OLD_BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
 HEADS = {
     "veo_3_1":                     Head("veo_3_1", CLIPS),
     "omni_flash":                  Head("omni_flash", (*SIDES, "fl", *LENGTHS)),
-    "omni":                        Head("omni_flash", (*SIDES, "fl", *LENGTHS), "landscape"),
+    "omni":           Head("omni_flash", (*SIDES, *LENGTHS), "landscape", "references"),
     "nano_banana":                 Head("nano_banana_2", SHAPES, note=OLD_BANANA),
     "nano_banana_2":               Head("nano_banana_2", SHAPES + SIZES),
     "nano_banana_2_lite":          Head("nano_banana_2_lite", SHAPES),
@@ -537,11 +551,11 @@ def _ratio(model: str, head: Head, words: set[str], size: str) -> str:
     shapes = [shape for shape in SHAPES if shape in head.params]
     nearest = min(shapes, key=lambda shape: abs(math.log(RATIOS[shape] / wanted)))
     if "square" not in shapes:  # a clip is wide or tall: 1000x999 is wide, 512x512 is neither
-        nearest = head.ratio if wanted == 1 else "landscape" if wanted > 1 else "portrait"
+        nearest = "landscape" if wanted > 1 else "portrait" if wanted < 1 else named or head.ratio
     elif abs(math.log(RATIOS[nearest] / wanted)) > math.log(1.5):
         raise bad(f"size {size} is far from every shape of {model}: {', '.join(shapes)}", "size")
-    own = RATIOS.get(named, wanted)
-    if (own - 1) * (wanted - 1) <= 0 and own != wanted and ("square" in shapes or wanted != 1):
+    own, near = RATIOS[named or nearest], RATIOS[nearest]
+    if (own - 1) * (near - 1) < 0 or (own == 1) != (near == 1):
         raise bad(f"size {size} contradicts {named!r} in {model}", "size")
     return named or nearest
 
@@ -579,7 +593,7 @@ class Record:
     FIELDS: dict[str, Any] = {}
 
     def __init__(self, **values: Any):
-        vars(self).update(copy.deepcopy(self.FIELDS) | values)
+        vars(self).update(json.loads(to_json(self.FIELDS)) | values)
         self.live()
 
     def live(self) -> None:
@@ -597,7 +611,7 @@ class Record:
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=dataclasses.asdict)
+    return json.dumps(value, separators=(",", ":"), default=dataclasses.asdict)
 
 
 # fmt: off
@@ -653,7 +667,9 @@ class Job(Record):
     }
 
     def live(self) -> None:
-        self.plan = Plan(**self.plan) if isinstance(self.plan, dict) else self.plan
+        if isinstance(self.plan, dict):  # as JSON keeps it
+            lists = {name: tuple(self.plan[name]) for name in ("costs", "images")}
+            self.plan = Plan(**self.plan | lists)
         self.outputs: list[Output] = []
         self.stage, self.task, self.changed = "", None, asyncio.Event()
 
@@ -707,14 +723,18 @@ class Store:
             self._lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:
             raise StoreError(f"{self.path.parent} is in use by another Flow2API") from None
+        self._reader = self._connect()
         try:
-            self._reader = self._connect()
+            self._rows("PRAGMA journal_mode=WAL")
+            if (found := self._rows("PRAGMA quick_check(1)")[0][0]) != "ok":
+                raise sqlite3.DatabaseError(found)
             version = self._rows("PRAGMA user_version")[0][0]
             if version > len(MIGRATIONS):
                 raise sqlite3.DatabaseError("made by a newer Flow2API")
             for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 self._reader.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
         except sqlite3.DatabaseError as err:
+            self._reader.close()
             self._lock.close()
             raise StoreError(f"{self.path}: {err}; nothing was changed, restore a backup") from None
         self._thread = threading.Thread(target=self._write_forever, name="store", daemon=True)
@@ -729,11 +749,11 @@ class Store:
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         db.row_factory = sqlite3.Row
-        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
         return db
 
     def _write_forever(self) -> None:
         db = self._connect()
+        db.execute("PRAGMA synchronous=FULL")
         while (batch := self._queue.get()) is not None:
             group = [batch]
             while group[-1] is not None and len(group) < 256 and not self._queue.empty():
@@ -741,9 +761,10 @@ class Store:
             if group[-1] is None:
                 self._queue.put(group.pop())  # the end comes after this group
             error = self._commit(db, [step for steps, _ in group for step in steps])
-            for _, done in group:
+            for steps, done in group:  # one that is refused takes no other along
+                own = self._commit(db, steps) if error and len(group) > 1 else error
                 if done.set_running_or_notify_cancel():
-                    done.set_exception(error) if error else done.set_result(None)
+                    done.set_exception(own) if own else done.set_result(None)
         db.close()
 
     def _commit(self, db: sqlite3.Connection, steps: list) -> StoreError | None:
@@ -752,7 +773,7 @@ class Store:
             for step in steps:
                 db.execute(*step)
             db.execute("COMMIT")
-        except sqlite3.Error as err:
+        except (sqlite3.Error, ValueError, OverflowError) as err:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             log.error("the database refused a write: %s", err)
@@ -833,7 +854,7 @@ InputImage = namedtuple("InputImage", "data type")
 
 def clean_session_token(text: str) -> str:
     """The bare token of what people paste: a value, `name=value`, or a whole Cookie header."""
-    match = re.search(r"next-auth\.session-token=([^;\s\"']+)", text)
+    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
     return match[1] if match else text.strip("\"'; \t\r\n")
 
 
@@ -933,7 +954,8 @@ def read_operation(item: dict) -> Status:
     """An element of operations[] (2025)."""
     medium, state = dig(item, "operation", "metadata"), read_state(dig(item, "status"))
     media = dig(item, "mediaGenerationId") or dig(medium, "name")
-    name, scene = dig(item, "operation", "name") or media, dig(item, "sceneId")
+    name, scene = media or item["operation"]["name"], dig(item, "sceneId")
+    name = dig(item, "operation", "name") or name
     url, data = dig(medium, "video", "fifeUrl"), base64.b64decode(dig(item, "rawBytes"))
     reason = dig(item, "operation", "error", "message")
     error = google_error(0, reason) if state == "failed" else None
@@ -951,7 +973,6 @@ def read_statuses(body: dict) -> Reply:
         for item in dig(body, "workflows", default=[]) if not found else []:
             name = item["metadata"]["primaryMediaId"]
             found[name] = Status(name, media=name, project=dig(item, "projectId"))
-        found.pop("", None)
         credits = dig(body, "remainingCredits", default=None)
         return Reply(list(found.values()), None if credits is None else int(credits))
     except (KeyError, TypeError, AttributeError, ValueError) as err:
@@ -961,7 +982,7 @@ def read_statuses(body: dict) -> Reply:
 
 def read_find(body: dict, batch: str) -> list[Status]:
     """The media in flow.projectInitialData that the submit with this batch id has made."""
-    contents = dig(body, "result", "data", "json", "projectContents", default={})
+    contents = dig(body, "projectContents", default={})
     flows = dig(contents, "workflows", default=[])
     ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == batch]
     names = {dig(flow, "name") for flow in ours}
@@ -974,6 +995,20 @@ def read_link(url: str) -> tuple[str, float]:
     """A signed URL and the unix second of its end; an hour where it doesn't say (Google: 5 h)."""
     expires = parse_qs(urlsplit(url).query).get("Expires", [""])[0]
     return url, float(expires) if expires.isdigit() else now() + 3600
+
+
+def why(err: Exception) -> str:
+    """What went wrong on the network. Not str(err): that can hold a proxy's password."""
+    return str(getattr(err, "os_error", "") or type(err).__name__)
+
+
+def good_proxy(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        schemes = ("http", "https", "socks4", "socks5", "socks5h")
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class Wire:
@@ -989,6 +1024,9 @@ class Wire:
         """aiohttp's request context manager. proxy: an address, "" for that of the settings."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
             proxy = self.settings["proxy.proxy_url"]
+        if proxy and not good_proxy(proxy):
+            words = "The proxy address can't be used; it must look like socks5://host:port"
+            raise GatewayError("proxy_unavailable", words)
         socks = proxy if proxy.startswith("socks") else ""
         if (socks, fresh) not in self.sessions:
             keep = {"limit": 0, "force_close": fresh}
@@ -1006,9 +1044,7 @@ class Wire:
             return aiohttp_socks.ProxyConnector.from_url(url.replace("socks5h:", "socks5:"), **keep)
         except ImportError:
             words = "A SOCKS proxy is set, and its package is missing: pip install aiohttp-socks"
-        except ValueError as err:
-            words = f"The proxy address can't be used: {err}"
-        raise GatewayError("proxy_unavailable", words)
+            raise GatewayError("proxy_unavailable", words) from None
 
     async def close(self) -> None:
         for session in self.sessions.values():
@@ -1040,10 +1076,10 @@ class RestFlow:
             async with self.wire.request(method, url, **options) as reply:
                 return reply.status, reply, await reply.read()
         except self.wire.not_sent as err:
-            words = f"No connection to {host}: {str(err) or type(err).__name__}"
+            words = f"No connection to {host}: {why(err)}"
         except (aiohttp.ClientError, TimeoutError, OSError) as err:
             code = "submit_unknown" if spends else code
-            words = f"The connection to {host} broke: {type(err).__name__}"
+            words = f"The connection to {host} broke: {why(err)}"
         raise GatewayError(code, words)
 
     def _read(self, status: int, raw: bytes, spends=False) -> dict:
@@ -1473,22 +1509,15 @@ def sniff(data: bytes) -> tuple[str, str]:
     return next(found, (b"", "application/octet-stream", "bin"))[1:]
 
 
-def require_public(address: str) -> None:
-    ip = ipaddress.ip_address(address.split("%")[0])
+def public_socket(address: tuple) -> socket.socket:
+    """aiohttp's socket factory for users' URLs. It sees the address that is really connected to,
+    whatever name, number or redirect led there."""
+    ip = ipaddress.ip_address(address[4][0].split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    if not ip.is_global or ip.is_multicast:
-        words = f"{address} is not a public address (server.allow_private_urls would allow it)"
-        raise bad(words, code="invalid_image")
-
-
-class GuardedResolver(aiohttp.ThreadedResolver):
-    """Refuses private addresses at the moment of connecting, when a name can't change any more."""
-
-    async def resolve(self, *name):
-        found = await super().resolve(*name)
-        for entry in found:
-            require_public(entry["host"])
-        return found
+    nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+    if nat64 or not ip.is_global or ip.is_multicast:
+        raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
+    return socket.socket(*address[:3])
 
 
 class Media:
@@ -1497,8 +1526,8 @@ class Media:
     def __init__(self, settings: Settings, wire: Wire):
         self.settings, self.wire = settings, wire
         self.kept, self.inputs = settings.data / "tmp", settings.data / "inputs"
-        for folder in (self.kept, self.inputs):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.kept.mkdir(exist_ok=True, mode=0o700)
+        self.inputs.mkdir(exist_ok=True, mode=0o700)
 
     def path(self, name: str) -> Path | None:
         """The kept file of this name; None where it is none of ours, or gone."""
@@ -1513,7 +1542,7 @@ class Media:
                 reply.raise_for_status()
                 return await self.keep(reply.content.iter_chunked(1 << 18))
         except (aiohttp.ClientError, TimeoutError, OSError) as err:
-            words = f"The download failed: {getattr(err, 'status', '') or type(err).__name__}"
+            words = f"The download failed: {getattr(err, 'status', '') or why(err)}"
             raise GatewayError("upstream_error", words) from None
 
     async def keep(self, chunks: AsyncIterator[bytes]) -> str:
@@ -1535,8 +1564,9 @@ class Media:
         while True:
             lifetime = self.settings["cache.timeout"] or math.inf
             for path in await asyncio.to_thread(lambda: list(self.kept.iterdir())):
-                if path.stat().st_mtime < now() - lifetime:
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                    if path.stat().st_mtime < now() - lifetime:
+                        path.unlink()
             await asyncio.sleep(min(60, max(1, lifetime / 4)))
 
     def save_inputs(self, job_id: str, images: list[InputImage]) -> list[str]:
@@ -1573,26 +1603,25 @@ class Media:
 
     async def _fetch(self, url: str, limit: int) -> bytes:
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s, `limit`."""
-        guarded = not self.settings["server.allow_private_urls"]
-        connector = aiohttp.TCPConnector(resolver=GuardedResolver() if guarded else None)
+        factory = None if self.settings["server.allow_private_urls"] else public_socket
+        connector = aiohttp.TCPConnector(socket_factory=factory)
         options = {"connector": connector, "timeout": aiohttp.ClientTimeout(total=20)}
         words = "it redirects too often"
         try:
             async with aiohttp.ClientSession(**options) as session:
                 for _ in range(4):
-                    host = urlsplit(url).hostname or ""
-                    if guarded and re.fullmatch(r"[\d.]+|.*:.*", host):
-                        require_public(host)
                     async with session.get(url, allow_redirects=False) as reply:
                         data = bytearray()
                         async for chunk in reply.content.iter_chunked(1 << 16):
-                            data += chunk[: limit + 1 - len(data)]
+                            data += chunk
+                            if len(data) > limit:
+                                break
                         if reply.status == 200:
                             return bytes(data)
                         words = f"it answered {reply.status}"
                         url = urljoin(url, reply.headers.get("Location", ""))
         except (aiohttp.ClientError, TimeoutError, OSError) as err:
-            words = type(err).__name__
+            words = why(err)
         raise bad(f"The picture's URL can't be fetched: {words}", code="invalid_image")
 
 
@@ -1618,14 +1647,6 @@ class Generation:
     notes: list[str] = field(default_factory=list)
 
 
-def record(err: GatewayError) -> dict:
-    return {"code": err.code, "message": str(err)}
-
-
-def recall(error: dict) -> GatewayError:
-    return GatewayError(error["code"], error["message"])
-
-
 class Jobs:
     """Takes jobs from acceptance to their end, over restarts; the only writer of job state."""
 
@@ -1642,7 +1663,7 @@ class Jobs:
             self._learn(job)
 
     async def create(self, generation: Generation, origin: str, detached=False) -> Job:
-        """Once this returns, the job is on disk and under way. Raises as `able` does, or queue_full."""
+        """Once it returns, the job is on disk and under way. Raises like `able`, or queue_full."""
         plan, n = generation.plan, generation.n
         self.pool.able(plan, n)
         if len(self.pool.waiting) >= (limit := self.settings["limits.queue"]):
@@ -1679,7 +1700,7 @@ class Jobs:
             if job.id in self.open:
                 job.task.cancel()
             gone = GatewayError("cancelled", "The client left before anything was sent or spent")
-            await self._step(job, "cancelled", error=record(gone))
+            await self._step(job, "cancelled", error=gone.record())
 
     def progress(self, job: Job) -> tuple[int, int] | None:
         """(percent, number of earlier jobs behind it): elapsed time against their median, since
@@ -1717,9 +1738,7 @@ class Jobs:
                 self._start(job)
 
     async def stop(self) -> None:
-        tasks = [job.task for job in self.open.values()]
-        for task in tasks:
-            task.cancel()
+        tasks = [job.task for job in self.open.values() if job.task.cancel()]
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self, job: Job) -> None:
@@ -1735,13 +1754,13 @@ class Jobs:
             if job.state == "running":
                 await self._await(job, job.outputs, job.deadline)
                 if not job.done():
-                    raise recall(job.outputs[0].error)
+                    raise GatewayError(**job.outputs[0].error)
                 await self._step(job, "settling")
             paid = [output for output in job.outputs if output.state != "failed" or output.made]
             await asyncio.gather(*(self._settle(job, output) for output in paid))
             await self._step(job, "completed", completed_at=now())
         except GatewayError as err:
-            await self._step(job, "failed", error=record(err), completed_at=now())
+            await self._step(job, "failed", error=err.record(), completed_at=now())
         except Exception:
             log.critical("%s stands still until the next start", job.id, exc_info=True)
         self._tell(job)
@@ -1769,7 +1788,10 @@ class Jobs:
         message = job.error.get("message", "")
         log.info("%s %s %s", job.id, job.state, message)
         entry = {"operation": f"generate_{job.plan.kind}", "model": job.plan.model}
-        entry |= {"error": message, "status_code": recall(job.error).status if job.error else 200}
+        entry |= {
+            "error": message,
+            "status_code": GatewayError(**job.error).status if job.error else 200,
+        }
         entry["duration"] = round(now() - job.created_at, 3)
         row = {"created_at": now(), "job_id": job.id, "token_id": job.token_id}
         self.store.put_rows(("logs", row | {"data": to_json(entry)}))
@@ -1905,7 +1927,7 @@ class Jobs:
     async def _take(self, output: Output, status: Status) -> None:
         """Notes what Google says of an output."""
         output.state, output.media = status.state, status.media or output.media
-        output.error = record(status.error) if status.error else {}
+        output.error = status.error.record() if status.error else {}
         if status.url:
             output.url, output.url_expires = read_link(status.url)
         if status.data:
@@ -1925,7 +1947,7 @@ class Jobs:
                 words += f" {output.project} as {output.media or output.name}"
                 output.state, output.error = (
                     "failed",
-                    record(GatewayError("generation_timeout", words)),
+                    GatewayError("generation_timeout", words).record(),
                 )
             await self.store.put(*late)
             with contextlib.suppress(TimeoutError):
@@ -1975,7 +1997,7 @@ class Jobs:
             await self.store.put(output)
             await self._await(job, [output], now() + self.settings["generation.video_timeout"])
             if output.state == "failed":
-                raise recall(output.error)
+                raise GatewayError(**output.error)
         except GatewayError as err:
             vars(output).update(output.made, state="done", error={})
             job.notes.append(f"Upscaling to {job.plan.upscale} failed, this is the original: {err}")
@@ -2033,7 +2055,10 @@ Chat = namedtuple("Chat", "model stream usage images text generation")
 async def read_json(request: web.Request) -> dict:
     """The JSON object in a request. Raises invalid_request."""
     try:
-        body = json.loads(await request.read())
+        raw = await request.read()
+        body = json.loads(raw)
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half a surrogate pair is no text
+            body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as err:
         raise bad(f"The body is not JSON: {str(err)[:120]}") from None
     if not isinstance(body, dict):
@@ -2133,7 +2158,7 @@ def read_size(body: dict) -> str:
 
 def read_count(body: dict) -> int:
     n = 1 if body.get("n") in (None, "") else body["n"]
-    n = int(n) if isinstance(n, str) and n.isdecimal() else n
+    n = int(n) if n in ("1", "2", "3", "4") else n
     if type(n) is not int or not 1 <= n <= 4:
         raise bad("n must be a whole number from 1 to 4", "n")
     return n
@@ -2271,7 +2296,7 @@ class ChatAnswer:
 
     def error(self, job: Job) -> GatewayError:
         words = f"Flow2API is interrupted; job {job.id} goes on at its next start"
-        return recall(job.error) if job.error else GatewayError("shutting_down", words)
+        return GatewayError(**job.error) if job.error else GatewayError("shutting_down", words)
 
     async def whole(self, job: Job | None = None) -> web.Response:
         if job:
@@ -2285,7 +2310,7 @@ class ChatAnswer:
         return web.json_response(body, headers=job_headers(job))
 
     async def send(self, data: dict | str) -> None:
-        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+        text = data if isinstance(data, str) else json.dumps(data)
         await self.reply.write(f"data: {text}\n\n".encode())
 
     async def delta(self, finish: str | None = None, **delta: Any) -> None:
@@ -2331,8 +2356,8 @@ def progress_line(jobs: Jobs, job: Job) -> str:
     """A line on where the job stands; no number in it is invented."""
     if job.stage or not job.outputs:
         waiting = [waiting for waiting, _ in jobs.pool.waiting.values()]
-        place = waiting.index(job) if job in waiting else 0
-        return (job.stage or "Starting") + (f" ({place} before this one)" if place else "") + "\n"
+        before = f" ({waiting.index(job)} before this one)" if job in waiting[1:] else ""
+        return (job.stage or "Starting") + before + "\n"
     ready = f"{len(job.done())} of {job.n} done, " if job.n > 1 else ""
     elapsed = f"{ready}generating for {int(now() - job.submitted_at)} s"
     if not (estimate := jobs.progress(job)):
@@ -2371,11 +2396,11 @@ def bearer(request: web.Request) -> str:
 
 
 def same(given: str, known: str) -> bool:
-    return hmac.compare_digest(given.encode(), known.encode())
+    return hmac.compare_digest(given.encode(errors="backslashreplace"), known.encode())
 
 
 def digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.encode(errors="backslashreplace")).hexdigest()
 
 
 def hash_password(password: str, salt: bytes) -> str:
@@ -2385,9 +2410,9 @@ def hash_password(password: str, salt: bytes) -> str:
 
 def same_password(password: str, known: str) -> bool:
     """`known`: a hash, or the text that stands in setting.toml."""
-    if not known.startswith("scrypt$"):
-        return known != "" and same(password, known)
-    return same(hash_password(password, bytes.fromhex(known.split("$")[1])), known)
+    hashed = re.match(r"scrypt\$([0-9a-f]+)\$", known)
+    given = hash_password(password, bytes.fromhex(hashed[1])) if hashed else password
+    return known != "" and same(given, known)
 
 
 def ok(message: str, **more: Any) -> web.Response:
@@ -2444,6 +2469,8 @@ def token_fields(body: dict) -> dict:
     for name, value in fields.items():
         if type(value) is not TOKEN_FIELDS[name]:
             raise bad(f"{name} must be of type {TOKEN_FIELDS[name].__name__}", name)
+    if fields.get("proxy_url") and not good_proxy(fields["proxy_url"]):
+        raise bad("proxy_url must look like http://host:port or socks5://host:port", "proxy_url")
     return fields
 
 
@@ -2541,9 +2568,8 @@ class DemoMedium(namedtuple("DemoMedium", "name kind prompt ratio ready project 
 
 class Demo:
     """A small simulated Flow on loopback, with believable timing: sessions, projects, credits,
-    uploads, pictures, clips, upscaling. Its content policy refuses prompts with "unsafe" in them.
-    replies: "new" (2026) or "old" (2025). accounts: by session token. calls: what was asked of
-    it, (path, body)."""
+    uploads, pictures, clips, upscaling. Its content policy refuses the word "unsafe". replies:
+    "new" (2026) or "old" (2025). accounts: by session token. calls: (path, body) of each."""
 
     def __init__(self, image_seconds=2.0, video_seconds=12.0, replies="new"):
         self.image_seconds, self.video_seconds, self.replies = image_seconds, video_seconds, replies
@@ -2631,8 +2657,9 @@ class Demo:
     async def upload(self, request, body, account):
         return {"media": {"name": str(uuid.uuid4())}}
 
-    def charge(self, account: dict, key: str, n: int) -> web.Response | None:
+    def charge(self, account: dict, wanted: list[dict]) -> web.Response | None:
         """Takes the credits, or answers why not."""
+        key, n = wanted[0].get("videoModelKey") or wanted[0]["imageModelName"], len(wanted)
         price = next((costs for pattern, costs in DEMO_PRICES if re.search(pattern, key)), ())
         if not price:
             return self.refuse(404, "", "Requested entity was not found.")
@@ -2656,10 +2683,9 @@ class Demo:
         return made
 
     async def images(self, request, body, account):
-        wanted = body["requests"]
-        if refused := self.charge(account, wanted[0]["imageModelName"], len(wanted)):
+        if refused := self.charge(account, body["requests"]):
             return refused
-        if "unsafe" in json.dumps(wanted):
+        if "unsafe" in json.dumps(body):
             return self.refuse(400, "PUBLIC_ERROR_UNSAFE_GENERATION")
         await asyncio.sleep(self.image_seconds)
         made = self.make(body, "image", request.match_info["project"])
@@ -2672,11 +2698,10 @@ class Demo:
         return {"encodedImage": base64.b64encode(larger).decode()}
 
     async def videos(self, request, body, account):
-        wanted = body["requests"]
-        if refused := self.charge(account, wanted[0]["videoModelKey"], len(wanted)):
+        if refused := self.charge(account, body["requests"]):
             return refused
-        larger = request.match_info["mode"] == "UpsampleVideo"
-        name = wanted[0]["videoInput"]["mediaId"] + "_upsampled" if larger else ""
+        source = dig(body, "requests", 0, "videoInput", "mediaId")
+        name = f"{source}_upsampled" if request.match_info["mode"] == "UpsampleVideo" else ""
         made = self.make(body, "video", body["clientContext"]["projectId"], name)
         return self.clips(made) | {"remainingCredits": account["credits"]}
 
@@ -2708,9 +2733,8 @@ class Demo:
         return ids | made | {"mediaMetadata": {"mediaStatus": status}}
 
     async def file(self, request, body, account):
-        medium = self.media[request.match_info["name"]]
-        kind = "video/mp4" if medium.kind == "video" else "image/png"
-        return web.Response(body=medium.file(), content_type=kind)
+        data = self.media[request.match_info["name"]].file()
+        return web.Response(body=data, content_type=sniff(data)[0])
 
 
 # ---- 13. Main -------------------------------------------------------------------------------
@@ -2724,7 +2748,7 @@ ROUTES = (  # method, path, handler, who may call it
     ("POST", "/api/admin/login", login, PUBLIC),
     ("GET", "/api/tokens", list_tokens, ADMIN),
     ("POST", "/api/tokens", add_token, ADMIN),
-    ("DELETE", r"/api/tokens/{id:\d+}", delete_token, ADMIN),
+    ("DELETE", r"/api/tokens/{id:\d{1,18}}", delete_token, ADMIN),
     ("GET", "/v1/models", list_models, KEY),
     ("GET", "/v1/models/{model}", get_model, KEY),
     ("POST", "/v1/chat/completions", chat_completions, KEY),
@@ -2792,9 +2816,7 @@ async def workings(app: web.Application) -> AsyncIterator[None]:
     loops = gateway.pool.keep_fresh, gateway.jobs.poll_forever, gateway.media.expire_forever
     tasks = [asyncio.create_task(for_ever(loop())) for loop in loops]
     yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*(task for task in tasks if task.cancel()), return_exceptions=True)
     await gateway.close()
 
 
@@ -2820,8 +2842,9 @@ def make_app(settings: Settings, store: Store) -> web.Application:
     app[GATEWAY] = Gateway(settings, store)
     for method, path, handler, role in ROUTES:
         for prefix in ALIASES if path.startswith("/v1/") else ("",):
-            route = prefix + path.removeprefix("/v1")
-            app.router.add_route(method, route, guard(handler, role))
+            for verb in ("GET", "HEAD") if method == "GET" else (method,):
+                route = prefix + path.removeprefix("/v1")
+                app.router.add_route(verb, route, guard(handler, role))
     app.on_response_prepare.append(expose)
     app.on_shutdown.append(announce_stop)
     app.cleanup_ctx.append(workings)
@@ -2902,6 +2925,11 @@ async def start_demo(settings: Settings, stack: contextlib.AsyncExitStack) -> li
     return [pro, demo.account("ultra@demo.example", "PAYGATE_TIER_TWO", 25000)]
 
 
+def hide(text: str) -> str:
+    """The text without the password of a URL in it."""
+    return re.sub(r"//[^@/]*@", "//***@", text)
+
+
 async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     """What --check tells: (is it well, a line with what to do). Spends nothing."""
     for warning in settings.warnings:
@@ -2915,15 +2943,14 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
     gateway = Gateway(settings, store)
-    wire, pool = gateway.wire, gateway.pool
-    url, proxy = settings["flow.labs_base_url"], settings["proxy.proxy_url"]
-    way = re.sub(r"//[^@/]*@", "//***@", proxy) if settings["proxy.proxy_enabled"] else "no proxy"
-    try:
-        timeout = aiohttp.ClientTimeout(total=15)
-        async with wire.request("GET", f"{url}/auth/session", timeout=timeout) as reply:
-            yield reply.status < 500, f"{url} answers {reply.status} through {way}"
-    except (GatewayError, *wire.not_sent, aiohttp.ClientError, TimeoutError, OSError) as err:
-        yield False, f"{url} can't be reached through {way}; check network and [proxy]: {err}"
+    wire, pool, timeout = gateway.wire, gateway.pool, aiohttp.ClientTimeout(total=15)
+    way = hide(settings["proxy.proxy_url"]) if settings["proxy.proxy_enabled"] else "no proxy"
+    for url in (settings["flow.labs_base_url"], settings["flow.api_base_url"]):
+        try:
+            async with wire.request("GET", url, timeout=timeout) as reply:
+                yield reply.status < 500, f"{url} answers {reply.status} through {way}"
+        except (GatewayError, *wire.not_sent, aiohttp.ClientError, TimeoutError, OSError) as err:
+            yield False, f"{url} can't be reached through {way}; check network and [proxy]: {err}"
     if not pool.tokens:
         yield False, "no Google account yet: start Flow2API and add one (README, Session token)"
     for token in pool.tokens.values():
@@ -2941,7 +2968,7 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
 async def check(settings: Settings) -> bool:
     """--check: the settings in force, then the findings -> whether all is well."""
     for name in SETTING:
-        value = "(set)" if name in SECRETS and settings[name] else repr(settings[name])
+        value = "(set)" if name in SECRETS and settings[name] else hide(repr(settings[name]))
         print(f"      {name} = {value}  ({settings.source(name)})")
     all_well = True
     async for well, text in findings(settings):
