@@ -58,7 +58,7 @@ import uuid
 import zlib
 from collections import namedtuple
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, urljoin, urlsplit
@@ -124,7 +124,6 @@ SETTINGS = (
     Setting("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
     Setting("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
     Setting("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
-    Setting("server.log_format", "text", "How log lines are written.", choices=("text", "json")),
     Setting("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
     Setting("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
     Setting("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
@@ -145,7 +144,6 @@ SETTINGS = (
     Setting("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
     Setting("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     Setting("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    Setting("limits.streams", 500, "Answers that may be open at once.", 1, 100000),
     Setting("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     Setting("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
 )
@@ -185,6 +183,8 @@ class Settings:
     def read_file(self, path: Path) -> None:
         """Takes the values of a TOML file; a missing file is an empty one."""
         self.folder = path.parent
+        if not self.folder.is_dir():
+            raise SettingError(f"{self.folder}: there is no such folder")
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
@@ -200,8 +200,9 @@ class Settings:
                 self.models[name] = key
                 key.format(P="", O="", U="", D=0)
             except (AttributeError, LookupError, ValueError):
-                words = f"{path.name}: [models] {name} can't be {key!r}; allowed: a text, in it at"
-                raise SettingError(f"{words} most {{P}} {{O}} {{U}} {{D}}") from None
+                words = "a text, with at most {P} {O} {U} {D} in it"
+                words = f"{path.name}: [models] {name} can't be {key!r}; allowed: {words}"
+                raise SettingError(words) from None
 
     def read_environment(self, environ: dict[str, str]) -> None:
         names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
@@ -244,7 +245,8 @@ ERRORS = {  # code: (HTTP status, what it does)
     )
     for code in codes.split()
 }
-TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # OpenAI's words; others by class
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
+TYPES[500] = "server_error"  # by status, or its hundred
 
 # Google's reason -> code, first pause of the account in seconds, words. The first match counts.
 # Reasons are the PUBLIC_ERROR_* of error.details[].reason and of failed media, and failureReasons.
@@ -254,48 +256,42 @@ REASONS = (
      "Google refuses Flow to this account (region, age or availability)"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
     ("UNUSUAL_ACTIVITY|reCAPTCHA", "captcha_required", 300,
-     "Google wants a reCAPTCHA token with this, and no browser is connected that could give one;"
-     " use Flow once by hand in this account's own browser, or connect the companion extension"),
+     "Google wants a reCAPTCHA token, and no browser is connected that could give one. Use Flow"
+     " once by hand in this account's own browser, or connect the companion extension"),
     ("DAILY_QUOTA", "account_daily_quota", 60, "This model's quota of the day is used up"),
     ("QUOTA_REACHED", "account_no_credits", 600, "The account has no credits left"),
     ("MODEL_ACCESS_DENIED", "model_not_for_account", 0, "The account's plan lacks this model"),
     ("CONCURRENT_LIMIT", "account_busy", 20, "The account has too many clips under way"),
-    ("HIGH_TRAFFIC|OVERLOADED|DUE_TO_TRAFFIC|SOMETHING_WENT|TIMED_OUT", "upstream_busy", 0,
-     "Flow is overloaded"),
+    ("TRAFFIC|OVERLOADED|SOMETHING_WENT|TIMED_OUT", "upstream_busy", 0, "Flow is overloaded"),
     ("NON_ENGLISH", "invalid_request", 0, "Flow wants an English prompt for this"),
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
-    ("IMAGE_TOO_|IMAGE_FILE_FORMAT", "invalid_image", 0,
-     "Flow does not take this picture (its size or format)"),
+    ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
     ("UNSAFE|SEXUAL|VIOLENCE|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBITED|REPUTATION"
      "|_EDIT", "content_policy_violation", 0,
      "Google's content policy refused this prompt or picture; change it and try again"),
 )
-BY_STATUS = (  # where there is no known reason: HTTP status (0: a clip failed later), code, words
-    (0, "generation_failed", "The generation failed at Google"),
-    (401, "account_refused", "Google refused this account"),
-    (403, "account_refused", "Google refused this account"),
-    (404, "model_unavailable", "Google does not know this model key or medium; the new key of a"
+BY_STATUS = (  # where there is no known reason: HTTP statuses (0: a clip failed later), code, words
+    ((0,), "generation_failed", "The generation failed at Google"),
+    ((401, 403), "account_refused", "Google refused this account"),
+    ((404,), "model_unavailable", "Google does not know this model key or medium; the new key of a"
      " renamed model goes into [models] of setting.toml"),
-    (429, "account_throttled", "Google is slowing this account down"),
-    (408, "upstream_error", "Google's side took too long"),
-    (499, "upstream_error", "Google's side took too long"),
-    (500, "upstream_error", "Google's side failed"),
-    (400, "upstream_changed", "Google refused the form of our request"),
+    ((408, 499), "upstream_error", "Google's side took too long"),
+    ((429,), "account_throttled", "Google is slowing this account down"),
+    (range(400, 500), "upstream_changed", "Google refused the form of our request"),
+    (range(1000), "upstream_error", "Google's side failed"),
 )
 # fmt: on
 
 
 class GatewayError(Exception):
     """A failure that a caller is told about: a code of ERRORS and words of its own.
-
     `param` is the request field at fault, `retry_after` seconds for the header of that name,
     `pause` the seconds an account steps back at first, `upstream` Google's HTTP status if any."""
 
     def __init__(self, code: str, message: str, *, param=None, retry_after=0, pause=60, upstream=0):
         super().__init__(message)
         self.status, self.does = ERRORS[code]
-        other = "invalid_request_error" if self.status < 500 else "server_error"
-        self.type = TYPES.get(self.status, other)
+        self.type = TYPES.get(self.status, TYPES[500 if self.status >= 500 else 400])
         self.code, self.param, self.retry_after = code, param, retry_after
         self.pause, self.upstream = pause, upstream
 
@@ -321,8 +317,7 @@ def google_error(status: int, reason: str, message: str = "") -> GatewayError:
     for pattern, code, pause, words in REASONS:
         if re.search(pattern, f"{reason} {message}"):
             return GatewayError(code, words + said, pause=pause, upstream=status)
-    known = [row for row in BY_STATUS if row[0] == status or status >= 500 == row[0]]
-    _, code, words = known[0] if known else BY_STATUS[-1]
+    _, code, words = next(row for row in BY_STATUS if status in row[0])
     return GatewayError(code, words + said, upstream=status)
 
 
@@ -350,10 +345,8 @@ KEY_ROWS = (
     ("veo_3_1_lite", "frames", "veo_3_1_interpolation_lite", "veo_3_1_i2v_s_lite_{D}s_fl"),
     ("veo_3_1_lite", "references", "veo_3_1_r2v_lite", ""),
     ("veo_3_1_lite", "extend", "veo_3_1_extension_lite", ""),
-    ("omni_flash", "text", "abra_t2v_{D}s", "abra_t2v_{D}s"),
-    ("omni_flash", "start", "abra_i2v_{D}s", "abra_i2v_{D}s"),
-    ("omni_flash", "frames", "abra_i2v_{D}s", "abra_i2v_{D}s"),
-    ("omni_flash", "references", "abra_r2v_{D}s", "abra_r2v_{D}s"),
+    *(("omni_flash", mode, f"abra_{wire}_{{D}}s", f"abra_{wire}_{{D}}s") for mode, wire in
+      (("text", "t2v"), ("start", "i2v"), ("frames", "i2v"), ("references", "r2v"))),
     ("omni_flash", "edit", "abra_edit", ""),
 )
 COSTS = {  # credits of one clip on a free, Pro and Ultra account, by its seconds; None: not there
@@ -368,9 +361,6 @@ UPSCALES = {"": (0, 0, 0), "1080p": (None, 0, 0), "4k": (None, None, 50),
 MODES = {"text": "text to video", "start": "start frame", "frames": "start and end frame",
          "references": "reference pictures", "extend": "extension of a clip",
          "edit": "edit of a clip", "image": "picture"}
-# fmt: on
-
-
 # Upstream keys by the names that [models] in setting.toml overrides: pictures by family; clips by
 # family and mode, with `_short` for 4 and 6 s. The relaxed family is lite at low priority.
 KEYS = {"nano_banana_pro": "GEM_PIX_2", "nano_banana_2": "NARWHAL"}
@@ -379,12 +369,8 @@ KEYS |= {f"{family}_{mode}": key for family, mode, key, _ in KEY_ROWS}
 KEYS |= {f"{family}_{mode}_short": short for family, mode, _, short in KEY_ROWS if short}
 _LITE = {name: key for name, key in KEYS.items() if name.startswith("veo_3_1_lite")}
 KEYS |= {name.replace("lite", "relaxed"): f"{key}_low_priority" for name, key in _LITE.items()}
-
-
-# The part of a model id before its parameters: what it stands for, the parameters that it takes,
-# its own shape, its mode, and what a caller should know of it.
+# What the part of a model id before its parameters stands for, and which parameters it takes.
 Head = namedtuple("Head", "family params ratio mode note", defaults=["portrait", "auto", ""])
-# fmt: off
 SHAPES, SIZES, SIDES = tuple(RATIOS), ("1K", "2K", "4K"), ("portrait", "landscape")
 LENGTHS = ("4s", "6s", "8s", "10s")
 CLIPS = (*SIDES, "fast", "lite", "relaxed", "fl", *LENGTHS[:3], "1080p", "4k")
@@ -418,7 +404,6 @@ CONFLICTS = (SHAPES, ("lite", "fast"), ("lite", "relaxed"), LENGTHS, ("1080p", "
 @dataclass(frozen=True)
 class Plan:
     """What a request comes to, before an account is chosen.
-
     kind: "image" or "video". mode: a key of MODES. ratio: a key of RATIOS. seconds: length of a
     clip, 0 for pictures. upscale: a key of UPSCALES. template: see KEYS. costs: credits of one
     output per tier, upscaling included, None where the tier is not served. images: how many input
@@ -544,9 +529,9 @@ def _ratio(model: str, head: Head, words: set[str], size: str) -> str:
     named = next((shape for shape in SHAPES if shape in words), "")
     if not size or size == "auto":
         return named or head.ratio
-    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*:]\s*(\d{1,6})\s*", size)
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*:]\s*(\d{1,6})\s*", str(size))
     if not match or not int(match[1]) or not int(match[2]):
-        raise bad(f"size must look like 1280x720 or 16:9, not {size[:40]!r}", "size")
+        raise bad(f"size must look like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
     wanted = int(match[1]) / int(match[2])
     shapes = [shape for shape in SHAPES if shape in head.params]
     nearest = min(shapes, key=lambda shape: abs(math.log(RATIOS[shape] / wanted)))
@@ -585,9 +570,8 @@ MODELS = tuple(dict.fromkeys("".join(word) for row in _CHOICES for word in itert
 
 
 class Record:
-    """A durable record. FIELDS: its fields and their defaults. COLUMNS are columns of TABLE, the
-    rest is JSON in `data`, so that a new field needs no migration. Attributes that `live` sets
-    are not stored."""
+    """A durable record. FIELDS: names and defaults; COLUMNS are columns of TABLE, the rest is JSON
+    in `data`, so that a new field needs no migration. `live` sets what is in memory only."""
 
     TABLE, COLUMNS = "", ()
     FIELDS: dict[str, Any] = {}
@@ -595,9 +579,6 @@ class Record:
     def __init__(self, **values: Any):
         vars(self).update(json.loads(to_json(self.FIELDS)) | values)
         self.live()
-
-    def live(self) -> None:
-        """Sets what lives in memory only."""
 
     def row(self) -> dict:
         kept = {name: getattr(self, name) for name in self.FIELDS}
@@ -716,13 +697,15 @@ class Store:
         """Raises StoreError. Only one process may have a data folder open, since two would run
         the same jobs; a second SQLite file is the lock, which works on every system."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.path.touch(0o600)
         lock = self.path.with_name("lock.db")
+        for path in (self.path, lock):
+            path.touch(0o600)
         try:
             self._lock = sqlite3.connect(lock, timeout=0, check_same_thread=False)
             self._lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            raise StoreError(f"{self.path.parent} is in use by another Flow2API") from None
+        except sqlite3.OperationalError as err:
+            words = "in use by another Flow2API" if "locked" in str(err) else f"not usable: {err}"
+            raise StoreError(f"{self.path.parent} is {words}") from None
         self._reader = self._connect()
         try:
             self._rows("PRAGMA journal_mode=WAL")
@@ -795,8 +778,8 @@ class Store:
     def put_rows(self, *rows: tuple[str, dict]) -> asyncio.Future:
         """Writes (table, row) pairs, all or none."""
         sql = "INSERT OR REPLACE INTO {} ({}) VALUES ({})"
-        steps = [(sql.format(t, ", ".join(r), ", ".join("?" * len(r))), r) for t, r in rows]
-        return self._write(*((text, tuple(row.values())) for text, row in steps))
+        texts = (sql.format(name, ", ".join(row), ", ".join("?" * len(row))) for name, row in rows)
+        return self._write(*zip(texts, (tuple(row.values()) for _, row in rows), strict=True))
 
     def delete_token(self, token_id: int) -> asyncio.Future:
         return self._write(("DELETE FROM tokens WHERE id = ?", (token_id,)))
@@ -886,7 +869,7 @@ def submit_request(job: Job, tier: str, media: list[str], context: dict) -> dict
             frames = zip(("startImage", "endImage"), media, strict=False)
             wanted |= {name: {"mediaId": medium} for name, medium in frames}
         batch["audioFailurePreference"] = "BLOCK_SILENCED_VIDEOS"
-    requests = [wanted | {"seed": seed} for seed in _seeds(job.n)]
+    requests = [wanted | {"seed": seed} for seed in random.sample(range(1, 100_000), job.n)]
     return {"mediaGenerationContext": batch, "clientContext": context, "requests": requests} | extra
 
 
@@ -899,12 +882,11 @@ def upscale_request(job: Job, output: Output, context: dict) -> dict:
     ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
     wanted = {"videoModelKey": f"veo_3_1_upsampler_{size}", "videoInput": media}
     wanted |= {"aspectRatio": f"VIDEO_ASPECT_RATIO_{ratio}", "metadata": {"sceneId": scene}}
-    wanted["resolution"], wanted["seed"] = f"VIDEO_RESOLUTION_{size.upper()}", _seeds(1)[0]
+    wanted["resolution"], wanted["seed"] = (
+        f"VIDEO_RESOLUTION_{size.upper()}",
+        random.randrange(99999),
+    )
     return {"clientContext": context, "requests": [wanted], "useV2ModelConfig": True}
-
-
-def _seeds(n: int) -> list[int]:
-    return random.sample(range(1, 100_000), n)
 
 
 def by_media(output: Output) -> bool:
@@ -1277,7 +1259,6 @@ class Pool:
     """The accounts: in memory, written on change. Nothing else changes a token. A lease is the
     right to use a token for one job: a slot of its kind, and credits reserved until it is sent."""
 
-    LONGEST_PAUSE = 3600.0
     EARLY = 600.0  # seconds before its end at which an access token is renewed
 
     def __init__(self, settings: Settings, store: Store, upstream: RestFlow):
@@ -1365,12 +1346,6 @@ class Pool:
             if err.does == "session":
                 self.blame(token, err)
 
-    def note_credits(self, token: Token, credits: int | None) -> None:
-        """The balance that a reply to something else carried."""
-        if credits is not None:
-            token.credits = credits
-            self.store.put(token)
-
     def praise(self, token: Token, kind: str, outputs: int) -> None:
         """A generation went well."""
         token.failures, token.paused_for = 0, None
@@ -1383,7 +1358,7 @@ class Pool:
         token.error_count += 1
         again = token.paused_for is not None and token.paused_for.code == err.code
         token.pause = max(token.pause * 2 if again else err.pause, err.retry_after)
-        length = min(token.pause, self.LONGEST_PAUSE) * random.uniform(0.9, 1.1)
+        length = min(token.pause, 3600) * random.uniform(0.9, 1.1)
         token.paused_until, token.paused_for = now() + length, err
         token.failures += err.does == "banning"
         if err.code == "account_no_credits":
@@ -1412,11 +1387,10 @@ class Pool:
         kinds = {"image": "pictures", "video": "clips"}[plan.kind]
         tiers = " or ".join(plan.prices())
         rest = [token for token in self.tokens.values() if token.id not in tried]
-        if not rest:
-            words = "There is no Google account yet: add one on the admin page, or POST /api/tokens"
-            raise GatewayError("no_accounts", words)
+        none = "There is no Google account yet: add one on the admin page, or POST /api/tokens"
         enabled, needs = f"{plan.kind}_enabled", f"{plan.model} needs a Google account with {tiers}"
         for code, words, fits in (
+            ("no_accounts", none, lambda t: True),
             ("no_accounts", "All accounts are disabled", lambda t: t.is_active),
             ("no_accounts", f"No account makes {kinds}", lambda t: getattr(t, enabled)),
             ("tier_required", needs, lambda t: plan.cost(t.tier) is not None),
@@ -1514,8 +1488,7 @@ def public_socket(address: tuple) -> socket.socket:
     whatever name, number or redirect led there."""
     ip = ipaddress.ip_address(address[4][0].split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
-    if nat64 or not ip.is_global or ip.is_multicast:
+    if not ip.is_global or ip.is_multicast or ip in ipaddress.ip_network("64:ff9b::/96"):
         raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
     return socket.socket(*address[:3])
 
@@ -1575,10 +1548,6 @@ class Media:
             (self.inputs / name).write_bytes(image.data)
         return names
 
-    def load_input(self, name: str) -> InputImage:
-        data = (self.inputs / name).read_bytes()
-        return InputImage(data, sniff(data)[0])
-
     def drop_inputs(self, names: Iterable[str]) -> None:
         for name in names:
             (self.inputs / name).unlink(missing_ok=True)
@@ -1604,7 +1573,7 @@ class Media:
     async def _fetch(self, url: str, limit: int) -> bytes:
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s, `limit`."""
         factory = None if self.settings["server.allow_private_urls"] else public_socket
-        connector = aiohttp.TCPConnector(socket_factory=factory)
+        connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
         options = {"connector": connector, "timeout": aiohttp.ClientTimeout(total=20)}
         words = "it redirects too often"
         try:
@@ -1636,15 +1605,9 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
 }
 
 
-@dataclass
-class Generation:
-    """One validated request of a client. Nothing has been spent yet."""
-
-    plan: Plan
-    prompt: str
-    n: int = 1
-    images: list[InputImage] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+# One validated request of a client: a Plan, the prompt, how many outputs, the input pictures, and
+# what the client should be told. Nothing has been spent yet.
+Generation = namedtuple("Generation", "plan prompt n images notes", defaults=[1, [], []])
 
 
 class Jobs:
@@ -1668,7 +1631,7 @@ class Jobs:
         self.pool.able(plan, n)
         if len(self.pool.waiting) >= (limit := self.settings["limits.queue"]):
             raise GatewayError("queue_full", f"{limit} jobs are waiting already", retry_after=30)
-        given = {"prompt": generation.prompt, "notes": generation.notes, "created_at": now()}
+        given = {"prompt": generation.prompt, "notes": [*generation.notes], "created_at": now()}
         job = Job(plan=plan, n=n, origin=origin, detached=detached, **given)
         job.id = f"{plan.kind}_{secrets.token_hex(12)}"
         job.deadline = now() + self.settings[f"generation.{plan.kind}_timeout"]
@@ -1846,7 +1809,8 @@ class Jobs:
         media = []
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
-            image = await asyncio.to_thread(self.media.load_input, name)
+            data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
+            image = InputImage(data, sniff(data)[0])
             media.append(await self.upstream.upload(token, project, image))
         await self.pool.update(token, last_used_at=now(), use_count=token.use_count + 1)
         sent = {"token_id": token.id, "project": project, "batch": str(uuid.uuid4())}
@@ -1862,8 +1826,8 @@ class Jobs:
             job.outputs.append(output)
             await self._take(output, status)
         self.pool.spent(job)
-        if job.token_id in self.pool.tokens:
-            self.pool.note_credits(self.pool.tokens[job.token_id], reply.credits)
+        if job.token_id in self.pool.tokens and reply.credits is not None:
+            await self.pool.update(self.pool.tokens[job.token_id], credits=reply.credits)
         deadline = now() + self.settings[f"generation.{job.plan.kind}_timeout"]
         await self._step(job, "running", *job.outputs, deadline=deadline)
         self.media.drop_inputs(job.inputs)
@@ -1912,7 +1876,8 @@ class Jobs:
                 self.pool.blame(token, err)
             return
         self._poll_after.pop(token.id, None)
-        self.pool.note_credits(token, reply.credits)
+        if reply.credits is not None:
+            await self.pool.update(token, credits=reply.credits)
         statuses = {status.name: status for status in reply.statuses}
         most = self.settings["flow.max_poll_attempts"]
         for job, output in pending:
@@ -2084,15 +2049,14 @@ async def read_chat(body: dict, media: Media) -> Chat:
     _, prompt, links = users[-1]
     system = "\n".join(text for role, text, _ in turns if role in ("system", "developer"))
     stream, usage = body.get("stream") is True, bool(dig(body, "stream_options", "include_usage"))
-    modalities = body.get("modalities")
-    images = isinstance(modalities, list) and "image" in modalities
+    images = isinstance(kinds := body.get("modalities"), list) and "image" in kinds
     chat = Chat(model, stream, usage, images, "", None)
     if settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
         return chat._replace(text=text)
     if not prompt.strip():
         raise bad("The user's last message holds no text: there is no prompt", "messages")
     links = links or ([body["image"]] if body.get("image") else [])
-    n, size = read_count(body), read_size(body)
+    n, size = read_count(body), body.get("size") or body.get("aspect_ratio") or ""
     plan = resolve(model, size=size, images=len(links), overrides=settings.models)
     notes, images = check_images(plan, len(links)), []
     for link in links if not notes else ():
@@ -2131,12 +2095,10 @@ async def _continued(turns: list, prompt: str, media: Media) -> list[InputImage]
     if not links or not EDIT_WORDS.search(prompt):
         return []
     kept = media.path(links[-1].rpartition("/")[2])
-    try:
+    with contextlib.suppress(GatewayError):  # it may be gone by now: then without it
         source = await asyncio.to_thread(kept.read_bytes) if kept else links[-1]
         return [await media.input_image(source, "messages")]
-    except GatewayError as err:
-        log.info("the chat's last picture is not to be had: %s", err)
-        return []
+    return []
 
 
 def side_answer(prompt: str, system: str) -> str:
@@ -2147,13 +2109,6 @@ def side_answer(prompt: str, system: str) -> str:
         if re.search(pattern, prompt if where == "user" else system):
             return answer.replace("%s", title)
     return ""
-
-
-def read_size(body: dict) -> str:
-    size = body.get("size") or body.get("aspect_ratio") or ""
-    if not isinstance(size, str):
-        raise bad("size must be a text such as 1280x720", "size")
-    return size
 
 
 def read_count(body: dict) -> int:
@@ -2192,7 +2147,7 @@ class Gateway:
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.sessions: dict[str, float] = {}  # SHA-256 of an admin session -> its end
-        self.streams, self.stopping = 0, False
+        self.stopping = False
 
     async def close(self) -> None:
         await self.jobs.stop()
@@ -2211,6 +2166,12 @@ def error_response(err: GatewayError, request: web.Request, headers=None) -> web
     body = detail if request.path.startswith("/api/") else err.body()
     reason = err.code.replace("_", " ")  # some clients show nothing else
     return web.json_response(body, status=err.status, reason=reason, headers=headers)
+
+
+def unexpected(request: web.Request) -> GatewayError:
+    """For a bug, in its except clause: logged whole, told without its insides."""
+    log.exception("%s %s", request.method, request.path)
+    return GatewayError("internal_error", "Something went wrong in the gateway; its log says more")
 
 
 def job_headers(job: Job | None) -> dict:
@@ -2247,21 +2208,16 @@ async def get_model(request: web.Request) -> web.Response:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions, streamed or not."""
     gateway = request.app[GATEWAY]
-    jobs = gateway.jobs
     chat = await read_chat(await read_json(request), gateway.media)
     answer = ChatAnswer(request, chat)
     if not chat.generation:
         log.info("a client's own prompt was answered without generating")
         return await (answer.stream() if chat.stream else answer.whole())
-    if gateway.streams >= gateway.settings["limits.streams"]:
-        raise GatewayError("queue_full", "Too many answers are open", retry_after=10)
-    job = await jobs.create(chat.generation, "chat")
-    gateway.streams += 1
+    job = await gateway.jobs.create(chat.generation, "chat")
     try:
         return await (answer.stream(job) if chat.stream else answer.whole(job))
     finally:
-        gateway.streams -= 1
-        await asyncio.shield(jobs.abandon(job))
+        await asyncio.shield(gateway.jobs.abandon(job))
 
 
 class ChatAnswer:
@@ -2323,6 +2279,19 @@ class ChatAnswer:
         kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         self.reply.headers.update(kind | {"X-Accel-Buffering": "no"} | job_headers(job))
         await self.reply.prepare(self.request)
+        try:
+            await self.events(job)
+        except ConnectionError:  # the client has gone
+            raise
+        except Exception as bug:
+            err = bug if isinstance(bug, GatewayError) else unexpected(self.request)
+            await self.delta(content=f"{err}\n")
+            await self.send(err.body())
+        await self.send("[DONE]")
+        await self.reply.write_eof()
+        return self.reply
+
+    async def events(self, job: Job | None) -> None:
         said = f"Job {job.id}: {job.plan.describe()}\n" if job else ""
         await self.delta(role="assistant", **({"reasoning_content": said} if job else {}))
         if job:
@@ -2332,17 +2301,12 @@ class ChatAnswer:
                 line = progress_line(self.gateway.jobs, job)
                 await self.delta(**({"reasoning_content": line} if line != said else {}))
                 said = line
-        if not job or job.state == "completed":
-            await self.delta(**self.message(job))
-            await self.delta("stop")
-            if self.chat.usage:
-                await self.send(self.envelope("chat.completion.chunk") | {"usage": USAGE})
-        else:
-            await self.delta(content=f"{self.error(job)}\n")
-            await self.send(self.error(job).body())
-        await self.send("[DONE]")
-        await self.reply.write_eof()
-        return self.reply
+        if job and job.state != "completed":
+            raise self.error(job)
+        await self.delta(**self.message(job))
+        await self.delta("stop")
+        if self.chat.usage:
+            await self.send(self.envelope("chat.completion.chunk") | {"usage": USAGE})
 
 
 def clip_text(url: str, form: str) -> str:
@@ -2404,7 +2368,7 @@ def digest(secret: str) -> str:
 
 
 def hash_password(password: str, salt: bytes) -> str:
-    key = hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1)
+    key = hashlib.scrypt(password.encode(errors="replace"), salt=salt, n=1 << 14, r=8, p=1)
     return f"scrypt${salt.hex()}${key.hex()}"
 
 
@@ -2441,16 +2405,16 @@ def token_object(token: Token) -> dict:
     """As GET /api/tokens gives it, with session and access token in clear."""
     names = "id st at email name remark is_active use_count image_enabled video_enabled reason"
     names += " image_concurrency video_concurrency image_count video_count error_count"
-    return {name: getattr(token, name) for name in names.split()} | {
+    shown = {name: getattr(token, name) for name in names.split()}
+    times = ("at_expires", "created_at", "last_used_at")
+    shown |= {name: iso(getattr(token, name)) for name in times}
+    shown |= {
         "token": token.at,
         "credits": token.credits or 0,
-        "at_expires": iso(token.at_expires),
-        "created_at": iso(token.created_at),
-        "last_used_at": iso(token.last_used_at),
         "user_paygate_tier": token.tier or None,
-        "current_project_id": token.project_id or None,
-        "current_project_name": token.project_name or None,
     }
+    shown["current_project_id"] = token.project_id or None
+    return shown | {"current_project_name": token.project_name or None}
 
 
 async def list_tokens(request: web.Request) -> web.Response:
@@ -2481,7 +2445,7 @@ async def add_token(request: web.Request) -> web.Response:
     if not st or not st.isascii() or not st.isprintable():
         raise bad("st, the session token, is missing or not one", "st")
     fields = token_fields(body)
-    if any(token.st == st for token in pool.tokens.values()):
+    if any(token.st == st and token.is_active for token in pool.tokens.values()):
         raise bad("This session token is in the pool already", "st", "conflict")
     token, new = await pool.add(st, **fields)
     names = ("id", "email", "credits", "project_id", "project_name")
@@ -2504,7 +2468,12 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def page(request: web.Request) -> web.StreamResponse:
-    return web.FileResponse(Path(__file__).with_name("admin.html"), headers=PAGE_HEADERS)
+    path = Path(__file__).with_name("admin.html")
+    if not path.exists():
+        return web.Response(
+            text="Flow2API runs; its API is under /v1. Its page, admin.html, is missing."
+        )
+    return web.FileResponse(path, headers=PAGE_HEADERS)
 
 
 # ---- 12. Demo -------------------------------------------------------------------------------
@@ -2575,8 +2544,7 @@ class Demo:
         self.image_seconds, self.video_seconds, self.replies = image_seconds, video_seconds, replies
         self.accounts: dict[str, dict] = {}
         self.media: dict[str, DemoMedium] = {}
-        self.calls: collections.deque = collections.deque(maxlen=10_000)
-        self.address = ""
+        self.calls, self.address = collections.deque(maxlen=10_000), ""
 
     def account(self, email: str, tier: str, credits: int) -> str:
         """Makes an account -> its session token."""
@@ -2619,8 +2587,7 @@ class Demo:
         return reply if isinstance(reply, web.StreamResponse) else web.json_response(reply)
 
     def refuse(self, status: int, reason: str, message="Refused.") -> web.Response:
-        details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason}]
-        error = {"code": status, "message": message, "details": details if reason else []}
+        error = {"code": status, "message": message, "details": [{"reason": reason}]}
         return web.json_response({"error": error}, status=status)
 
     async def session(self, request, body, account):
@@ -2646,8 +2613,8 @@ class Demo:
     async def listing(self, request, body, account):
         project = json.loads(request.query["input"])["json"]["projectId"]
         made = [medium for medium in self.media.values() if medium.project == project]
-        ids = [{"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made]
-        flows = [{"name": m.scene, "metadata": i} for m, i in zip(made, ids, strict=True)]
+        ids = ({"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made)
+        flows = [{"name": m.scene, "metadata": next(ids)} for m in made]
         contents = {"workflows": flows, "media": list(map(self.medium, made))}
         return {"result": {"data": {"json": {"projectContents": contents, "status": 200}}}}
 
@@ -2797,9 +2764,7 @@ async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except Exception:
-        log.exception("%s %s", request.method, request.path)
-        words = "Something went wrong inside the gateway; its log says more"
-        return error_response(GatewayError("internal_error", words), request)
+        return error_response(unexpected(request), request)
 
 
 async def expose(request: web.Request, response: web.StreamResponse) -> None:
@@ -2877,24 +2842,25 @@ async def make_secrets(settings: Settings, store: Store) -> dict[str, str]:
 
 def greet(settings: Settings, port: int, made: dict[str, str], demo: bool) -> None:
     """What a person needs next. Secrets are shown when they are new, and never again."""
-    host = settings["server.host"]
-    address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+        settings["server.host"], settings["server.host"]
+    )
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"Flow2API {__version__} on {address}" + ("  (demo: a simulated Flow)" if demo else ""))
     for name, text in made.items():
         print(f"{name.partition('.')[2]}: {text}")
     if made and not demo:
         print("Keep what stands above, it is not shown again; setting.toml can set others.")
-    key = made.get("global.api_key", "$API_KEY")
+    key = settings["global.api_key"] if demo else made.get("global.api_key", "$KEY")
     body = {"model": "veo_3_1-fast", "stream": True}
     body["messages"] = [{"role": "user", "content": "a paper boat in the rain"}]
-    curl = f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}'"
+    curl = f'curl -N {address}/v1/chat/completions -H "Authorization: Bearer {key}"'
     print(f"Try it:\n{curl} -d '{to_json(body)}'", flush=True)
 
 
 async def serve(settings: Settings, demo: bool) -> None:
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     store = open_store(settings)
-    made = await make_secrets(settings, store)
     async with contextlib.AsyncExitStack() as stack:
         simulated = await start_demo(settings, stack) if demo else []
         app = make_app(settings, store)
@@ -2904,7 +2870,7 @@ async def serve(settings: Settings, demo: bool) -> None:
         await web.TCPSite(runner, settings["server.host"], settings["server.port"]).start()
         for st in simulated:
             await app[GATEWAY].pool.add(st)
-        greet(settings, runner.addresses[0][1], made, demo)
+        greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
         done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises by itself
@@ -2925,11 +2891,6 @@ async def start_demo(settings: Settings, stack: contextlib.AsyncExitStack) -> li
     return [pro, demo.account("ultra@demo.example", "PAYGATE_TIER_TWO", 25000)]
 
 
-def hide(text: str) -> str:
-    """The text without the password of a URL in it."""
-    return re.sub(r"//[^@/]*@", "//***@", text)
-
-
 async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     """What --check tells: (is it well, a line with what to do). Spends nothing."""
     for warning in settings.warnings:
@@ -2944,7 +2905,7 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
     gateway = Gateway(settings, store)
     wire, pool, timeout = gateway.wire, gateway.pool, aiohttp.ClientTimeout(total=15)
-    way = hide(settings["proxy.proxy_url"]) if settings["proxy.proxy_enabled"] else "no proxy"
+    way = "the proxy" if settings["proxy.proxy_enabled"] else "no proxy"
     for url in (settings["flow.labs_base_url"], settings["flow.api_base_url"]):
         try:
             async with wire.request("GET", url, timeout=timeout) as reply:
@@ -2968,7 +2929,8 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
 async def check(settings: Settings) -> bool:
     """--check: the settings in force, then the findings -> whether all is well."""
     for name in SETTING:
-        value = "(set)" if name in SECRETS and settings[name] else hide(repr(settings[name]))
+        secret = settings[name] and name in (*SECRETS, "proxy.proxy_url")
+        value = "(set)" if secret else repr(settings[name])
         print(f"      {name} = {value}  ({settings.source(name)})")
     all_well = True
     async for well, text in findings(settings):
@@ -2977,20 +2939,9 @@ async def check(settings: Settings) -> bool:
     return all_well
 
 
-class JsonLines(logging.Formatter):
-    """A log line as a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": iso(record.created), "level": record.levelname}
-        line["message"] = record.getMessage()
-        line |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps(line, ensure_ascii=False)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rows = "\n".join(f"  {s.name:28} {s.help} [{s.default}]" for s in SETTINGS)
     parser = argparse.ArgumentParser(
-        prog="flow2api.py",
         description="Your own Google Flow accounts as an OpenAI-compatible API.",
         epilog=f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3000,8 +2951,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--data", dest="data_dir", help="data folder (default: data/ beside the configuration)")
     option("--host", help="address to listen on")
     option("--port", help="port to listen on")
-    option("--demo", action="store_true", help="run on a simulated Flow; nothing is kept")
-    option("--check", action="store_true", help="say what is wrong, spend nothing, and exit")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--demo", action="store_true", help="run on a simulated Flow; nothing is kept")
+    instead("--check", action="store_true", help="say what is wrong, spend nothing, and exit")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
@@ -3024,8 +2976,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings(arguments)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        if settings["server.log_format"] == "json":
-            logging.getLogger().handlers[0].setFormatter(JsonLines())
         if arguments.check:
             return 0 if asyncio.run(check(settings)) else 1
         for warning in settings.warnings:
