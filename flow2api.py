@@ -1356,11 +1356,12 @@ class Pool:
         """What a failure does to the account (see ERRORS): it steps back, each time in a row for
         twice as long, and is disabled when its session is dead or its failures are too many."""
         token.error_count += 1
-        again = token.paused_for is not None and token.paused_for.code == err.code
-        token.pause = max(token.pause * 2 if again else err.pause, err.retry_after)
-        length = min(token.pause, 3600) * random.uniform(0.9, 1.1)
-        token.paused_until, token.paused_for = now() + length, err
-        token.failures += err.does == "banning"
+        if now() >= token.paused_until:  # else it is one burst: several jobs met the same refusal
+            again = token.paused_for is not None and token.paused_for.code == err.code
+            token.pause = max(token.pause * 2 if again else err.pause, err.retry_after)
+            length = min(token.pause, 3600) * random.uniform(0.9, 1.1)
+            token.paused_until, token.paused_for = now() + length, err
+            token.failures += err.does == "banning"
         if err.code == "account_no_credits":
             token.credits = 0
         if err.does == "session" or token.failures >= self.settings["admin.error_ban_threshold"]:
@@ -2091,7 +2092,7 @@ def _read_message(message: Any, where: str) -> tuple[str, str, list]:
 async def _continued(turns: list, prompt: str, media: Media) -> list[InputImage]:
     """The chat's last picture, where the last turn asks for an edit and brings none."""
     answers = " ".join(text for role, text, _ in turns if role == "assistant")
-    links = re.findall(r"!\[[^\]]*\]\((\S+?)\)", answers)
+    links = re.findall(r"!\[[^\]]{0,99}\]\((\S{1,4000}?)\)", answers)
     if not links or not EDIT_WORDS.search(prompt):
         return []
     kept = media.path(links[-1].rpartition("/")[2])
@@ -2103,6 +2104,7 @@ async def _continued(turns: list, prompt: str, media: Media) -> list[InputImage]
 
 def side_answer(prompt: str, system: str) -> str:
     """The answer to a client's own prompt (title, tags, follow-ups); "" for a real one."""
+    prompt = prompt[:8000]  # the patterns would take long on a long one
     said = re.search(r"\buser\W+(\w.{0,50})", prompt, re.IGNORECASE)
     title = re.sub(r'["\\\s]+', " ", said[1]).strip() if said else "Flow"
     for where, pattern, answer in SIDE_PROMPTS:
