@@ -2492,14 +2492,6 @@ CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
 ))
 DEMO_SIZES = {"LANDSCAPE": (1376, 768), "PORTRAIT": (768, 1376), "SQUARE": (1024, 1024),
               "LANDSCAPE_FOUR_THREE": (1200, 896), "PORTRAIT_THREE_FOUR": (896, 1200)}
-DEMO_PRICES = (  # upstream key -> credits on a free, Pro and Ultra account; the first match counts
-    (r"_low_priority$", (None, None, 0)), (r"_4k$", (None, None, 50)), (r"_1080p$", (None, 0, 0)),
-    (r"lite_[46]s", (None, None, 5)), (r"_lite$", (10, 10, 5)), (r"fast_[46]s", (None, None, 10)),
-    (r"fast\w*_ultra", (None, None, 10)), (r"_fast", (20, 20, None)),
-    (r"quality_[46]s", (None, None, 100)), (r"^veo_3_1_(t2v|i2v_s|extend)", (100, 100, 100)),
-    (r"^abra_edit$", (20, 20, 20)), (r"^abra_(t2v|i2v|r2v)_(4|6|8|10)s$", (12, 12, 12)),
-    (r"^(NARWHAL|BELUGA|GEM_PIX_2|HARBOR_SEAL|IMAGEN_3_5)$", (0, 0, 0)),
-)
 # fmt: on
 UNSAFE = {"error": {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}}
 
@@ -2539,14 +2531,13 @@ class DemoMedium(namedtuple("DemoMedium", "name kind prompt ratio ready project 
 
 class Demo:
     """A small simulated Flow on loopback, with believable timing: sessions, projects, credits,
-    uploads, pictures, clips, upscaling. Its content policy refuses the word "unsafe". replies:
-    "new" (2026) or "old" (2025). accounts: by session token. calls: (path, body) of each."""
+    uploads, pictures, clips (20 credits each), upscaling. Its content policy refuses the word
+    "unsafe". accounts: by session token."""
 
-    def __init__(self, image_seconds=2.0, video_seconds=12.0, replies="new"):
-        self.image_seconds, self.video_seconds, self.replies = image_seconds, video_seconds, replies
+    def __init__(self, image_seconds=2.0, video_seconds=12.0):
+        self.image_seconds, self.video_seconds, self.address = image_seconds, video_seconds, ""
         self.accounts: dict[str, dict] = {}
         self.media: dict[str, DemoMedium] = {}
-        self.calls, self.address = collections.deque(maxlen=10_000), ""
 
     def account(self, email: str, tier: str, credits: int) -> str:
         """Makes an account -> its session token."""
@@ -2554,21 +2545,21 @@ class Demo:
         self.accounts[st] = {"email": email, "tier": tier, "credits": credits, "at": ""}
         return st
 
+    def routes(self) -> Iterable[tuple[str, str, Callable]]:
+        yield "GET", "/fx/api/auth/session", self.session
+        yield "POST", "/fx/api/trpc/project.createProject", self.create_project
+        yield "GET", "/fx/api/trpc/media.getMediaUrlRedirect", self.redirect
+        yield "GET", "/v1/credits", self.credits
+        yield "POST", "/v1/flow/uploadImage", self.upload
+        yield "POST", "/v1/projects/{project}/flowMedia:batchGenerateImages", self.images
+        yield "POST", "/v1/flow/upsampleImage", self.upscale_image
+        yield "POST", "/v1/video:batchCheckAsyncVideoGenerationStatus", self.status
+        yield "POST", "/v1/video:batchAsyncGenerateVideo{mode}", self.videos
+        yield "GET", "/media/{kind}/{name}", self.file
+
     async def start(self, *middlewares) -> web.AppRunner:
         app = web.Application(client_max_size=1 << 30, middlewares=middlewares)
-        for method, path, handler in (
-            ("GET", "/fx/api/auth/session", self.session),
-            ("POST", "/fx/api/trpc/project.createProject", self.create_project),
-            ("GET", "/fx/api/trpc/media.getMediaUrlRedirect", self.redirect),
-            ("GET", "/fx/api/trpc/flow.projectInitialData", self.listing),
-            ("GET", "/v1/credits", self.credits),
-            ("POST", "/v1/flow/uploadImage", self.upload),
-            ("POST", "/v1/projects/{project}/flowMedia:batchGenerateImages", self.images),
-            ("POST", "/v1/flow/upsampleImage", self.upscale_image),
-            ("POST", "/v1/video:batchCheckAsyncVideoGenerationStatus", self.status),
-            ("POST", "/v1/video:batchAsyncGenerateVideo{mode}", self.videos),
-            ("GET", "/media/{kind}/{name}", self.file),
-        ):
+        for method, path, handler in self.routes():
             app.router.add_route(method, path, functools.partial(self.answer, handler))
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -2578,8 +2569,7 @@ class Demo:
 
     async def answer(self, handler: Callable, request: web.Request) -> web.StreamResponse:
         """Finds whose call it is, by the cookie or by the access token."""
-        body = await request.json() if request.can_read_body else {}
-        self.calls.append((request.path, body))
+        body = await request.json() if request.body_exists else {}
         at, st = bearer(request), clean_session_token(request.headers.get("Cookie", ""))
         owners = [account for account in self.accounts.values() if at and account["at"] == at]
         account = owners[0] if owners else self.accounts.get(st, {})
@@ -2612,14 +2602,6 @@ class Demo:
     def url(self, medium: DemoMedium) -> str:
         return f"{self.address}/media/{medium.kind}/{medium.name}?Expires={int(now()) + 18000}"
 
-    async def listing(self, request, body, account):
-        project = json.loads(request.query["input"])["json"]["projectId"]
-        made = [medium for medium in self.media.values() if medium.project == project]
-        ids = ({"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made)
-        flows = [{"name": m.scene, "metadata": next(ids)} for m in made]
-        contents = {"workflows": flows, "media": list(map(self.medium, made))}
-        return {"result": {"data": {"json": {"projectContents": contents, "status": 200}}}}
-
     async def credits(self, request, body, account):
         return {"credits": account["credits"], "userPaygateTier": account["tier"]}
 
@@ -2628,15 +2610,10 @@ class Demo:
 
     def charge(self, account: dict, wanted: list[dict]) -> web.Response | None:
         """Takes the credits, or answers why not."""
-        key, n = wanted[0].get("videoModelKey") or wanted[0]["imageModelName"], len(wanted)
-        price = next((costs for pattern, costs in DEMO_PRICES if re.search(pattern, key)), ())
-        if not price:
-            return self.refuse(404, "", "Requested entity was not found.")
-        if (cost := price[list(TIERS).index(account["tier"])]) is None:
-            return self.refuse(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED")
-        if cost * n > account["credits"]:
+        cost = 20 * len(wanted) if "videoModelKey" in wanted[0] else 0
+        if cost > account["credits"]:
             return self.refuse(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
-        account["credits"] -= cost * n
+        account["credits"] -= cost
         return None
 
     def make(self, body: dict, kind: str, project: str, name="") -> list[DemoMedium]:
@@ -2645,11 +2622,14 @@ class Demo:
             prompt = dig(wanted, "structuredPrompt") or dig(wanted, "textInput", "structuredPrompt")
             ratio = (dig(wanted, "imageAspectRatio") or wanted["aspectRatio"]).split("RATIO_")[1]
             ready = now() + (self.video_seconds if kind == "video" else 0)
-            new = name or (uuid.uuid4().hex if self.replies == "old" else str(uuid.uuid4()))
+            new = name or self.new_name()
             text, scene = dig(prompt, "parts", 0, "text"), str(uuid.uuid4())
             self.media[new] = DemoMedium(new, kind, text, ratio, ready, project, batch, scene)
             made.append(self.media[new])
         return made
+
+    def new_name(self) -> str:
+        return str(uuid.uuid4())
 
     async def images(self, request, body, account):
         if refused := self.charge(account, body["requests"]):
@@ -2682,16 +2662,7 @@ class Demo:
         return self.clips([self.media[name] for name in names])
 
     def clips(self, media: list[DemoMedium]) -> dict:
-        if self.replies == "old":
-            return {"operations": list(map(self.operation, media))}
         return {"media": list(map(self.medium, media))}
-
-    def operation(self, medium: DemoMedium) -> dict:
-        name, state = {"name": medium.name}, medium.state()
-        operation = name | (UNSAFE if state.endswith("FAILED") else {})
-        if state.endswith("SUCCESSFUL"):
-            operation["metadata"] = {**name, "video": {"fifeUrl": self.url(medium)}}
-        return {"operation": operation, "sceneId": medium.scene, "status": state}
 
     def medium(self, medium: DemoMedium) -> dict:
         status = {"mediaGenerationStatus": medium.state()}

@@ -24,6 +24,7 @@ import stat
 import sys
 import time
 import tomllib
+import uuid
 
 import aiohttp
 import pytest
@@ -35,12 +36,79 @@ FREE, PRO, ULTRA = flow2api.TIERS
 PNG = flow2api.picture("an input", 64, 64)
 
 
+# Upstream key -> credits on a free, Pro and Ultra account; None: not offered there.
+# fmt: off
+PRICES = (
+    (r"_low_priority$", (None, None, 0)), (r"_4k$", (None, None, 50)), (r"_1080p$", (None, 0, 0)),
+    (r"lite_[46]s", (None, None, 5)), (r"_lite$", (10, 10, 5)), (r"fast_[46]s", (None, None, 10)),
+    (r"fast\w*_ultra", (None, None, 10)), (r"_fast", (20, 20, None)),
+    (r"quality_[46]s", (None, None, 100)), (r"^veo_3_1_(t2v|i2v_s|extend)", (100, 100, 100)),
+    (r"^abra_edit$", (20, 20, 20)), (r"^abra_(t2v|i2v|r2v)_(4|6|8|10)s$", (12, 12, 12)),
+    (r"^(NARWHAL|BELUGA|GEM_PIX_2|HARBOR_SEAL|IMAGEN_3_5)$", (0, 0, 0)),
+)
+# fmt: on
+
+
+class Flow(flow2api.Demo):
+    """The simulated Flow with what tests want of it: keys, plans and prices; the project's page
+    data; both generations of replies ("new": 2026, "old": 2025); and `calls`, what was asked."""
+
+    def __init__(self, image_seconds=0.02, video_seconds=0.3, replies="new"):
+        super().__init__(image_seconds, video_seconds)
+        self.replies, self.calls = replies, []
+
+    def routes(self):
+        yield from super().routes()
+        yield "GET", "/fx/api/trpc/flow.projectInitialData", self.listing
+
+    async def answer(self, handler, request):
+        body = await request.json() if request.body_exists else {}
+        self.calls.append((request.path, body))
+        return await super().answer(handler, request)
+
+    async def listing(self, request, body, account):
+        project = json.loads(request.query["input"])["json"]["projectId"]
+        made = [medium for medium in self.media.values() if medium.project == project]
+        ids = ({"primaryMediaId": medium.name, "batchId": medium.batch} for medium in made)
+        flows = [{"name": m.scene, "metadata": next(ids)} for m in made]
+        contents = {"workflows": flows, "media": list(map(self.medium, made))}
+        return {"result": {"data": {"json": {"projectContents": contents, "status": 200}}}}
+
+    def charge(self, account, wanted):
+        """Takes the credits, or answers why not."""
+        key, n = wanted[0].get("videoModelKey") or wanted[0]["imageModelName"], len(wanted)
+        price = next((costs for pattern, costs in PRICES if re.search(pattern, key)), ())
+        if not price:
+            return self.refuse(404, "", "Requested entity was not found.")
+        if (cost := price[list(flow2api.TIERS).index(account["tier"])]) is None:
+            return self.refuse(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED")
+        if cost * n > account["credits"]:
+            return self.refuse(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
+        account["credits"] -= cost * n
+        return None
+
+    def new_name(self):
+        return uuid.uuid4().hex if self.replies == "old" else super().new_name()
+
+    def clips(self, media):
+        if self.replies == "old":
+            return {"operations": list(map(self.operation, media))}
+        return {"media": list(map(self.medium, media))}
+
+    def operation(self, medium):
+        name, state = {"name": medium.name}, medium.state()
+        operation = name | (flow2api.UNSAFE if state.endswith("FAILED") else {})
+        if state.endswith("SUCCESSFUL"):
+            operation["metadata"] = {**name, "video": {"fifeUrl": self.url(medium)}}
+        return {"operation": operation, "sceneId": medium.scene, "status": state}
+
+
 class World:
     """A gateway and the simulated Flow behind it. `fault`, when set, sees each call to Flow first:
     an async function (request, handler) -> response."""
 
     def __init__(self, data, replies="new", image_seconds=0.02, video_seconds=0.3, **settings):
-        self.demo = flow2api.Demo(image_seconds, video_seconds, replies)
+        self.demo = Flow(image_seconds, video_seconds, replies)
         self.settings, self.data = settings, data
         self.fault = None
         self.key, self.password = "sk-test-0123456789", "a test password"
@@ -3059,7 +3127,7 @@ async def flow2(run, tmp_path):
 async def flow():
     """The simulated Flow, whose clips take an hour -> (demo, the environment that points a process
     at it)."""
-    demo = flow2api.Demo(0, 3600)
+    demo = Flow(0, 3600)
     runner = await demo.start()
     variables = {
         "FLOW2API_FLOW_LABS_BASE_URL": f"{demo.address}/fx/api",
