@@ -297,7 +297,7 @@ class GatewayError(Exception):
 
     def record(self) -> dict:
         """What is stored of it; GatewayError(**record) is the error again."""
-        return {"code": self.code, "message": str(self)}
+        return {"code": self.code, "message": str(self), "retry_after": self.retry_after}
 
     def body(self) -> dict:
         """The error object of OpenAI's API."""
@@ -652,7 +652,8 @@ class Job(Record):
             lists = {name: tuple(self.plan[name]) for name in ("costs", "images")}
             self.plan = Plan(**self.plan | lists)
         self.outputs: list[Output] = []
-        self.stage, self.task, self.changed = "", None, asyncio.Event()
+        self.shunned: set[int] = set()
+        self.stage, self.task, self.changed, self.percent = "", None, asyncio.Event(), 0
 
     @property
     def ended(self) -> bool:
@@ -882,10 +883,7 @@ def upscale_request(job: Job, output: Output, context: dict) -> dict:
     ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
     wanted = {"videoModelKey": f"veo_3_1_upsampler_{size}", "videoInput": media}
     wanted |= {"aspectRatio": f"VIDEO_ASPECT_RATIO_{ratio}", "metadata": {"sceneId": scene}}
-    wanted["resolution"], wanted["seed"] = (
-        f"VIDEO_RESOLUTION_{size.upper()}",
-        random.randrange(99999),
-    )
+    wanted |= {"resolution": f"VIDEO_RESOLUTION_{size.upper()}", "seed": random.randrange(99999)}
     return {"clientContext": context, "requests": [wanted], "useV2ModelConfig": True}
 
 
@@ -1126,13 +1124,19 @@ class RestFlow:
         with contextlib.suppress(ValueError, TypeError):
             expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
         rotated = cookie.value if cookie is not None and len(cookie.value) >= 200 else token.st
-        who = {"email": dig(body, "user", "email"), "name": dig(body, "user", "name")}
+        who = {
+            "email": dig(body, "user", "email") or token.email,
+            "name": dig(body, "user", "name"),
+        }
         return who | {"at": body["access_token"], "at_expires": expires, "st": rotated}
 
     async def credits(self, token: Token) -> dict:
         """GET /credits -> credits and tier. Google leaves a balance of zero out."""
         body = await self._api(token, "GET", "credits")
-        return {"credits": int(dig(body, "credits") or 0), "tier": dig(body, "userPaygateTier")}
+        with contextlib.suppress(TypeError, ValueError):
+            credits = int(dig(body, "credits") or 0)
+            return {"credits": credits, "tier": dig(body, "userPaygateTier")}
+        raise GatewayError("upstream_changed", "Google tells the balance in an unknown form")
 
     async def create_project(self, token: Token, title: str) -> str:
         wanted = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
@@ -1190,7 +1194,8 @@ class RestFlow:
             for start in range(0, len(ours), self.STATUS_CHUNK):
                 chunk = ours[start : start + self.STATUS_CHUNK]
                 reply = await self._poll_chunk(token, chunk, refusals)
-                found, credits = found + reply.statuses, reply.credits or credits
+                found += reply.statuses
+                credits = credits if reply.credits is None else reply.credits
         return Reply(found, credits)
 
     async def _poll_chunk(self, token: Token, outputs: list[Output], refusals) -> Reply:
@@ -1228,7 +1233,8 @@ class RestFlow:
             body = await self._api(token, "POST", path, spends=True, json=wanted)
             return read_statuses(body).statuses[0]
         except (GatewayError, IndexError) as err:
-            if getattr(err, "code", "conflict") not in ("conflict", "submit_unknown"):
+            code, seen = getattr(err, "code", "conflict"), getattr(err, "upstream", 0)
+            if code not in ("conflict", "submit_unknown") and (seen or code != "upstream_changed"):
                 raise
         return self.upscaled(output)
 
@@ -1275,6 +1281,8 @@ class Pool:
         proxy = fields.get("proxy_url", "")
         draft = Token(st=clean_session_token(st), proxy_url=proxy, created_at=now())
         session = await self.upstream.session(draft)
+        if not session["email"]:
+            raise GatewayError("upstream_changed", "Google's session names no e-mail address")
         known = [token for token in self.tokens.values() if token.email == session["email"]]
         token = known[0] if known else draft
         if not known:
@@ -1292,7 +1300,8 @@ class Pool:
     async def update(self, token: Token, **fields: Any) -> None:
         for name, value in fields.items():
             setattr(token, name, value)
-        await self.store.put(token)
+        if self.tokens.get(token.id) is token:  # else it has been deleted meanwhile
+            await self.store.put(token)
         self.wake()
 
     async def remove(self, token: Token) -> None:
@@ -1308,8 +1317,12 @@ class Pool:
         async with token.lock:
             ends = token.at_expires - now() < self.EARLY / 2 and now() - token.refreshed > 60
             if not token.at or token.at == stale or ends:
-                session = await self.upstream.session(token)
-                await self.update(token, **session, refreshed=now())
+                token.refreshed, good = now(), token.at != stale and token.at_expires > now()
+                try:
+                    await self.update(token, **await self.upstream.session(token))
+                except GatewayError as err:
+                    if err.does == "session" or not token.at or not good:
+                        raise
             return token.at
 
     async def project(self, token: Token) -> str:
@@ -1375,7 +1388,8 @@ class Pool:
         if token.day != (day := datetime.date.today().isoformat()):
             token.day, token.today = day, {}
         token.today[what] = token.today.get(what, 0) + number
-        self.store.put(token)
+        if self.tokens.get(token.id) is token:
+            self.store.put(token)
 
     def able(self, plan: Plan, n: int, tried: Iterable[int] = ()) -> list[Token]:
         """The tokens that can serve a plan, free or not. Raises with the reason when there are
@@ -1414,7 +1428,8 @@ class Pool:
             limit = getattr(token, f"{kind}_concurrency")
             if token.paused_until <= now() and (limit < 1 or token.busy[kind] < limit):
                 credits = token.reserved - (token.credits or 0)
-                free.append((token.busy.total(), credits, token.last_used_at, token.id, token))
+                load = (token.id in job.shunned, token.busy.total(), credits)
+                free.append((load, token.last_used_at, token.id, token))
         return min(free)[-1] if free else None
 
     def take(self, token: Token, job: Job) -> None:
@@ -1440,6 +1455,8 @@ class Pool:
         turn = asyncio.get_running_loop().create_future()
         self.waiting[turn] = job, tried
         self.wake()
+        if not tried and not turn.done() and len(self.waiting) > self.settings["limits.queue"]:
+            turn.set_exception(GatewayError("queue_full", "The queue is full", retry_after=30))
         try:
             return await turn
         except asyncio.CancelledError:
@@ -1538,8 +1555,9 @@ class Media:
         while True:
             lifetime = self.settings["cache.timeout"] or math.inf
             for path in await asyncio.to_thread(lambda: list(self.kept.iterdir())):
+                longest = min(lifetime, 86400) if path.suffix == ".part" else lifetime
                 with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-                    if path.stat().st_mtime < now() - lifetime:
+                    if path.stat().st_mtime < now() - longest:
                         path.unlink()
             await asyncio.sleep(min(60, max(1, lifetime / 4)))
 
@@ -1640,6 +1658,7 @@ class Jobs:
         try:
             await self.store.put(job)
         except asyncio.CancelledError:  # the client left in this very moment
+            job.detached = False  # it never learnt the id
             job.task = asyncio.create_task(self.abandon(job))
             raise
         self._start(job)
@@ -1673,7 +1692,8 @@ class Jobs:
         if not known or not job.submitted_at:
             return None
         share = (now() - job.submitted_at) / max(sorted(known)[len(known) // 2], 1)
-        return max(0, min(99, int(share * 100))), len(known)
+        job.percent = max(job.percent, min(99, int(share * 100)))  # it never goes back
+        return job.percent, len(known)
 
     async def link(self, job: Job, output: Output) -> str:
         """A live URL at Google of a finished output, asked for anew where the old one has ended."""
@@ -1687,9 +1707,7 @@ class Jobs:
         """At start: goes on with what was under way. A submit that may have left is unknown."""
         jobs = self.store.open_jobs()
         known = {name for job in jobs for name in job.inputs}
-        self.media.drop_inputs(
-            path.name for path in self.media.inputs.iterdir() if path.name not in known
-        )
+        self.media.drop_inputs({path.name for path in self.media.inputs.iterdir()} - known)
         for job in jobs:
             if job.state == "queued":
                 await self.abandon(job)
@@ -1699,11 +1717,12 @@ class Jobs:
                 self.pool.take(self.pool.tokens[job.token_id], job)
                 self.pool.spent(job)
             if not job.ended:
+                job.deadline = max(job.deadline, now() + 300)  # Google has its say first
                 self._start(job)
 
     async def stop(self) -> None:
-        tasks = [job.task for job in self.open.values() if job.task.cancel()]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := [job.task for job in self.open.values() if job.task.cancel()]:
+            await asyncio.wait(tasks, timeout=0.5)  # again: wait_for of 3.11 can lose a cancel
 
     def _start(self, job: Job) -> None:
         self.open[job.id] = job
@@ -1727,6 +1746,7 @@ class Jobs:
             await self._step(job, "failed", error=err.record(), completed_at=now())
         except Exception:
             log.critical("%s stands still until the next start", job.id, exc_info=True)
+            self.pool.release(job)
         self._tell(job)
 
     async def _step(self, job: Job, state: str, *records: Record, **changes: Any) -> None:
@@ -1752,11 +1772,9 @@ class Jobs:
         message = job.error.get("message", "")
         log.info("%s %s %s", job.id, job.state, message)
         entry = {"operation": f"generate_{job.plan.kind}", "model": job.plan.model}
-        entry |= {
-            "error": message,
-            "status_code": GatewayError(**job.error).status if job.error else 200,
-        }
-        entry["duration"] = round(now() - job.created_at, 3)
+        status = GatewayError(**job.error).status if job.error else 200
+        duration = round(now() - job.created_at, 3)
+        entry |= {"error": message, "status_code": status, "duration": duration}
         row = {"created_at": now(), "job_id": job.id, "token_id": job.token_id}
         self.store.put_rows(("logs", row | {"data": to_json(entry)}))
 
@@ -1778,8 +1796,8 @@ class Jobs:
         for attempt in itertools.count(1):
             self._tell(job, "Waiting for an account")
             try:
-                turn = self.pool.lease(job, tried)
-                token = await asyncio.wait_for(turn, job.deadline - now())
+                async with asyncio.timeout(job.deadline - now()):  # wait_for loses a cancel
+                    token = await self.pool.lease(job, tried)
             except TimeoutError:
                 words = "No account became free in time"
                 raise GatewayError("queue_full", words, retry_after=60) from None
@@ -1800,6 +1818,7 @@ class Jobs:
                 tried.add(token.id)
             elif last.does == "again" and attempt < self.TRIES:
                 self._tell(job, f"{last}; trying again")
+                job.shunned.add(token.id)  # others go first
                 await asyncio.sleep(2**attempt * random.uniform(0.8, 1.2))
             else:
                 raise last
@@ -1835,15 +1854,17 @@ class Jobs:
 
     async def _look_for(self, job: Job) -> None:
         """A submit whose answer was lost is never sent again: Google is asked what it made."""
-        token, found = self.pool.tokens.get(job.token_id), []
-        for pause in self.LOOKS if token else ():
+        token, found, looks = self.pool.tokens.get(job.token_id), [], 0
+        pauses = itertools.chain(self.LOOKS, itertools.repeat(self.LOOKS[-1]))
+        until = now() + self.settings["generation.video_timeout"]
+        for pause in pauses if token else ():
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
             await asyncio.sleep(pause)
             try:
-                found = await self.upstream.find(token, job) or found
+                found, looks = await self.upstream.find(token, job) or found, looks + 1
             except GatewayError as err:
                 log.warning("%s: %s", job.id, err)
-            if len(found) >= job.n:
+            if len(found) >= job.n or looks == len(self.LOOKS) or now() > until:
                 break
         if not found:
             words = "The answer to the submit was lost, and Flow lists nothing made by it. Credits"
@@ -1853,16 +1874,22 @@ class Jobs:
 
     async def poll_forever(self) -> None:
         """One tick each `poll_interval`: one status call per account that has clips under way."""
+        polls: dict[int, asyncio.Task] = {}  # a slow account holds up no other
         while True:
             await asyncio.sleep(self.settings["flow.poll_interval"])
             pending: dict[int, list] = {}
+            for poll in [poll for poll in polls.values() if poll.done() and poll.exception()]:
+                log.error("a status call went wrong here", exc_info=poll.exception())
+            polls = {i: poll for i, poll in polls.items() if not poll.done()}
             for job in self.open.values():
                 token = self.pool.tokens.get(job.token_id)
-                if token and self._poll_after.get(token.id, (0, 0))[0] <= now():
+                due = token and self._poll_after.get(token.id, (0, 0))[0] <= now()
+                if due and token.id not in polls:
                     ours = [(job, output) for output in job.outputs if output.state == "pending"]
                     pending.setdefault(token.id, []).extend(ours)
-            polls = (self._poll(self.pool.tokens[i], ours) for i, ours in pending.items() if ours)
-            await asyncio.gather(*polls)
+            for i, ours in pending.items():
+                if ours:
+                    polls[i] = asyncio.create_task(self._poll(self.pool.tokens[i], ours))
 
     async def _poll(self, token: Token, pending: list[tuple[Job, Output]]) -> None:
         """A status call that fails says nothing of the clips; it is made again, ever less often."""
@@ -1897,7 +1924,8 @@ class Jobs:
         if status.url:
             output.url, output.url_expires = read_link(status.url)
         if status.data:
-            output.file = await self.media.keep(_once(status.data))
+            with contextlib.suppress(OSError):  # a full disk: Google still has it
+                output.file = await self.media.keep(_once(status.data))
 
     async def _await(self, job: Job, outputs: list[Output], deadline: float) -> None:
         """Until Google has said its last word on these outputs, or the deadline fails them."""
@@ -1906,15 +1934,11 @@ class Jobs:
         while pending := [output for output in outputs if output.state == "pending"]:
             late = [output for output in pending if now() >= deadline or output.answers >= most]
             for output in late:
-                words = (
-                    f"Flow was not done in {self.settings[timeout]} s ({timeout}) or {most} status"
-                )
-                words += " calls (flow.max_poll_attempts). It may still appear there, in project"
-                words += f" {output.project} as {output.media or output.name}"
-                output.state, output.error = (
-                    "failed",
-                    GatewayError("generation_timeout", words).record(),
-                )
+                words = f"Flow was not done in {self.settings[timeout]} s ({timeout}) or {most}"
+                words += " status calls (flow.max_poll_attempts). It may still appear there, in"
+                words += f" project {output.project} as {output.media or output.name}"
+                output.error = GatewayError("generation_timeout", words).record()
+                output.state = "failed"
             await self.store.put(*late)
             with contextlib.suppress(TimeoutError):
                 if not late:
@@ -1960,6 +1984,8 @@ class Jobs:
                 status = Status(output.name, media=output.media)
             output.name, output.url, output.url_expires, output.answers = status.name, "", 0.0, 0
             await self._take(output, status)
+            if status.data and not output.file:
+                raise GatewayError("internal_error", "the disk is full")
             await self.store.put(output)
             await self._await(job, [output], now() + self.settings["generation.video_timeout"])
             if output.state == "failed":
@@ -1975,7 +2001,7 @@ class Jobs:
             try:
                 return await call(*arguments)
             except GatewayError as err:
-                if err.does not in ("again", "account"):
+                if err.does not in ("again", "account") and err.upstream != 404:  # not there yet
                     raise
                 log.warning("%s; trying again", err)
                 await asyncio.sleep(2**attempt)
@@ -2039,8 +2065,8 @@ async def read_chat(body: dict, media: Media) -> Chat:
     for name in filter(body.get, SORA_ONLY):
         words = f"{name} belongs to Sora, and Flow has nothing like it"
         raise bad(words, name, "unsupported_parameter")
-    if not isinstance(model, str) or not model:
-        raise bad("model is missing; GET /v1/models lists what there is", "model")
+    if not isinstance(model, str) or not 0 < len(model) <= 200:
+        raise bad("model is missing, or not one; GET /v1/models lists what there is", "model")
     if not isinstance(messages, list) or not messages:
         raise bad("messages must be a list of at least one message", "messages")
     turns = [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -2059,9 +2085,9 @@ async def read_chat(body: dict, media: Media) -> Chat:
     links = links or ([body["image"]] if body.get("image") else [])
     n, size = read_count(body), body.get("size") or body.get("aspect_ratio") or ""
     plan = resolve(model, size=size, images=len(links), overrides=settings.models)
-    notes, images = check_images(plan, len(links)), []
-    for link in links if not notes else ():
-        images.append(await media.input_image(link, "messages"))
+    notes = check_images(plan, len(links))
+    wanted = [media.input_image(link, "messages") for link in links if not notes]
+    images = await asyncio.gather(*wanted)
     if plan.kind == "image" and not images and settings["chat.continue_pictures"]:
         images = await _continued(turns, prompt, media)
         notes += ["The chat's last picture went along as a reference."] if images else []
@@ -2245,6 +2271,7 @@ class ChatAnswer:
             parts = [f"![Generated Image]({url})" for url in links]
         images = self.chat.images and job.plan.kind == "image"
         failed = [output.error["message"] for output in job.outputs if output.error]
+        failed += ["Flow made none of it"] * (job.n - len(job.outputs))
         notes = [*job.notes, *(f"One of {job.n} failed: {words}" for words in failed)]
         text = "\n\n".join(([] if images else parts) + notes) or f"{len(links)} made."
         if not images:
@@ -2253,7 +2280,8 @@ class ChatAnswer:
         return {"content": text, "images": [row | {"index": i} for i, row in enumerate(rows)]}
 
     def error(self, job: Job) -> GatewayError:
-        words = f"Flow2API is interrupted; job {job.id} goes on at its next start"
+        then = "was not sent" if job.state == "queued" else "goes on at its next start"
+        words = f"Flow2API is interrupted; job {job.id} {then}"
         return GatewayError(**job.error) if job.error else GatewayError("shutting_down", words)
 
     async def whole(self, job: Job | None = None) -> web.Response:
@@ -2387,13 +2415,16 @@ def ok(message: str, **more: Any) -> web.Response:
 
 async def login(request: web.Request) -> web.Response:
     """POST /api/login -> a session token for /api, good for seven days after its last use."""
-    body, settings = await read_json(request), request.app[GATEWAY].settings
+    small = request.clone(client_max_size=1 << 16)  # whoever asks has shown no key yet
+    body, settings = await read_json(small), request.app[GATEWAY].settings
     name, password = str(body.get("username")), str(body.get("password"))
     good = await asyncio.to_thread(same_password, password, settings["global.admin_password"])
     if not good or not same(name, settings["global.admin_username"]):
         raise GatewayError("invalid_api_key", "Invalid credentials")
-    session = "admin-" + secrets.token_urlsafe(32)
-    request.app[GATEWAY].sessions[digest(session)] = now() + SESSION_SECONDS
+    session, sessions = "admin-" + secrets.token_urlsafe(32), request.app[GATEWAY].sessions
+    for old in [key for key, end in sessions.items() if end < now()]:
+        del sessions[old]
+    sessions[digest(session)] = now() + SESSION_SECONDS
     return ok("Login successful", token=session, username=name)
 
 
@@ -2410,11 +2441,8 @@ def token_object(token: Token) -> dict:
     shown = {name: getattr(token, name) for name in names.split()}
     times = ("at_expires", "created_at", "last_used_at")
     shown |= {name: iso(getattr(token, name)) for name in times}
-    shown |= {
-        "token": token.at,
-        "credits": token.credits or 0,
-        "user_paygate_tier": token.tier or None,
-    }
+    shown |= {"token": token.at, "credits": token.credits or 0}
+    shown["user_paygate_tier"] = token.tier or None
     shown["current_project_id"] = token.project_id or None
     return shown | {"current_project_name": token.project_name or None}
 
@@ -2472,9 +2500,8 @@ async def health(request: web.Request) -> web.Response:
 async def page(request: web.Request) -> web.StreamResponse:
     path = Path(__file__).with_name("admin.html")
     if not path.exists():
-        return web.Response(
-            text="Flow2API runs; its API is under /v1. Its page, admin.html, is missing."
-        )
+        words = "Flow2API runs; its API is under /v1. Its page, admin.html, is missing."
+        return web.Response(text=words)
     return web.FileResponse(path, headers=PAGE_HEADERS)
 
 
@@ -2815,9 +2842,8 @@ async def make_secrets(settings: Settings, store: Store) -> dict[str, str]:
 
 def greet(settings: Settings, port: int, made: dict[str, str], demo: bool) -> None:
     """What a person needs next. Secrets are shown when they are new, and never again."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-        settings["server.host"], settings["server.host"]
-    )
+    host = settings["server.host"]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"Flow2API {__version__} on {address}" + ("  (demo: a simulated Flow)" if demo else ""))
     for name, text in made.items():
@@ -2883,8 +2909,8 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
         try:
             async with wire.request("GET", url, timeout=timeout) as reply:
                 yield reply.status < 500, f"{url} answers {reply.status} through {way}"
-        except (GatewayError, *wire.not_sent, aiohttp.ClientError, TimeoutError, OSError) as err:
-            yield False, f"{url} can't be reached through {way}; check network and [proxy]: {err}"
+        except (GatewayError, *wire.not_sent, aiohttp.ClientError, TimeoutError, OSError):
+            yield False, f"{url} can't be reached through {way}; check network and [proxy]"
     if not pool.tokens:
         yield False, "no Google account yet: start Flow2API and add one (README, Session token)"
     for token in pool.tokens.values():

@@ -3034,6 +3034,198 @@ async def test_openais_client_raises_the_right_error_and_does_not_pay_twice(worl
         assert (caught.value.code, len(w.fault.seen)) == ("captcha_required", 1)
 
 
+# ---- What a review found ----
+
+
+async def test_a_clip_that_got_ready_while_we_were_down_is_not_given_up(world, clock):
+    w = await world(video_seconds=0.2)
+    client = asyncio.create_task(w.chat())
+    (job,) = await running(w)
+    await w.stop_gateway()
+    await client
+    clock.ahead = 2000  # longer than generation.video_timeout
+    await w.start_gateway()
+    assert (await end_of(w, job.id)).state == "completed"
+
+
+async def test_a_listing_that_fails_is_no_proof_that_nothing_was_made(world, looks):
+    w = await world(video_seconds=0.02)
+    lost = fault(PAID, dropped, through=True)
+    listing = fault("projectInitialData", refusal(503), times=3)
+
+    async def both(request, handler):
+        flaky = listing if "projectInitialData" in request.path else lost
+        return await flaky(request, handler)
+
+    w.fault = both
+    assert content(await w.chat()) and len(listing.seen) == 3
+
+
+async def test_an_account_whose_status_call_hangs_holds_up_no_other(world):
+    w = await world(((PRO, 1000), (PRO, 1000)), video_seconds=0.1)
+    first, second = w.pool.tokens.values()
+    free = asyncio.Event()
+
+    async def hanging(request, handler):
+        if "batchCheck" in request.path and first.at in request.headers["Authorization"]:
+            await free.wait()
+        return await handler(request)
+
+    w.fault = hanging
+    clients = [asyncio.create_task(w.chat()) for _ in range(2)]
+    await until(lambda: second.video_count == 1)
+    assert first.video_count == 0
+    free.set()
+    await asyncio.gather(*clients)
+
+
+async def test_an_account_behind_a_dead_proxy_does_not_swallow_all_jobs(world, impatient):
+    w = await world(((PRO, 1000), (PRO, 500)))
+    dead, _ = w.pool.tokens.values()
+    dead.proxy_url = "http://127.0.0.1:9"
+    assert [(await w.chat("nano_banana_pro"))[0] for _ in range(3)] == [200] * 3
+    assert dead.is_active and dead.error_count == 0
+
+
+async def test_a_deleted_account_does_not_come_back_with_a_late_answer(world):
+    w = await world()
+    token = only(w)
+    w.fault = hold("/credits")
+    check = asyncio.create_task(w.pool.check(token))
+    await w.fault.seen.wait()
+    await w.pool.remove(token)
+    w.fault.release.set()
+    await check
+    assert not w.store.tokens()
+
+
+async def test_an_odd_balance_stops_nothing(world):
+    w = await world()
+    w.fault = fault("/credits", lambda request: web.json_response({"credits": {"amount": 3}}))
+    only(w).checked_at = 0
+    await w.pool._check_if_due(only(w))
+    assert (only(w).is_active, only(w).credits) == (True, 1000)
+
+
+async def test_the_limit_of_the_queue_holds_in_a_burst(world):
+    w = await world(**{"limits.queue": 2})
+    await w.pool.update(only(w), video_concurrency=1)
+    statuses = [status for status, *_ in await asyncio.gather(*(w.chat() for _ in range(8)))]
+    assert sorted(statuses) == [200] * 3 + [429] * 5
+
+
+async def test_a_download_address_that_is_not_there_yet_is_asked_for_again(world, impatient):
+    w = await world()
+    w.fault = fault("getMediaUrlRedirect", refusal(404), times=1)
+    assert links_in(content(await w.chat()))
+
+
+async def test_a_full_disk_releases_the_account(world, monkeypatch):
+    async def full(self, chunks):
+        raise OSError(28, "No space left on device")
+
+    w = await world()
+    monkeypatch.setattr(flow2api.Media, "keep", full)
+    assert "this is the original" in content(await w.chat("nano_banana_pro-2K"))
+    assert only(w).busy.total() == 0
+
+
+async def test_a_very_long_model_id_is_refused_unread(world):
+    w = await world()
+    status, _, body = await w.chat("nano_banana" + "-portrait" * 20_000)
+    assert status == 400 and len(json.dumps(body)) < 1000
+
+
+async def test_a_login_of_many_megabytes_is_refused_unread(world):
+    w = await world()
+    status, _, _ = await w.call("POST", "/api/login", data=b'{"a":[' + b"0," * 100_000 + b"0]}")
+    assert status == 413
+
+
+async def test_a_client_in_the_queue_is_told_that_nothing_was_sent(world):
+    w = await world()
+    await w.pool.update(only(w), video_concurrency=1)
+    clients = [asyncio.create_task(w.chat()) for _ in range(2)]
+    await until(lambda: len(w.pool.waiting) == 1 and len(w.jobs.open) == 2)
+    await w.stop_gateway()
+    told = [reply[2]["error"]["message"] for reply in await asyncio.gather(*clients)]
+    assert sorted(("was not sent" in words, "goes on" in words) for words in told) == [
+        (False, True),
+        (True, False),
+    ]
+    await w.start_gateway()
+
+
+async def test_an_upscale_with_an_odd_answer_is_still_waited_for(world):
+    w = await world(((ULTRA, 1000),))
+    odd = fault("UpsampleVideo", lambda request: web.json_response({"media": [{}]}), through=True)
+    w.fault = odd
+    assert "failed" not in content(await w.chat("veo_3_1-fast-4k")) and odd.seen
+
+
+async def test_a_session_without_an_address_keeps_the_known_one(world):
+    w = await world(((PRO, 1), (PRO, 1)))
+
+    async def nameless(request, handler):
+        answer = await handler(request)
+        if "auth/session" not in request.path:
+            return answer
+        return web.json_response(json.loads(answer.body) | {"user": None})
+
+    w.fault = nameless
+    for token in w.pool.tokens.values():
+        await w.pool.access_token(token, token.at)
+    assert len({token.email for token in w.store.tokens()}) == 2
+
+
+async def test_a_stop_in_the_moment_of_a_lease_ends(world):
+    """wait_for of Python 3.11 can lose a cancel that comes together with the result."""
+    w = await world(video_seconds=30)
+    only(w).paused_until = flow2api.now() + 30
+    client = asyncio.create_task(w.chat())
+    await until(lambda: len(w.pool.waiting) == 1)
+    only(w).paused_until = 0
+    w.pool.wake()  # the lease is given, and the stop comes before its task runs
+    async with asyncio.timeout(5):
+        await w.jobs.stop()
+    client.cancel()
+    assert not w.asked("AsyncGenerate")
+
+
+async def test_progress_never_goes_back(world):
+    w = await world()
+    plan = flow2api.resolve("veo_3_1-fast")
+    job = flow2api.Job(plan=plan, submitted_at=flow2api.now() - 50)
+    known = w.jobs.durations[flow2api._family(plan)]
+    known.append(60)
+    before, _ = w.jobs.progress(job)
+    known.extend([200, 200])
+    assert w.jobs.progress(job)[0] >= before > 50
+
+
+async def test_a_client_that_never_learnt_its_job_does_not_pay_after_a_restart(world):
+    """It leaves an asynchronous API while the job is being written."""
+    w = await world()
+    put, writing = w.store.put, asyncio.Event()
+
+    async def slow(*records):
+        writing.set()
+        await asyncio.shield(put(*records))
+        await asyncio.sleep(0.2)
+
+    w.store.put = slow
+    generation = flow2api.Generation(flow2api.resolve("veo_3_1-fast"), "x")
+    create = asyncio.create_task(w.jobs.create(generation, "videos", True))
+    await writing.wait()
+    create.cancel()
+    await asyncio.wait([create])
+    w.store.put = put
+    await until(lambda: not w.store.open_jobs())
+    await w.stop_gateway()
+    await w.start_gateway()
+    assert not w.jobs.open and not w.asked("AsyncGenerate")
+
+
 # ---- Packaging: what a new user meets first ----
 
 REPOSITORY = pathlib.Path(flow2api.__file__).parent
