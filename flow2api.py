@@ -942,22 +942,24 @@ def read_operation(item: dict) -> Status:
     return Status(name, state, media, "", scene, url, data, error)
 
 
-def read_statuses(body: dict) -> Reply:
-    """Any reply that lists outputs: media[], operations[], both (mid-2026), or workflows alone."""
+def read_statuses(body: dict, strict=True) -> Reply:
+    """Any reply that lists outputs: media[], operations[], both (mid-2026), or workflows alone. An
+    entry of unknown shape raises upstream_changed; if not strict, it is left out."""
     found: dict[str, Status] = {}
-    try:
-        for item in dig(body, "media", default=[]):
-            found[item["name"]] = read_medium(item)
-        for status in map(read_operation, dig(body, "operations", default=[])):
-            found.setdefault(status.name, status)
-        for item in dig(body, "workflows", default=[]) if not found else []:
-            name = item["metadata"]["primaryMediaId"]
-            found[name] = Status(name, media=name, project=dig(item, "projectId"))
-        credits = dig(body, "remainingCredits", default=None)
-        return Reply(list(found.values()), None if credits is None else int(credits))
-    except (KeyError, TypeError, AttributeError, ValueError) as err:
-        words = f"Google's reply has a shape that this version does not know: {err!r}"
-        raise GatewayError("upstream_changed", words) from None
+    readers = {"media": read_medium, "operations": read_operation}
+    readers["workflows"] = lambda f: read_medium(f | {"name": f["metadata"]["primaryMediaId"]})
+    for key, read in readers.items():
+        items = dig(body, key, default=[]) if key != "workflows" or not found else []
+        for item in items if isinstance(items, list) else [items]:
+            try:
+                status = read(item)
+                found.setdefault(status.name, status)
+            except (KeyError, TypeError, AttributeError, ValueError) as err:
+                if strict:
+                    words = f"Google's reply has a shape that is not known here: {err!r}"
+                    raise GatewayError("upstream_changed", words) from None
+    balance = str(dig(body, "remainingCredits"))
+    return Reply(list(found.values()), int(balance) if balance.isdigit() else None)
 
 
 def read_find(body: dict, batch: str) -> list[Status]:
@@ -1062,7 +1064,7 @@ class RestFlow:
             words = f"The connection to {host} broke: {why(err)}"
         raise GatewayError(code, words)
 
-    def _read(self, status: int, raw: bytes, spends=False) -> dict:
+    def _read(self, status: int, raw: bytes, spends=False, wait="") -> dict:
         """The JSON object of a reply; a refusal raises what google_error makes of it. An answer
         to a submit that is neither may hide an acceptance."""
         body = None
@@ -1080,7 +1082,9 @@ class RestFlow:
             raise GatewayError("submit_unknown", words)
         if status < 300:
             raise GatewayError("upstream_changed", "Google answered with something else than JSON")
-        raise google_error(status, reason, str(dig(error, "message")))
+        refusal = google_error(status, reason, str(dig(error, "message")))
+        refusal.retry_after = int(wait) if wait.isdigit() else 0
+        raise refusal
 
     async def _labs(self, token: Token, method: str, path: str, **options):
         options["headers"] = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
@@ -1105,9 +1109,9 @@ class RestFlow:
         for _ in range(2):
             at = await self.authorise(token, stale)
             options["headers"] = {"Authorization": f"Bearer {at}"}
-            status, _, raw = await self._send(token, method, url, spends=spends, **options)
+            status, reply, raw = await self._send(token, method, url, spends=spends, **options)
             if status != 401:
-                return self._read(status, raw, spends)
+                return self._read(status, raw, spends, reply.headers.get("Retry-After", ""))
             stale = at
         raise GatewayError("account_session_ended", "Google refuses even a fresh access token")
 
@@ -1206,7 +1210,8 @@ class RestFlow:
         try:
             if not outputs:
                 return Reply([])
-            return read_statuses(await self._api(token, "POST", path, json=status_request(outputs)))
+            body = await self._api(token, "POST", path, json=status_request(outputs))
+            return read_statuses(body, strict=False)
         except GatewayError as err:
             if err.upstream not in (400, 404) or next(refusals) > 20:
                 raise

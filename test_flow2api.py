@@ -1335,7 +1335,6 @@ def test_replies_of_both_generations_are_read(body, expected, credits):
         {"media": ["abc"]},
         {"media": 5},
         {"workflows": [{"name": "w"}]},
-        {"media": [new_clip()], "remainingCredits": "many"},
         {"operations": [{"status": PREFIX + "ACTIVE"}]},
     ],
 )
@@ -3224,6 +3223,38 @@ async def test_a_client_that_never_learnt_its_job_does_not_pay_after_a_restart(w
     await w.stop_gateway()
     await w.start_gateway()
     assert not w.jobs.open and not w.asked("AsyncGenerate")
+
+
+async def test_one_odd_entry_of_a_status_reply_does_not_hide_the_others(world):
+    w = await world()
+
+    async def odd(request, handler):
+        answer = await handler(request)
+        if "batchCheck" not in request.path:
+            return answer
+        body = json.loads(answer.body)
+        return web.json_response({"media": [{"nom": 1}, *body["media"], None]})
+
+    w.fault = odd
+    assert links_in(content(await w.chat()))
+
+
+def test_an_odd_balance_does_not_make_an_accepted_submit_unknown():
+    reply = flow2api.read_statuses({"media": [new_clip()], "remainingCredits": "many"})
+    assert (len(reply.statuses), reply.credits) == (1, None)
+
+
+async def test_googles_own_retry_after_is_obeyed(world, clock):
+    w = await world()
+    reason = {"error": {"details": [{"reason": "PUBLIC_ERROR_USER_REQUESTS_THROTTLED"}]}}
+    late = {"status": 429, "headers": {"Retry-After": "2400"}}
+    w.fault = fault(PAID, lambda request: web.json_response(reason, **late), times=1)
+    assert (await w.chat())[0] == 503
+    clock.ahead = 2000
+    status, headers, _ = await w.chat()
+    assert status == 503 and int(headers["Retry-After"]) > 60
+    clock.ahead = 2700
+    assert content(await w.chat())
 
 
 # ---- Packaging: what a new user meets first ----
