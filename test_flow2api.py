@@ -2157,7 +2157,7 @@ async def test_a_stream_that_the_end_of_the_process_cuts_names_its_job(world):
 
 
 async def test_a_bug_in_the_middle_of_a_stream_is_an_error_event_too(world, monkeypatch):
-    monkeypatch.setattr(flow2api, "HEARTBEAT", "no number")
+    monkeypatch.setattr(flow2api, "progress_line", None)
     w = await world()
     async with asyncio.timeout(2):
         headers, lines, events = await w.stream("nano_banana_pro")
