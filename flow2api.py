@@ -934,12 +934,11 @@ def read_operation(item: dict) -> Status:
     """An element of operations[] (2025)."""
     medium, state = dig(item, "operation", "metadata"), read_state(dig(item, "status"))
     media = dig(item, "mediaGenerationId") or dig(medium, "name")
-    name, scene = media or item["operation"]["name"], dig(item, "sceneId")
-    name = dig(item, "operation", "name") or name
+    name = dig(item, "operation", "name") or media or item["operation"]["name"]
     url, data = dig(medium, "video", "fifeUrl"), base64.b64decode(dig(item, "rawBytes"))
     reason = dig(item, "operation", "error", "message")
     error = google_error(0, reason) if state == "failed" else None
-    return Status(name, state, media, "", scene, url, data, error)
+    return Status(name, state, media, "", dig(item, "sceneId"), url, data, error)
 
 
 def read_statuses(body: dict, strict=True) -> Reply:
@@ -1236,12 +1235,12 @@ class RestFlow:
         path = "video:batchAsyncGenerateVideoUpsampleVideo"
         try:
             body = await self._api(token, "POST", path, spends=True, json=wanted)
-            return read_statuses(body).statuses[0]
-        except (GatewayError, IndexError) as err:
-            code, seen = getattr(err, "code", "conflict"), getattr(err, "upstream", 0)
-            if code not in ("conflict", "submit_unknown") and (seen or code != "upstream_changed"):
+        except GatewayError as err:
+            if err.code not in ("conflict", "submit_unknown"):
                 raise
-        return self.upscaled(output)
+            body = {}
+        found = read_statuses(body, strict=False).statuses
+        return found[0] if found else self.upscaled(output)
 
     def upscaled(self, output: Output) -> Status:
         name = output.media + "_upsampled"
@@ -2081,8 +2080,8 @@ async def read_chat(body: dict, media: Media) -> Chat:
     _, prompt, links = users[-1]
     system = "\n".join(text for role, text, _ in turns if role in ("system", "developer"))
     stream, usage = body.get("stream") is True, bool(dig(body, "stream_options", "include_usage"))
-    images = isinstance(kinds := body.get("modalities"), list) and "image" in kinds
-    chat = Chat(model, stream, usage, images, "", None)
+    inline = isinstance(kinds := body.get("modalities"), list) and "image" in kinds
+    chat = Chat(model, stream, usage, inline, "", None)
     if settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
         return chat._replace(text=text)
     if not prompt.strip():
