@@ -15,8 +15,7 @@ A chapter uses only what stands above it:
      9  Reading requests  a client's body -> Generation
     10  Client API        /v1: a job rendered as chat
     11  Admin API         /api, /health, the page
-    12  Demo              a small simulated Flow
-    13  Main              the application and the command line
+    12  Main              the application and the command line
 
 Needs Python 3.11+ and aiohttp; aiohttp-socks only where a SOCKS proxy is set.
 """
@@ -26,7 +25,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -41,7 +39,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -55,19 +52,20 @@ import threading
 import time
 import tomllib
 import uuid
-import zlib
-from collections import namedtuple
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+import weakref
+from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, urljoin, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 __version__ = "0.1.0"
 log = logging.getLogger("flow2api")
+NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 def now() -> float:
@@ -82,35 +80,8 @@ class SettingError(Exception):
     """A value that can't be used; the text names the key, the value and what is allowed."""
 
 
-class Setting(NamedTuple):
-    """A row of the table. `name` is section.key; the type is that of the default."""
-
-    name: str
-    default: bool | int | float | str
-    help: str
-    low: float | None = None
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def parse(self, raw: Any, origin: str) -> Any:
-        """The value of `raw`, a TOML value or the text of another origin. Raises SettingError."""
-        kind, value = type(self.default), raw
-        with contextlib.suppress(ValueError, KeyError):
-            if isinstance(raw, str) and kind is bool:
-                value = {"true": True, "1": True, "false": False, "0": False}[raw.strip().lower()]
-            elif isinstance(raw, str) or (kind is float and type(raw) is int):
-                value = kind(raw)
-        good = type(value) is kind and (not self.choices or value in self.choices)
-        if good and (self.low is None or self.low <= value <= self.high):
-            return value
-        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        allowed = " | ".join(self.choices) or kinds[kind]
-        allowed += "" if self.low is None else f" from {self.low:g} to {self.high:g}"
-        shown = "that value" if self.name in SECRETS else repr(raw)
-        raise SettingError(f"{origin}: {self.name} can't be {shown}; allowed: {allowed}")
-
-
-# fmt: off
+# A row of the table. name: section.key; the type is that of the default; low, high: of a number.
+Setting = namedtuple("Setting", "name default help low high choices", defaults=[None, None, ()])
 SETTINGS = (
     Setting("global.api_key", "", "Key that API clients send. Empty: made at first start."),
     Setting("global.admin_username", "admin", "User name of the admin page."),
@@ -147,21 +118,18 @@ SETTINGS = (
     Setting("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     Setting("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
 )
-# fmt: on
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password")
-PLACEHOLDERS = ("", "your_api_key", "your_password")
 
 
 class Settings:
-    """Layers of values, the strongest first. `settings["server.port"]` is the value in force; it
-    is read at each use, so that a change takes effect at once. `models`: section [models]."""
+    """Layers of values. `settings["server.port"]` is the value in force, read anew at each use."""
 
-    LAYERS = ("command line", "environment", "admin page", "file", "generated")
+    LAYERS = ("command line", "environment", "admin page", "file", "generated")  # strongest first
 
     def __init__(self):
         self.layers: dict[str, dict[str, Any]] = {name: {} for name in self.LAYERS}
-        self.models: dict[str, str] = {}
+        self.models: dict[str, str] = {}  # section [models]
         self.warnings: list[str] = []
         self.folder = Path.cwd()
 
@@ -176,8 +144,21 @@ class Settings:
         if name not in SETTING:
             self.warnings.append(f"{origin}: unknown setting {name}; ignored")
             return
-        value = SETTING[name].parse(raw, origin)
-        if name not in SECRETS or value not in PLACEHOLDERS:
+        _, default, _, low, high, choices = SETTING[name]
+        kind, value = type(default), raw  # a TOML value, or the text of another origin
+        with contextlib.suppress(ValueError, KeyError):
+            if isinstance(raw, str) and kind is bool:
+                value = {"true": True, "1": True, "false": False, "0": False}[raw.strip().lower()]
+            elif isinstance(raw, str) or (kind is float and type(raw) is int):
+                value = kind(raw)
+        good = type(value) is kind and (not choices or value in choices)
+        if not good or not (low is None or low <= value <= high):
+            kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+            allowed = " | ".join(choices) or kinds[kind]
+            allowed += "" if low is None else f" from {low:g} to {high:g}"
+            shown = "that value" if name in SECRETS else repr(raw)
+            raise SettingError(f"{origin}: {name} can't be {shown}; allowed: {allowed}")
+        if name not in SECRETS or value not in ("", "your_api_key", "your_password"):
             self.layers[layer][name] = value
 
     def read_file(self, path: Path) -> None:
@@ -189,20 +170,17 @@ class Settings:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path}: {err}") from None
-        self._read_models(path, document.pop("models", {}))
-        for section, values in document.items():
-            for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
-                self.put("file", f"{section}.{key}", raw, path.name)
-
-    def _read_models(self, path: Path, models: Any) -> None:
+        models = document.pop("models", {})
         for name, key in models.items() if isinstance(models, dict) else [("", models)]:
             try:
                 self.models[name] = key
                 key.format(P="", O="", U="", D=0)
             except (AttributeError, LookupError, ValueError):
-                words = "a text, with at most {P} {O} {U} {D} in it"
-                words = f"{path.name}: [models] {name} can't be {key!r}; allowed: {words}"
-                raise SettingError(words) from None
+                words = f"can't be {key!r}; allowed: a text, at most with {{P}} {{O}} {{U}} {{D}}"
+                raise SettingError(f"{path.name}: [models] {name} {words}") from None
+        for section, values in document.items():
+            for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
+                self.put("file", f"{section}.{key}", raw, path.name)
 
     def read_environment(self, environ: dict[str, str]) -> None:
         names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
@@ -215,49 +193,43 @@ class Settings:
 
 
 # ---- 2. Errors ------------------------------------------------------------------------------
-
-# What a failure does. request: told to the caller, no account is blamed. account: this account
-# steps back, another may be tried, nothing was spent. banning: the same, and it counts towards the
-# automatic ban. session: the account is disabled. again: nothing was spent, the same may be tried
-# once more. final: none of these. unknown: credits may have been spent, never sent again.
-ERRORS = {  # code: (HTTP status, what it does)
-    code: (status, does)
-    for status, does, codes in (
-        (400, "request", "invalid_request invalid_image unsupported_parameter tier_required"),
-        (400, "request", "mode_not_available content_policy_violation"),
-        (401, "request", "invalid_api_key"),
-        (404, "request", "not_found model_not_found"),
-        (405, "request", "method_not_allowed"),
-        (409, "request", "conflict cancelled"),
-        (413, "request", "request_too_large"),
-        (429, "final", "queue_full"),
-        (500, "final", "internal_error"),
-        (502, "final", "generation_failed upstream_changed model_unavailable proxy_unavailable"),
-        (502, "again", "upstream_error upstream_unreachable"),
-        (502, "unknown", "submit_unknown"),
-        (503, "again", "upstream_busy"),
-        (503, "final", "no_accounts no_credits shutting_down"),
-        (503, "account", "account_throttled account_busy account_daily_quota account_no_credits"),
-        (503, "account", "captcha_required model_not_for_account"),
-        (503, "banning", "account_refused"),
-        (503, "session", "account_session_ended"),
-        (504, "final", "generation_timeout"),
-    )
-    for code in codes.split()
-}
+# request: told to the caller, no account is blamed. account: nothing was spent, this one steps back
+# and another may be tried. banning: so too, and it counts towards the automatic ban. session: the
+# account is disabled. again: nothing was spent, one more try. unknown: maybe spent, not sent again.
+ERROR_ROWS = (  # HTTP status, what the failure does (final: none of these), codes
+    (400, "request", "invalid_request invalid_image unsupported_parameter tier_required"),
+    (400, "request", "mode_not_available content_policy_violation task_not_completed"),
+    (401, "request", "invalid_api_key"),
+    (404, "request", "not_found model_not_found task_not_found content_not_found"),
+    (405, "request", "method_not_allowed"),
+    (409, "request", "conflict cancelled idempotency_conflict"),
+    (413, "request", "request_too_large"),
+    (429, "final", "queue_full"),
+    (500, "final", "internal_error"),
+    (501, "request", "not_implemented"),
+    (424, "final", "generation_failed generation_timeout"),  # clients repeat 5xx by themselves
+    (424, "unknown", "submit_unknown"),
+    (502, "again", "upstream_error upstream_unreachable"),
+    (502, "final", "upstream_changed model_unavailable proxy_unavailable"),
+    (503, "again", "upstream_busy"),
+    (503, "final", "no_accounts no_credits shutting_down"),
+    (503, "account", "account_throttled account_busy account_daily_quota account_no_credits"),
+    (503, "account", "captcha_required model_not_for_account"),
+    (503, "banning", "account_refused"),
+    (503, "session", "account_session_ended"),
+)
+ERRORS = {code: (status, does) for status, does, codes in ERROR_ROWS for code in codes.split()}
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
-TYPES[500] = "server_error"  # by status, or its hundred
+TYPES |= {424: "server_error"}
 
-# Google's reason -> code, first pause of the account in seconds, words. The first match counts.
-# Reasons are the PUBLIC_ERROR_* of error.details[].reason and of failed media, and failureReasons.
+# Google's reason (PUBLIC_ERROR_*, or of failureReasons), text and HTTP status (0: a clip failed
+# later) -> code, first pause in seconds, words. The first match counts.
 # fmt: off
 REASONS = (
-    ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600,
-     "Google refuses Flow to this account (region, age or availability)"),
+    ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
     ("UNUSUAL_ACTIVITY|reCAPTCHA", "captcha_required", 300,
-     "Google wants a reCAPTCHA token, and no browser is connected that could give one. Use Flow"
-     " once by hand in this account's own browser, or connect the companion extension"),
+     "Google wants a reCAPTCHA token: use Flow in this account's own browser, or the extension"),
     ("DAILY_QUOTA", "account_daily_quota", 60, "This model's quota of the day is used up"),
     ("QUOTA_REACHED", "account_no_credits", 600, "The account has no credits left"),
     ("MODEL_ACCESS_DENIED", "model_not_for_account", 0, "The account's plan lacks this model"),
@@ -266,34 +238,30 @@ REASONS = (
     ("NON_ENGLISH", "invalid_request", 0, "Flow wants an English prompt for this"),
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
-    ("UNSAFE|SEXUAL|VIOLENCE|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBITED|REPUTATION"
-     "|_EDIT", "content_policy_violation", 0,
-     "Google's content policy refused this prompt or picture; change it and try again"),
-)
-BY_STATUS = (  # where there is no known reason: HTTP statuses (0: a clip failed later), code, words
-    ((0,), "generation_failed", "The generation failed at Google"),
-    ((401, 403), "account_refused", "Google refused this account"),
-    ((404,), "model_unavailable", "Google does not know this model key or medium; the new key of a"
-     " renamed model goes into [models] of setting.toml"),
-    ((408, 499), "upstream_error", "Google's side took too long"),
-    ((429,), "account_throttled", "Google is slowing this account down"),
-    (range(400, 500), "upstream_changed", "Google refused the form of our request"),
-    (range(1000), "upstream_error", "Google's side failed"),
+    ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
+     "content_policy_violation", 0, "Google's content policy refused this prompt or picture"),
+    ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
+    ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
+    ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
+    ("HTTP (408|499)$", "upstream_error", 60, "Google's side took too long"),
+    ("HTTP 429$", "account_throttled", 60, "Google is slowing this account down"),
+    ("HTTP 4..$", "upstream_changed", 60, "Google refused the form of our request"),
+    ("", "upstream_error", 60, "Google's side failed"),
 )
 # fmt: on
 
 
 class GatewayError(Exception):
-    """A failure that a caller is told about: a code of ERRORS and words of its own.
-    `param` is the request field at fault, `retry_after` seconds for the header of that name,
-    `pause` the seconds an account steps back at first, `upstream` Google's HTTP status if any."""
+    """A failure that a caller is told about: a code of ERRORS and words of its own. `param`: the
+    request field at fault. `retry_after`: seconds for that header. `pause`: seconds an account
+    steps back at first. `upstream`: Google's HTTP status. `headers`: more for the answer."""
 
     def __init__(self, code: str, message: str, *, param=None, retry_after=0, pause=60, upstream=0):
         super().__init__(message)
         self.status, self.does = ERRORS[code]
-        self.type = TYPES.get(self.status, TYPES[500 if self.status >= 500 else 400])
+        self.type = TYPES.get(self.status, "server_error" if self.status >= 500 else TYPES[400])
         self.code, self.param, self.retry_after = code, param, retry_after
-        self.pause, self.upstream = pause, upstream
+        self.pause, self.upstream, self.headers = pause, upstream, {}
 
     def record(self) -> dict:
         """What is stored of it; GatewayError(**record) is the error again."""
@@ -310,25 +278,20 @@ def bad(message: str, param: str | None = None, code="invalid_request") -> Gatew
     return GatewayError(code, message, param=param)
 
 
-def google_error(status: int, reason: str, message: str = "") -> GatewayError:
-    """The error for one of Google's refusals. `status` is its HTTP status, 0 for a clip that was
-    accepted and failed later; `reason` as in REASONS; `message` is Google's own text."""
-    said = f" (Google: {reason or message or status})"[:300]
-    for pattern, code, pause, words in REASONS:
-        if re.search(pattern, f"{reason} {message}"):
-            return GatewayError(code, words + said, pause=pause, upstream=status)
-    _, code, words = next(row for row in BY_STATUS if status in row[0])
-    return GatewayError(code, words + said, upstream=status)
+def google_error(status: int, reason: str, message="", retry_after=0) -> GatewayError:
+    """The error for a refusal of Google: its HTTP status, reason and text, as in REASONS."""
+    known = f"{reason} {message} HTTP {status}"
+    _, code, pause, words = next(row for row in REASONS if re.search(row[0], known))
+    words += f" (Google: {reason or message or status})"[:300]
+    return GatewayError(code, words, retry_after=retry_after, pause=pause, upstream=status)
 
 
 # ---- 3. Catalogue ---------------------------------------------------------------------------
-
 # Plans that Google sells, lowest first: the word on the wire, and what people call it.
 TIERS = {"PAYGATE_TIER_NOT_PAID": "free", "PAYGATE_TIER_ONE": "Pro", "PAYGATE_TIER_TWO": "Ultra"}
 RATIOS = {"landscape": 16 / 9, "portrait": 9 / 16, "square": 1.0, "4-3": 4 / 3, "3-4": 3 / 4}
 
-# Upstream keys (Flow's catalogue of 2026-08-27): family, mode, key, key at 4 and 6 s. {P} is
-# "_portrait" or "", {O} the orientation, {U} "_ultra" or "" by the account's tier, {D} the seconds.
+# Upstream keys (Flow's catalogue of 2026-08-27): family, mode, key, key at 4 and 6 s; see Plan.key.
 # fmt: off
 KEY_ROWS = (
     ("veo_3_1", "text", "veo_3_1_t2v{P}", "veo_3_1_t2v_quality_{D}s"),
@@ -349,20 +312,21 @@ KEY_ROWS = (
       (("text", "t2v"), ("start", "i2v"), ("frames", "i2v"), ("references", "r2v"))),
     ("omni_flash", "edit", "abra_edit", ""),
 )
+EDITOR = "omni_flash"  # the model that edits clips
 COSTS = {  # credits of one clip on a free, Pro and Ultra account, by its seconds; None: not there
     "veo_3_1": {8: (100, 100, 100), 4: (None, None, 100), 6: (None, None, 100)},
     "veo_3_1_fast": {8: (20, 20, 10), 4: (None, None, 10), 6: (None, None, 10)},
     "veo_3_1_lite": {8: (10, 10, 5), 4: (None, None, 5), 6: (None, None, 5)},
     "veo_3_1_relaxed": {8: (None, None, 0), 4: (None, None, 0), 6: (None, None, 0)},
     "omni_flash": {4: (7, 7, 7), 6: (10, 10, 10), 8: (12, 12, 12), 10: (15, 15, 15)},
+    "omni_flash_edit": {8: (20, 20, 20)},
 }
 UPSCALES = {"": (0, 0, 0), "1080p": (None, 0, 0), "4k": (None, None, 50),
             "2K": (0, 0, 0), "4K": (None, None, 0)}
 MODES = {"text": "text to video", "start": "start frame", "frames": "start and end frame",
          "references": "reference pictures", "extend": "extension of a clip",
          "edit": "edit of a clip", "image": "picture"}
-# Upstream keys by the names that [models] in setting.toml overrides: pictures by family; clips by
-# family and mode, with `_short` for 4 and 6 s. The relaxed family is lite at low priority.
+# By the names that [models] overrides: family of pictures; family_mode of clips, _short: 4 and 6 s.
 KEYS = {"nano_banana_pro": "GEM_PIX_2", "nano_banana_2": "NARWHAL"}
 KEYS |= {"nano_banana_2_lite": "HARBOR_SEAL", "imagen_4": "IMAGEN_3_5"}
 KEYS |= {f"{family}_{mode}": key for family, mode, key, _ in KEY_ROWS}
@@ -392,6 +356,9 @@ HEADS = {
 # Ids in Google's own style, veo_3_1_t2v_fast_portrait_4s_1080p: the words that name a mode.
 WIRE_MODES = {"t2v": "text", "i2v": "i2v", "interpolation": "frames", "r2v": "references",
               "extend": "extend"}
+# A head's mode -> that of a request with no, one, two, … pictures.
+MODE_BY_COUNT = {"auto": ("text", "start", "frames", "references"),
+                 "i2v": ("start", "start", "frames"), "references": ("text", "references")}
 RETIRED = {  # prefix -> today's of the same price
     "veo_2_1_fast_d_15_": ("veo_3_1_lite_", "Google retired Veo 2 Fast; this is Veo 3.1 Lite."),
     "veo_2_0_":           ("veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
@@ -399,37 +366,50 @@ RETIRED = {  # prefix -> today's of the same price
 }
 CONFLICTS = (SHAPES, ("lite", "fast"), ("lite", "relaxed"), LENGTHS, ("1080p", "4k"), SIZES)
 # fmt: on
+# The ids that /v1/models lists; the grammar takes many more.
+LISTED = (
+    "gemini-{2.5-flash|3.0-pro|3.1-flash}-image-{portrait|landscape}",
+    "imagen-4.0-generate-preview-{portrait|landscape}",
+    "veo_{3_1_t2v_fast|2_1_fast_d_15_t2v|2_1_fast_d_15_i2v|2_0_t2v|2_0_i2v}_{portrait|landscape}",
+    "veo_3_{1_i2v_s_fast_fl|0_r2v_fast|1_r2v_fast}_{portrait|landscape}",
+    "veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}",
+    "veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}",
+    "omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}",
+    "{nano_banana|nano_banana_2|nano_banana_2_lite|nano_banana_pro|imagen_4}"
+    "{|-portrait|-landscape|-square|-4-3|-3-4}",
+    "nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}",
+)
+_CHOICES = [[part.split("|") for part in re.split("[{}]", pattern)] for pattern in LISTED]
+MODELS = tuple(dict.fromkeys("".join(word) for row in _CHOICES for word in itertools.product(*row)))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a request comes to, before an account is chosen.
-    kind: "image" or "video". mode: a key of MODES. ratio: a key of RATIOS. seconds: length of a
-    clip, 0 for pictures. upscale: a key of UPSCALES. template: see KEYS. costs: credits of one
-    output per tier, upscaling included, None where the tier is not served. images: how many input
-    pictures it takes, from and to. note: what a caller should know about the id."""
+    """What a request comes to, before an account is chosen."""
 
     model: str
-    kind: str
+    kind: str  # "image" or "video"
     family: str
-    mode: str
-    ratio: str
-    seconds: int
-    upscale: str
-    template: str
-    costs: tuple[int | None, ...]
-    images: tuple[int, int]
-    note: str = ""
+    mode: str  # a key of MODES
+    ratio: str  # a key of RATIOS
+    seconds: int  # length of a clip, 0 for pictures
+    upscale: str  # a key of UPSCALES
+    template: str  # see KEYS
+    costs: list[int | None]  # credits of one output per tier, upscaling included; None: not served
+    images: list[int]  # how many input pictures it takes, from and to
+    note: str = ""  # what a caller should know about the id
 
     def cost(self, tier: str) -> int | None:
-        """Credits of one output on an account of this tier; None: the tier can't do it."""
         return self.costs[list(TIERS).index(tier) if tier in TIERS else 0]
 
     def key(self, tier: str) -> str:
-        """The upstream model key on an account of this tier."""
         portrait = "_portrait" if self.ratio == "portrait" else ""
         ultra = "_ultra" if tier == "PAYGATE_TIER_TWO" else ""
         return self.template.format(P=portrait, O=self.ratio, U=ultra, D=self.seconds)
+
+    @property
+    def pace(self) -> tuple:
+        return self.family, self.mode, self.seconds, self.upscale
 
     def prices(self) -> dict[str, int]:
         """Credits of one output by what people call the plans that can make it."""
@@ -444,10 +424,10 @@ class Plan:
         return f"{what}; credits: {prices}. {self.note}".rstrip(". ") + "."
 
 
-def resolve(model: str, *, size="", seconds=0, images=0, overrides: dict | None = None) -> Plan:
-    """The plan of a model id. `size`: "1280x720", "16:9", "auto" or empty. `seconds`: wanted
-    length, 0 for the id's own. `images`: how many input pictures the request brings. `overrides`:
-    like KEYS. Raises model_not_found, or invalid_request for what can't be met."""
+def resolve(model: str, *, size="", seconds=0, images=0, mode="", overrides=None) -> Plan:
+    """The plan of a model id. `size`: "1280x720", "16:9", "auto" or empty. `seconds`: 0 for the
+    id's own. `images`: how many are sent along. `mode`: "edit" or "extend". `overrides`: like
+    KEYS. Raises model_not_found, mode_not_available, or invalid_request."""
     head, words = _split(model)
     for group in CONFLICTS:
         if len(both := [word for word in group if word in words]) > 1:
@@ -455,73 +435,55 @@ def resolve(model: str, *, size="", seconds=0, images=0, overrides: dict | None 
     ratio, keys = _ratio(model, head, words, size), KEYS | (overrides or {})
     upscale = next((word for word in UPSCALES if word in words), "")
     if head.family in KEYS:
-        costs, limits = UPSCALES[upscale], (0, 3 if head.family == "imagen_4" else 10)
-        plan = Plan(model, "image", head.family, "image", ratio, 0, upscale, "", costs, limits)
-        return dataclasses.replace(plan, template=keys[head.family], note=head.note)
+        given = (head.family, "image", ratio, 0, upscale, keys[head.family], [*UPSCALES[upscale]])
+        return Plan(model, "image", *given, [0, 3 if head.family == "imagen_4" else 10], head.note)
     variant = next((word for word in ("relaxed", "fast", "lite") if word in words), "")
     family = f"{head.family}_{variant}" if variant else head.family
-    mode, limits = _clip_mode("i2v" if "fl" in words else head.mode, family, images)
+    mode = mode or ("i2v" if "fl" in words else head.mode)
+    most = 7 if family == "omni_flash" else 3
+    limits = {"i2v": [1, 2], "frames": [2, 2], "auto": [0, most], "references": [0, most]}
+    limits, mode = limits.get(mode, [0, 0]), MODE_BY_COUNT.get(mode, (mode,))[: images + 1][-1]
+    prices = COSTS.get(f"{family}_{mode}", COSTS[family])
     length = next((int(word[:-1]) for word in LENGTHS if word in words), seconds or 8)
-    if (seconds or length) != length or length not in COSTS[family]:
-        can = ", ".join(map(str, COSTS[family]))
+    if (seconds or length) != length or length not in prices:
+        can = ", ".join(map(str, prices))
         raise bad(f"{model} can't be {seconds or length} s long; {family} can: {can}", "seconds")
     name = f"{family}_{mode}" + ("_short" if length < 8 else "")
-    if name not in keys:
+    if (key := keys.get(name)) is None:
         can = ", ".join(MODES[known] for known in MODES if f"{family}_{known}" in KEYS)
         said = f"{model}: {family} has no {MODES[mode]!r} at {length} s; it has {can}"
         raise bad(said, "model", "mode_not_available")
     served = (None, None, 0) if "ultra" in words else (0, 0, 0)
-    parts = zip(COSTS[family][length], UPSCALES[upscale], served, strict=True)
-    costs = tuple(None if None in part else sum(part) for part in parts)
-    plan = Plan(model, "video", family, mode, ratio, length, upscale, keys[name], costs, limits)
-    return dataclasses.replace(plan, note=head.note)
+    parts = zip(prices[length], UPSCALES[upscale], served, strict=True)
+    costs = [None if None in part else sum(part) for part in parts]
+    return Plan(model, "video", family, mode, ratio, length, upscale, key, costs, limits, head.note)
 
 
 def _split(model: str) -> tuple[Head, set[str]]:
     """A model id's head and its parameters, each of which the head takes."""
-    name, note = model, ""
-    for old, (new, why) in RETIRED.items():
-        if model.startswith(old):
-            name, note = new + model.removeprefix(old), why
-    for start in sorted(HEADS, key=len, reverse=True):
-        if name == start or name.startswith(start + "-"):
-            tail = re.sub("-four-three|-4-3", "-4:3", name[len(start) :])
-            tail = re.sub("-three-four|-3-4", "-3:4", tail)
-            return HEADS[start], {_word(model, HEADS[start], word) for word in tail.split("-")[1:]}
-    if name in ("omni_portrait", "omni_landscape"):
-        return HEADS["omni"], {name.removeprefix("omni_")}
-    parts = name.split("_")
-    modes = [WIRE_MODES[part] for part in parts[3:] if part in WIRE_MODES]
-    if parts[:3] != ["veo", "3", "1"] or len(modes) != 1:
-        close = difflib.get_close_matches(model, MODELS, 3, 0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "GET /v1/models lists them"
-        raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-    if "relaxed" in parts:
-        note = "Google retired the relaxed keys; this is Veo 3.1 Lite at low priority."
-    head = Head("veo_3_1", (*CLIPS, "s", "ultra"), "landscape", modes[0], note)
-    words = {_word(model, head, part) for part in parts[3:] if part not in WIRE_MODES}
-    return head, words - {"s", "fl"}
-
-
-def _word(model: str, head: Head, word: str) -> str:
-    """The parameter, in the spelling of the tables."""
-    known = {param.lower(): param for param in head.params}
-    if param := known.get(word.replace(":", "-").lower()):
-        return param
-    takes = ", ".join(head.params)
-    raise bad(f"{model[:80]}: unknown parameter {word[:40]!r}; it takes {takes}", "model")
-
-
-def _clip_mode(mode: str, family: str, images: int) -> tuple[str, tuple[int, int]]:
-    """The mode for this number of pictures, and how many the id takes."""
-    most = 7 if family == "omni_flash" else 3
-    if mode == "auto":  # one picture is the start frame, two are start and end, more are references
-        return ("text", "start", "frames", "references")[min(images, 3)], (0, most)
-    if mode == "i2v":
-        return ("frames" if images > 1 else "start"), (1, 2)
-    if mode == "references":
-        return ("references" if images else "text"), (0, most)
-    return mode, (2, 2) if mode == "frames" else (0, 0)
+    old = next(filter(model.startswith, RETIRED), "")
+    new, note = RETIRED.get(old, ("", ""))
+    name = re.sub(r"^omni_(portrait|landscape)\Z", r"omni-\1", new + model.removeprefix(old))
+    if start := next((start for start in HEADS if f"{name}-".startswith(f"{start}-")), ""):
+        tail = re.sub("-four-three|-4-3", "-4:3", name[len(start) :])
+        head, words = HEADS[start], re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
+    else:
+        parts = name.split("_")
+        modes = [WIRE_MODES[part] for part in parts[3:] if part in WIRE_MODES]
+        if parts[:3] != ["veo", "3", "1"] or len(modes) != 1:
+            close = difflib.get_close_matches(model, MODELS, 3, 0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else "GET /v1/models lists them"
+            raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
+        if "relaxed" in parts:
+            note = "Google retired the relaxed keys; this is Veo 3.1 Lite at low priority."
+        head = Head("veo_3_1", (*CLIPS, "s", "ultra"), "landscape", modes[0], note)
+        words = [w for w in parts[3:] if w not in WIRE_MODES and w.lower() not in ("s", "fl")]
+    known = {param.lower().replace("-", ":"): param for param in head.params}
+    for word in words:
+        if word.lower() not in known:
+            takes = ", ".join(head.params)
+            raise bad(f"{model[:80]}: unknown parameter {word[:40]!r}; it takes {takes}", "model")
+    return head, {known[word.lower()] for word in words}
 
 
 def _ratio(model: str, head: Head, words: set[str], size: str) -> str:
@@ -534,140 +496,21 @@ def _ratio(model: str, head: Head, words: set[str], size: str) -> str:
         raise bad(f"size must look like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
     wanted = int(match[1]) / int(match[2])
     shapes = [shape for shape in SHAPES if shape in head.params]
-    nearest = min(shapes, key=lambda shape: abs(math.log(RATIOS[shape] / wanted)))
-    if "square" not in shapes:  # a clip is wide or tall: 1000x999 is wide, 512x512 is neither
-        nearest = "landscape" if wanted > 1 else "portrait" if wanted < 1 else named or head.ratio
-    elif abs(math.log(RATIOS[nearest] / wanted)) > math.log(1.5):
+    tries = (named or head.ratio, *shapes)  # at a tie the first one wins: a clip can't be 512x512
+    nearest = min(tries, key=lambda shape: abs(math.log(RATIOS[shape] / wanted)))
+    if "square" in shapes and abs(math.log(RATIOS[nearest] / wanted)) > math.log(1.5):
         raise bad(f"size {size} is far from every shape of {model}: {', '.join(shapes)}", "size")
     own, near = RATIOS[named or nearest], RATIOS[nearest]
-    if (own - 1) * (near - 1) < 0 or (own == 1) != (near == 1):
+    if (own > 1, own < 1) != (near > 1, near < 1):
         raise bad(f"size {size} contradicts {named!r} in {model}", "size")
     return named or nearest
 
 
-# The ids that /v1/models lists; the grammar takes many more.
-LISTED = (
-    "gemini-{2.5-flash|3.0-pro|3.1-flash}-image-{portrait|landscape}",
-    "imagen-4.0-generate-preview-{portrait|landscape}",
-    "veo_3_1_t2v_fast_{portrait|landscape}",
-    "veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}",
-    "veo_3_1_i2v_s_fast_fl_{portrait|landscape}",
-    "veo_3_{0|1}_r2v_fast_{portrait|landscape}",
-    "veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}",
-    "veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}",
-    "omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}",
-    "{nano_banana|nano_banana_2|nano_banana_2_lite|nano_banana_pro|imagen_4}"
-    "{|-portrait|-landscape|-square|-4-3|-3-4}",
-    "nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}",
-)
-
-
-_CHOICES = [[part.split("|") for part in re.split("[{}]", pattern)] for pattern in LISTED]
-MODELS = tuple(dict.fromkeys("".join(word) for row in _CHOICES for word in itertools.product(*row)))
-
-
 # ---- 4. Store -------------------------------------------------------------------------------
-
-
-class Record:
-    """A durable record. FIELDS: names and defaults; COLUMNS are columns of TABLE, the rest is JSON
-    in `data`, so that a new field needs no migration. `live` sets what is in memory only."""
-
-    TABLE, COLUMNS = "", ()
-    FIELDS: dict[str, Any] = {}
-
-    def __init__(self, **values: Any):
-        vars(self).update(json.loads(to_json(self.FIELDS)) | values)
-        self.live()
-
-    def row(self) -> dict:
-        kept = {name: getattr(self, name) for name in self.FIELDS}
-        columns = {name: kept.pop(name) for name in self.COLUMNS}
-        return columns | {"data": to_json(kept)}
-
-    @classmethod
-    def load(cls, row: sqlite3.Row):
-        values = {**json.loads(row["data"]), **{name: row[name] for name in cls.COLUMNS}}
-        return cls(**{name: value for name, value in values.items() if name in cls.FIELDS})
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), default=dataclasses.asdict)
-
-
-# fmt: off
-class Token(Record):
-    """One Google account. Times are unix seconds; credits None: not known yet; reason: why it is
-    not active, in plain words; failures: account failures in a row; today: counters of `day`."""
-
-    TABLE, COLUMNS = "tokens", ("id", "email")
-    FIELDS = {
-        "id": 0, "email": "", "name": "", "remark": "", "created_at": 0.0, "proxy_url": "",
-        "st": "", "at": "", "at_expires": 0.0, "checked_at": 0.0, "credits": None, "tier": "",
-        "project_id": "", "project_name": "", "is_active": True, "reason": "", "failures": 0,
-        "image_enabled": True, "image_concurrency": -1, "image_count": 0,
-        "video_enabled": True, "video_concurrency": -1, "video_count": 0,
-        "last_used_at": 0.0, "use_count": 0, "error_count": 0, "day": "", "today": {},
-    }
-
-    def live(self) -> None:
-        self.busy, self.reserved, self.lock = collections.Counter(), 0, asyncio.Lock()
-        self.paused_until, self.paused_for, self.pause, self.refreshed = 0.0, None, 0.0, 0.0
-
-    def __repr__(self) -> str:  # no secrets in a log line or a traceback
-        return f"<token {self.id} {self.email}>"
-
-
-class Output(Record):
-    """One paid output of a job: Google's handle of it (name, project, scene, media), and what
-    became of it. state: "pending", "done" or "failed". made: while a clip is upscaled under a new
-    name, the handle of the clip it is made from."""
-
-    TABLE, COLUMNS = "outputs", ("job_id", "number", "name")
-    FIELDS = {
-        "job_id": "", "number": 0, "name": "", "project": "", "scene": "", "media": "",
-        "state": "pending", "error": {}, "made": {}, "upscaled": False,
-        "url": "", "url_expires": 0.0, "file": "",
-    }
-
-    def live(self) -> None:
-        self.answers = 0  # status answers so far
-
-
-class Job(Record):
-    """The durable record of one generation. Times are unix seconds, 0: not yet. origin: the API
-    that it came through. detached: its client can come back for it. batch: our mark on the
-    submit, by which it can be found at Google. inputs: files. error: code and message."""
-
-    TABLE, COLUMNS = "jobs", ("id", "state", "created_at", "token_id")
-    FIELDS = {
-        "id": "", "state": "queued", "plan": None, "prompt": "", "n": 1, "inputs": [],
-        "origin": "", "detached": False, "token_id": None, "project": "", "batch": "",
-        "created_at": 0.0, "submitted_at": 0.0, "completed_at": 0.0, "deadline": 0.0,
-        "error": {}, "notes": [],
-    }
-
-    def live(self) -> None:
-        if isinstance(self.plan, dict):  # as JSON keeps it
-            lists = {name: tuple(self.plan[name]) for name in ("costs", "images")}
-            self.plan = Plan(**self.plan | lists)
-        self.outputs: list[Output] = []
-        self.shunned: set[int] = set()
-        self.stage, self.task, self.changed, self.percent = "", None, asyncio.Event(), 0
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
-
-    def done(self) -> list[Output]:
-        return [output for output in self.outputs if output.state == "done"]
-# fmt: on
-
-
-ENDED = ("completed", "failed", "cancelled")
+to_json = functools.partial(json.dumps, separators=(",", ":"), default=dataclasses.asdict)
+OPEN = ("queued", "submitting", "unknown", "running", "settling")
 MIGRATIONS = (
-    """
-    CREATE TABLE tokens (id INTEGER PRIMARY KEY, email TEXT NOT NULL UNIQUE, data TEXT NOT NULL);
+    """CREATE TABLE tokens (id INTEGER PRIMARY KEY, email TEXT NOT NULL UNIQUE, data TEXT NOT NULL);
     CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT NOT NULL, created_at REAL NOT NULL,
         token_id INTEGER, data TEXT NOT NULL);
     CREATE INDEX jobs_by_state ON jobs (state);
@@ -676,9 +519,82 @@ MIGRATIONS = (
         data TEXT NOT NULL, PRIMARY KEY (job_id, number));
     CREATE TABLE logs (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, job_id TEXT,
         token_id INTEGER, data TEXT NOT NULL);
-    CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);
-    """,
+    CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);""",
+    """CREATE TABLE keys (key TEXT PRIMARY KEY, request TEXT NOT NULL, job_id TEXT NOT NULL,
+        created_at REAL NOT NULL);
+    CREATE INDEX keys_by_time ON keys (created_at);
+    CREATE TRIGGER drop_old AFTER INSERT ON keys
+        BEGIN DELETE FROM keys WHERE created_at < NEW.created_at - 172800; END;""",
 )
+
+
+class Record:
+    """A durable record. FIELDS: names and defaults; COLUMNS are columns of TABLE, the rest is JSON
+    in `data`, so that a new field needs no migration. `live` sets what is in memory only."""
+
+    def __init__(self, data="{}", **values: Any):
+        values = json.loads(to_json(self.FIELDS)) | json.loads(data) | values
+        vars(self).update({name: values[name] for name in self.FIELDS})
+        self.live()
+
+    def row(self) -> dict:
+        kept = {name: getattr(self, name) for name in self.FIELDS if name not in self.COLUMNS}
+        return {name: getattr(self, name) for name in self.COLUMNS} | {"data": to_json(kept)}
+
+
+class Token(Record):
+    """One Google account. Times are unix seconds; credits None: not known yet; reason: why it is
+    not active, in plain words; failures: account failures in a row; today: counters of `day`."""
+
+    TABLE, COLUMNS = "tokens", ("id", "email")
+    FIELDS = dict.fromkeys(["email", "name", "remark", "proxy_url", "st", "at", "tier"], "")
+    FIELDS |= {"project_id": "", "project_name": "", "reason": "", "day": "", "today": {}}
+    FIELDS |= {"created_at": 0.0, "at_expires": 0.0, "checked_at": 0.0, "last_used_at": 0.0}
+    FIELDS |= {"is_active": True, "image_enabled": True, "video_enabled": True, "credits": None}
+    FIELDS |= {"image_concurrency": -1, "video_concurrency": -1, "failures": 0, "id": 0}
+    FIELDS |= {"image_count": 0, "video_count": 0, "use_count": 0, "error_count": 0}
+
+    def live(self) -> None:
+        self.busy, self.reserved, self.lock = Counter(), 0, asyncio.Lock()
+        self.paused_until, self.paused_for, self.pause = 0.0, None, 0.0
+
+
+class Output(Record):
+    """One paid output of a job: Google's handle (name, project, scene, media), what became of it;
+    made: while a clip is upscaled under a new name, the handle of the clip it is made from."""
+
+    TABLE, COLUMNS = "outputs", ("job_id", "number", "name")
+    FIELDS = {"job_id": "", "number": 0, "name": "", "project": "", "scene": "", "media": ""}
+    FIELDS |= {"state": "pending", "error": {}, "made": {}, "upscaled": False}  # "done", "failed"
+    FIELDS |= {"url": "", "url_expires": 0.0, "file": ""}
+
+    def live(self) -> None:
+        self.answers = 0  # status answers so far
+
+
+class Job(Record):
+    """One generation. Times are unix seconds, 0: not yet. origin: the API it came through. batch:
+    our mark on the submit, to find it by at Google. error: code and message. source: the clip of
+    an edit or an extension: job, token_id, project, media, scene. metadata: a client's own."""
+
+    TABLE, COLUMNS = "jobs", ("id", "state", "created_at", "token_id")
+    FIELDS = {"id": "", "state": "queued", "plan": None, "prompt": "", "n": 1, "inputs": []}
+    FIELDS |= {"origin": "", "detached": False, "token_id": None, "project": "", "batch": ""}
+    FIELDS |= {"created_at": 0.0, "submitted_at": 0.0, "completed_at": 0.0, "deadline": 0.0}
+    FIELDS |= {"error": {}, "notes": [], "source": {}, "metadata": None}
+
+    def live(self) -> None:
+        if isinstance(self.plan, dict):  # as JSON keeps it
+            self.plan = Plan(**self.plan)
+        self.outputs, self.shunned, self.changed = [], set(), asyncio.Event()
+        self.stage, self.task, self.percent = "", None, 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in OPEN
+
+    def done(self) -> list[Output]:
+        return [output for output in self.outputs if output.state == "done"]
 
 
 class StoreError(Exception):
@@ -686,29 +602,25 @@ class StoreError(Exception):
 
 
 class Store:
-    """SQLite in WAL mode. One thread writes, in groups: whatever waits while it is busy goes into
-    the next transaction. `await put(...)` returns when the records are on the disk."""
+    """SQLite in WAL mode. One thread writes all that waits in one transaction; `await put(...)`
+    returns when the records are on the disk."""
 
     def __init__(self, folder: Path):
         self.path = folder / "flow2api.db"
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._reading = threading.Lock()
+        self._waiting, self._reading = deque(), threading.Lock()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
     def open(self) -> None:
-        """Raises StoreError. Only one process may have a data folder open, since two would run
-        the same jobs; a second SQLite file is the lock, which works on every system."""
+        """Raises StoreError. Of two processes on a data folder, which would share jobs, too."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = self.path.with_name("lock.db")
+        lock, options = self.path.with_name("lock.db"), {"timeout": 10, "check_same_thread": False}
         for path in (self.path, lock):
             path.touch(0o600)
+        self._reader, self._writer = (sqlite3.connect(self.path, **options) for _ in range(2))
+        self._reader.row_factory = sqlite3.Row
+        self._lock = sqlite3.connect(lock, **options | {"timeout": 0})
         try:
-            self._lock = sqlite3.connect(lock, timeout=0, check_same_thread=False)
-            self._lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as err:
-            words = "in use by another Flow2API" if "locked" in str(err) else f"not usable: {err}"
-            raise StoreError(f"{self.path.parent} is {words}") from None
-        self._reader = self._connect()
-        try:
+            self._lock.execute("BEGIN EXCLUSIVE")  # a lock on every system
             self._rows("PRAGMA journal_mode=WAL")
             if (found := self._rows("PRAGMA quick_check(1)")[0][0]) != "ok":
                 raise sqlite3.DatabaseError(found)
@@ -717,60 +629,44 @@ class Store:
                 raise sqlite3.DatabaseError("made by a newer Flow2API")
             for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 self._reader.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+            self._writer.execute("PRAGMA synchronous=FULL")
         except sqlite3.DatabaseError as err:
-            self._reader.close()
-            self._lock.close()
-            raise StoreError(f"{self.path}: {err}; nothing was changed, restore a backup") from None
-        self._thread = threading.Thread(target=self._write_forever, name="store", daemon=True)
-        self._thread.start()
+            self.close()
+            words = f": {err}; nothing was changed, restore a backup"
+            words = " is in use by another Flow2API" if "locked" in str(err) else words
+            raise StoreError(f"{self.path}{words}") from None
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        self._reader.close()
-        self._lock.close()
+        self._thread.shutdown()  # once all is written
+        for db in (self._writer, self._reader, self._lock):
+            db.close()
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
-        db.row_factory = sqlite3.Row
-        return db
-
-    def _write_forever(self) -> None:
-        db = self._connect()
-        db.execute("PRAGMA synchronous=FULL")
-        while (batch := self._queue.get()) is not None:
-            group = [batch]
-            while group[-1] is not None and len(group) < 256 and not self._queue.empty():
-                group.append(self._queue.get())
-            if group[-1] is None:
-                self._queue.put(group.pop())  # the end comes after this group
-            error = self._commit(db, [step for steps, _ in group for step in steps])
-            for steps, done in group:  # one that is refused takes no other along
-                own = self._commit(db, steps) if error and len(group) > 1 else error
-                if done.set_running_or_notify_cancel():
-                    done.set_exception(own) if own else done.set_result(None)
-        db.close()
-
-    def _commit(self, db: sqlite3.Connection, steps: list) -> StoreError | None:
-        try:
-            db.execute("BEGIN")
-            for step in steps:
-                db.execute(*step)
-            db.execute("COMMIT")
-        except (sqlite3.Error, ValueError, OverflowError) as err:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            log.error("the database refused a write: %s", err)
-            return StoreError(f"the database refused a write: {err}")
-        return None
-
-    def _write(self, *steps: tuple[str, tuple]) -> asyncio.Future:
+    def _write(self, *steps: tuple[str, Any]) -> asyncio.Future:
         """Queues the steps; the future is done when they are on disk, and needs no awaiting."""
         done: concurrent.futures.Future = concurrent.futures.Future()
-        self._queue.put((steps, done))
+        self._waiting.append((steps, done))
+        self._thread.submit(self._write_group)
         future = asyncio.wrap_future(done)
         future.add_done_callback(lambda f: f.cancelled() or f.exception())
         return future
+
+    def _write_group(self) -> None:
+        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), 256))]
+        error = self._commit([step for steps, _ in group for step in steps])
+        for steps, done in group:  # one that is refused takes no other along
+            own = self._commit(steps) if error and len(group) > 1 else error
+            if done.set_running_or_notify_cancel():
+                done.set_exception(own) if own else done.set_result(None)
+
+    def _commit(self, steps: Iterable) -> StoreError | None:
+        try:
+            with self._writer:  # a transaction: it commits, or rolls back
+                for step in steps:
+                    self._writer.execute(*step)
+        except (sqlite3.Error, ValueError, OverflowError) as err:
+            log.error("the database refused a write: %s", err)
+            return StoreError(f"the database refused a write: {err}")
+        return None
 
     def put(self, *records: Record) -> asyncio.Future:
         """Writes the records as they are now, all or none."""
@@ -778,14 +674,14 @@ class Store:
 
     def put_rows(self, *rows: tuple[str, dict]) -> asyncio.Future:
         """Writes (table, row) pairs, all or none."""
-        sql = "INSERT OR REPLACE INTO {} ({}) VALUES ({})"
-        texts = (sql.format(name, ", ".join(row), ", ".join("?" * len(row))) for name, row in rows)
-        return self._write(*zip(texts, (tuple(row.values()) for _, row in rows), strict=True))
+        sql = "INSERT OR REPLACE INTO {} ({}) VALUES (:{})"
+        return self._write(*((sql.format(t, ", ".join(r), ", :".join(r)), r) for t, r in rows))
 
-    def delete_token(self, token_id: int) -> asyncio.Future:
-        return self._write(("DELETE FROM tokens WHERE id = ?", (token_id,)))
+    def delete(self, *wanted: tuple[str, str, Any]) -> asyncio.Future:
+        """Deletes the rows of (table, column, value), all or none."""
+        return self._write(*((f"DELETE FROM {t} WHERE {name} = ?", (x,)) for t, name, x in wanted))
 
-    def _rows(self, sql: str, values: tuple = ()) -> list[sqlite3.Row]:
+    def _rows(self, sql: str, values: Iterable = ()) -> list[sqlite3.Row]:
         with self._reading:
             return self._reader.execute(sql, values).fetchall()
 
@@ -793,23 +689,31 @@ class Store:
         return {r["name"]: json.loads(r["data"]) for r in self._rows("SELECT * FROM settings")}
 
     def tokens(self) -> list[Token]:
-        return [Token.load(row) for row in self._rows("SELECT * FROM tokens ORDER BY id")]
+        return [Token(**row) for row in self._rows("SELECT * FROM tokens ORDER BY id")]
 
     def job(self, job_id: str) -> Job | None:
         return next(iter(self._jobs("WHERE id = ?", job_id)), None)
 
-    def open_jobs(self) -> list[Job]:
-        return self._jobs("WHERE state NOT IN (?, ?, ?) ORDER BY created_at", *ENDED)
+    def jobs(self, kind="", states=(), token_id=None, after="", oldest_first=False, limit=-1):
+        """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
+        order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
+        page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
+        tests = {"substr(id, 1, 5) = ?": [kind], "token_id = ?": [token_id], page: [after]}
+        tests[f"state IN ({', '.join('?' * len(states))})"] = states
+        tests = {sql: values for sql, values in tests.items() if any(values)}
+        where = f"WHERE {' AND '.join(tests) or 'TRUE'} ORDER BY created_at {order}, id {order}"
+        return self._jobs(f"{where} LIMIT ?", *itertools.chain(*tests.values()), limit)
 
-    def completed_jobs(self, limit: int) -> list[Job]:
-        """The newest first."""
-        return self._jobs("WHERE state = 'completed' ORDER BY created_at DESC LIMIT ?", limit)
+    def job_of_key(self, key: str, since: float) -> tuple[str, str] | None:
+        """(hash of the request, job id) of an Idempotency-Key that came since then."""
+        sql = "SELECT request, job_id FROM keys WHERE key = ? AND created_at > ?"
+        return next(map(tuple, self._rows(sql, (key, since))), None)
 
     def _jobs(self, where: str, *values: Any) -> list[Job]:
-        jobs = [Job.load(row) for row in self._rows(f"SELECT * FROM jobs {where}", values)]
+        jobs = [Job(**row) for row in self._rows(f"SELECT * FROM jobs {where}", values)]
         for job in jobs:
             sql = "SELECT * FROM outputs WHERE job_id = ? ORDER BY number"
-            job.outputs = [Output.load(row) for row in self._rows(sql, (job.id,))]
+            job.outputs = [Output(**row) for row in self._rows(sql, (job.id,))]
         return jobs
 
 
@@ -818,22 +722,16 @@ class Store:
 # 2026 ("2026"). Readers take both generations of replies; builders send today's requests.
 
 SESSION_COOKIE = "__Secure-next-auth.session-token"
-# fmt: off
-WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE",
-               "4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
-ENDPOINTS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage",
-             "references": "ReferenceImages", "extend": "ExtendVideo", "edit": "EditVideo"}
-# fmt: on
-
+WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
+WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
+ENDPOINTS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
+ENDPOINTS |= {"references": "ReferenceImages", "extend": "ExtendVideo", "edit": "EditVideo"}
 
 # What Google says of one output. state: "pending", "done" or "failed". media: the name that later
 # calls (upscale, download) want. data: the file itself, where the reply carried it.
 _UNSAID = ["pending", "", "", "", "", b"", None]
 Status = namedtuple("Status", "name state media project scene url data error", defaults=_UNSAID)
-# Of a submit or a status call: a list of Status, and the balance (None where it isn't said).
-Reply = namedtuple("Reply", "statuses credits", defaults=[None])
-# A picture that a client sent: bytes, and the media type by its first bytes.
-InputImage = namedtuple("InputImage", "data type")
+Reply = namedtuple("Reply", "statuses credits", defaults=[None])  # None: the balance isn't said
 
 
 def clean_session_token(text: str) -> str:
@@ -842,49 +740,37 @@ def clean_session_token(text: str) -> str:
     return match[1] if match else text.strip("\"'; \t\r\n")
 
 
-def client_context(project: str, tier: str = "", captcha: str = "") -> dict:
+def client_context(project: str, tier: str = "") -> dict:
+    """Google also takes a reCAPTCHA token, of action IMAGE_GENERATION or VIDEO_GENERATION, as
+    recaptchaContext: token, and applicationType RECAPTCHA_APPLICATION_TYPE_WEB."""
     context = {"sessionId": f";{int(now() * 1000)}", "projectId": project, "tool": "PINHOLE"}
-    context |= {"userPaygateTier": tier} if tier else {}
-    given = {"token": captcha, "applicationType": "RECAPTCHA_APPLICATION_TYPE_WEB"}
-    return context | ({"recaptchaContext": given} if captcha else {})
+    return context | ({"userPaygateTier": tier} if tier else {})
 
 
 def submit_request(job: Job, tier: str, media: list[str], context: dict) -> dict:
     """Body of a submit: an element with a seed of its own for each output."""
-    image, prompt = job.plan.kind == "image", {"parts": [{"text": job.prompt}]}
-    ratio = f"{job.plan.kind.upper()}_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}"
-    batch: dict[str, Any] = {"batchId": job.batch}
-    if image:
+    plan, prompt, batch = job.plan, {"parts": [{"text": job.prompt}]}, {"batchId": job.batch}
+    ratio = f"{plan.kind.upper()}_ASPECT_RATIO_{WIRE_RATIOS[plan.ratio]}"
+    if plan.kind == "image":
         kind, extra = "IMAGE_INPUT_TYPE_REFERENCE", {"useNewMedia": True}
-        wanted = {"imageModelName": job.plan.key(tier), "imageAspectRatio": ratio}
+        wanted = {"imageModelName": plan.key(tier), "imageAspectRatio": ratio}
         wanted |= {"clientContext": context, "structuredPrompt": prompt}
         wanted["imageInputs"] = [{"name": name, "imageInputType": kind} for name in media]
     else:
         kind, extra = "IMAGE_USAGE_TYPE_ASSET", {"useV2ModelConfig": True}
-        wanted = {"videoModelKey": job.plan.key(tier), "aspectRatio": ratio, "metadata": {}}
+        wanted = {"videoModelKey": plan.key(tier), "aspectRatio": ratio, "metadata": {}}
         wanted["textInput"] = {"structuredPrompt": prompt}
-        if job.plan.mode == "references":
-            assets = [{"imageUsageType": kind, "mediaId": name} for name in media]
-            wanted["referenceImages"] = assets
+        batch["audioFailurePreference"] = "BLOCK_SILENCED_VIDEOS"
+        if job.source:
+            wanted["videoInput"] = {"mediaId": job.source["media"]}
+            wanted["metadata"] = {"workflowId": job.source["scene"] or str(uuid.uuid4())}
+        elif plan.mode == "references":
+            wanted["referenceImages"] = [{"imageUsageType": kind, "mediaId": m} for m in media]
         else:
             frames = zip(("startImage", "endImage"), media, strict=False)
             wanted |= {name: {"mediaId": medium} for name, medium in frames}
-        batch["audioFailurePreference"] = "BLOCK_SILENCED_VIDEOS"
     requests = [wanted | {"seed": seed} for seed in random.sample(range(1, 100_000), job.n)]
     return {"mediaGenerationContext": batch, "clientContext": context, "requests": requests} | extra
-
-
-def upscale_request(job: Job, output: Output, context: dict) -> dict:
-    """Body of flow/upsampleImage, or of video:…UpsampleVideo."""
-    size, media = job.plan.upscale, {"mediaId": output.media}
-    if job.plan.kind == "image":
-        target = f"UPSAMPLE_IMAGE_RESOLUTION_{size}"
-        return {**media, "targetResolution": target, "clientContext": context}
-    ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
-    wanted = {"videoModelKey": f"veo_3_1_upsampler_{size}", "videoInput": media}
-    wanted |= {"aspectRatio": f"VIDEO_ASPECT_RATIO_{ratio}", "metadata": {"sceneId": scene}}
-    wanted |= {"resolution": f"VIDEO_RESOLUTION_{size.upper()}", "seed": random.randrange(99999)}
-    return {"clientContext": context, "requests": [wanted], "useV2ModelConfig": True}
 
 
 def by_media(output: Output) -> bool:
@@ -902,19 +788,18 @@ def status_request(outputs: list[Output]) -> dict:
 
 def dig(body: Any, *path: str | int, default: Any = "") -> Any:
     """body[a][b][c] of a reply; `default` where the path ends early or the value is null."""
-    for step in path:
-        try:
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for step in path:
             body = body[step]
-        except (KeyError, IndexError, TypeError):
-            return default
-    return default if body is None else body
+        return default if body is None else body
+    return default
 
 
-def read_state(word: str) -> str:
+def read_state(word: str, *reasons: str) -> tuple[str, GatewayError | None]:
     word = word.removeprefix("MEDIA_GENERATION_STATUS_")
     if word.startswith(("FAIL", "ERROR", "CANCEL")):
-        return "failed"
-    return "done" if word.startswith(("SUCCESS", "COMPLETE")) else "pending"
+        return "failed", google_error(0, " ".join(reasons).strip())
+    return "done" if word.startswith(("SUCCESS", "COMPLETE")) else "pending", None
 
 
 def read_medium(item: dict) -> Status:
@@ -922,28 +807,26 @@ def read_medium(item: dict) -> Status:
     name, kind = item["name"], "image" if dig(item, "image") else "video"
     status = dig(item, "mediaMetadata", "mediaStatus")
     url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
-    word = dig(status, "mediaGenerationStatus")
-    state = read_state(word) if word else "done" if url or kind == "image" else "pending"
-    reasons = [dig(status, "error", "message"), *dig(status, "failureReasons", default=[])]
-    error = google_error(0, " ".join(reasons).strip()) if state == "failed" else None
+    word = dig(status, "mediaGenerationStatus") or ("SUCCESS" if url or kind == "image" else "")
+    reasons = dig(status, "failureReasons", default=[])
+    state, error = read_state(word, dig(status, "error", "message"), *reasons)
     data = base64.b64decode(dig(item, "video", "encodedVideo"))
     return Status(name, state, name, dig(item, "projectId"), "", url, data, error)
 
 
 def read_operation(item: dict) -> Status:
     """An element of operations[] (2025)."""
-    medium, state = dig(item, "operation", "metadata"), read_state(dig(item, "status"))
+    medium = dig(item, "operation", "metadata")
     media = dig(item, "mediaGenerationId") or dig(medium, "name")
     name = dig(item, "operation", "name") or media or item["operation"]["name"]
     url, data = dig(medium, "video", "fifeUrl"), base64.b64decode(dig(item, "rawBytes"))
-    reason = dig(item, "operation", "error", "message")
-    error = google_error(0, reason) if state == "failed" else None
+    state, error = read_state(dig(item, "status"), str(dig(item, "operation", "error", "message")))
     return Status(name, state, media, "", dig(item, "sceneId"), url, data, error)
 
 
-def read_statuses(body: dict, strict=True) -> Reply:
+def read_statuses(body: dict, code="upstream_changed") -> Reply:
     """Any reply that lists outputs: media[], operations[], both (mid-2026), or workflows alone. An
-    entry of unknown shape raises upstream_changed; if not strict, it is left out."""
+    entry of unknown shape raises `code`; if that is empty, the entry is left out."""
     found: dict[str, Status] = {}
     readers = {"media": read_medium, "operations": read_operation}
     readers["workflows"] = lambda f: read_medium(f | {"name": f["metadata"]["primaryMediaId"]})
@@ -954,22 +837,10 @@ def read_statuses(body: dict, strict=True) -> Reply:
                 status = read(item)
                 found.setdefault(status.name, status)
             except (KeyError, TypeError, AttributeError, ValueError) as err:
-                if strict:
-                    words = f"Google's reply has a shape that is not known here: {err!r}"
-                    raise GatewayError("upstream_changed", words) from None
+                if code:
+                    raise GatewayError(code, f"Google's reply isn't readable: {err!r}") from None
     balance = str(dig(body, "remainingCredits"))
     return Reply(list(found.values()), int(balance) if balance.isdigit() else None)
-
-
-def read_find(body: dict, batch: str) -> list[Status]:
-    """The media in flow.projectInitialData that the submit with this batch id has made."""
-    contents = dig(body, "projectContents", default={})
-    flows = dig(contents, "workflows", default=[])
-    ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == batch]
-    names = {dig(flow, "name") for flow in ours}
-    media = dig(contents, "media", default=[])
-    made = [item for item in media if dig(item, "workflowId") in names]
-    return read_statuses({"media": made, "workflows": ours}).statuses
 
 
 def read_link(url: str) -> tuple[str, float]:
@@ -984,12 +855,11 @@ def why(err: Exception) -> str:
 
 
 def good_proxy(url: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         schemes = ("http", "https", "socks4", "socks5", "socks5h")
         return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+    return False
 
 
 class Wire:
@@ -1006,26 +876,21 @@ class Wire:
         if not proxy and self.settings["proxy.proxy_enabled"]:
             proxy = self.settings["proxy.proxy_url"]
         if proxy and not good_proxy(proxy):
-            words = "The proxy address can't be used; it must look like socks5://host:port"
-            raise GatewayError("proxy_unavailable", words)
-        socks = proxy if proxy.startswith("socks") else ""
+            raise GatewayError("proxy_unavailable", "A proxy must look like socks5://host:port")
+        socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
         if (socks, fresh) not in self.sessions:
-            keep = {"limit": 0, "force_close": fresh}
+            jar, keep = aiohttp.DummyCookieJar(), {"limit": 0, "force_close": fresh}
             connector = self._socks(socks, keep) if socks else aiohttp.TCPConnector(**keep)
-            options_once = {"connector": connector, "cookie_jar": aiohttp.DummyCookieJar()}
-            self.sessions[socks, fresh] = aiohttp.ClientSession(**options_once)
-        options |= {"proxy": proxy} if proxy and not socks else {}
-        return self.sessions[socks, fresh].request(method, url, **options)
+            self.sessions[socks, fresh] = aiohttp.ClientSession(connector=connector, cookie_jar=jar)
+        return self.sessions[socks, fresh].request(method, url, proxy=plain, **options)
 
     def _socks(self, url: str, keep: dict) -> aiohttp.BaseConnector:
-        try:
+        with contextlib.suppress(ImportError):
             import aiohttp_socks
 
             self.not_sent += (aiohttp_socks.ProxyError, aiohttp_socks.ProxyConnectionError)
             return aiohttp_socks.ProxyConnector.from_url(url.replace("socks5h:", "socks5:"), **keep)
-        except ImportError:
-            words = "A SOCKS proxy is set, and its package is missing: pip install aiohttp-socks"
-            raise GatewayError("proxy_unavailable", words) from None
+        raise GatewayError("proxy_unavailable", "A SOCKS proxy needs: pip install aiohttp-socks")
 
     async def close(self) -> None:
         for session in self.sessions.values():
@@ -1033,112 +898,86 @@ class Wire:
 
 
 class RestFlow:
-    """The adapter to labs.google (sessions, projects) and the aisandbox REST API. Every method
-    raises GatewayError, whose code says what the failure does (see ERRORS)."""
-
-    STATUS_CHUNK = 256
+    """labs.google (sessions, projects) and the aisandbox REST API. All raise GatewayError."""
 
     def __init__(self, settings: Settings, wire: Wire):
         self.settings, self.wire = settings, wire
         self.authorise: Callable[..., Awaitable[str]]  # the pool sets it: a valid access token
         self.odd: dict[str, float] = {}  # operations that Google does not know, until when
 
-    async def captcha(self, token: Token, project: str, action: str) -> str:
-        """A reCAPTCHA token from the user's own browser; "" while none is connected."""
-        return ""
-
-    async def _send(self, token: Token, method: str, url: str, *, spends=False, **options):
-        """One exchange -> (status, reply, body). `spends`: a lost answer is `submit_unknown`,
-        since the request may have been accepted."""
+    async def _send(self, token: Token, method: str, path: str, *, at="", spends=False, **options):
+        """One exchange -> (reply, its bytes); with the API where `at`, an access token, is given,
+        else with labs. `spends`: a lost answer is `submit_unknown`: it may have been accepted."""
+        base = self.settings["flow.api_base_url" if at else "flow.labs_base_url"].rstrip("/")
+        cookie = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
+        own = {"Authorization": f"Bearer {at}"} if at else cookie
         timeout = aiohttp.ClientTimeout(total=self.settings["flow.timeout"], sock_connect=20)
-        options = {"timeout": timeout, "fresh": spends, "proxy": token.proxy_url} | options
-        host, code = urlsplit(url).hostname, "upstream_unreachable"
+        options |= {"headers": own, "timeout": timeout, "fresh": spends, "proxy": token.proxy_url}
         try:
-            async with self.wire.request(method, url, **options) as reply:
-                return reply.status, reply, await reply.read()
-        except self.wire.not_sent as err:
-            words = f"No connection to {host}: {why(err)}"
-        except (aiohttp.ClientError, TimeoutError, OSError) as err:
-            code = "submit_unknown" if spends else code
-            words = f"The connection to {host} broke: {why(err)}"
-        raise GatewayError(code, words)
+            async with self.wire.request(method, f"{base}/{path}", **options) as reply:
+                return reply, await reply.read()
+        except (*self.wire.not_sent, *NETWORK_ERRORS) as err:
+            lost = spends and not isinstance(err, self.wire.not_sent)
+            code = "submit_unknown" if lost else "upstream_unreachable"
+            raise GatewayError(code, f"No reply of {urlsplit(base).hostname}: {why(err)}") from None
 
-    def _read(self, status: int, raw: bytes, spends=False, wait="") -> dict:
-        """The JSON object of a reply; a refusal raises what google_error makes of it. An answer
-        to a submit that is neither may hide an acceptance."""
-        body = None
+    def _read(self, reply: aiohttp.ClientResponse, raw: bytes, spends=False) -> dict:
+        """A reply's JSON object, else google_error. Another answer to a submit may hide success."""
+        body, status, wait = None, reply.status, reply.headers.get("Retry-After", "")
         with contextlib.suppress(ValueError):
             body = json.loads(raw)
         if isinstance(body, dict) and status < 300:
             return body
-        error = dig(body, "error", default={})
-        error = dig(error, "json", default=error)  # tRPC wraps it once more
+        error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
         reasons = (dig(item, "reason") for item in dig(error, "details", default=[]))
         reason = next(filter(None, reasons), "")
         refused = 400 <= status < 500 and status not in (408, 499)
         if spends and not refused and "PUBLIC_ERROR" not in reason:
-            words = f"Google's answer to the submit can't be read (HTTP {status})"
-            raise GatewayError("submit_unknown", words)
+            raise GatewayError("submit_unknown", f"Google's answer can't be read (HTTP {status})")
         if status < 300:
             raise GatewayError("upstream_changed", "Google answered with something else than JSON")
-        refusal = google_error(status, reason, str(dig(error, "message")))
-        refusal.retry_after = int(wait) if wait.isdigit() else 0
-        raise refusal
-
-    async def _labs(self, token: Token, method: str, path: str, **options):
-        options["headers"] = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
-        url = f"{self.settings['flow.labs_base_url'].rstrip('/')}/{path}"
-        return await self._send(token, method, url, **options)
+        seconds = int(wait) if wait.isdigit() else 0
+        raise google_error(status, reason, str(dig(error, "message")), seconds)
 
     async def _trpc(self, token: Token, method: str, path: str, **options) -> dict:
         """A tRPC call -> its inner object, whose status can be a refusal under HTTP 200."""
-        status, _, raw = await self._labs(token, method, f"trpc/{path}", **options)
-        if status == 401:
+        reply, raw = await self._send(token, method, f"trpc/{path}", **options)
+        if reply.status == 401:
             raise GatewayError("account_session_ended", "Google refused the session token")
-        body = dig(self._read(status, raw), "result", "data", "json", default={})
+        body = dig(self._read(reply, raw), "result", "data", "json", default={})
         if (inner := dig(body, "status", default=200)) != 200:
             raise google_error(int(inner), "", str(dig(body, "statusText")))
         return body
 
     async def _api(self, token: Token, method: str, path: str, *, spends=False, **options) -> dict:
-        """A call with the access token. A 401 comes before any billing: the token is refreshed
-        and the call made once more; after a second one the account is signed out."""
-        url = f"{self.settings['flow.api_base_url'].rstrip('/')}/{path}"
-        stale = ""
+        """A call with an access token, which is renewed once: a 401 comes before any billing."""
+        at = ""
         for _ in range(2):
-            at = await self.authorise(token, stale)
-            options["headers"] = {"Authorization": f"Bearer {at}"}
-            status, reply, raw = await self._send(token, method, url, spends=spends, **options)
-            if status != 401:
-                return self._read(status, raw, spends, reply.headers.get("Retry-After", ""))
-            stale = at
+            at = await self.authorise(token, at)
+            reply, raw = await self._send(token, method, path, at=at, spends=spends, **options)
+            if reply.status != 401:
+                return self._read(reply, raw, spends)
         raise GatewayError("account_session_ended", "Google refuses even a fresh access token")
 
     async def session(self, token: Token) -> dict:
-        """GET /auth/session -> email, name, at, at_expires and st (rotated or the same). A dead
-        session token is answered with HTTP 200 and {}: account_session_ended."""
-        status, reply, raw = await self._labs(token, "GET", "auth/session")
-        body = self._read(status, raw)
-        if not dig(body, "access_token") or dig(body, "error"):
-            words = "Google no longer knows this session token. Sign in to Flow again in your own"
-            words += " browser and paste the new one (accounts on flow.google.com have none)"
+        """-> email, name, at, at_expires, st (same or rotated). A dead session: HTTP 200 and {}."""
+        reply, raw = await self._send(token, "GET", "auth/session")
+        body = self._read(reply, raw)
+        if not (at := dig(body, "access_token")) or dig(body, "error"):
+            words = "This session token has ended. Sign in to Flow again and paste the new one"
             raise GatewayError("account_session_ended", words)
         expires, cookie = now() + 3600, reply.cookies.get(SESSION_COOKIE)
         with contextlib.suppress(ValueError, TypeError):
             expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
         rotated = cookie.value if cookie is not None and len(cookie.value) >= 200 else token.st
-        who = {
-            "email": dig(body, "user", "email") or token.email,
-            "name": dig(body, "user", "name"),
-        }
-        return who | {"at": body["access_token"], "at_expires": expires, "st": rotated}
+        found = {"email": dig(body, "user", "email") or token.email, "st": rotated}
+        return found | {"name": dig(body, "user", "name"), "at": at, "at_expires": expires}
 
     async def credits(self, token: Token) -> dict:
         """GET /credits -> credits and tier. Google leaves a balance of zero out."""
         body = await self._api(token, "GET", "credits")
         with contextlib.suppress(TypeError, ValueError):
-            credits = int(dig(body, "credits") or 0)
-            return {"credits": credits, "tier": dig(body, "userPaygateTier")}
+            return {"credits": int(dig(body, "credits") or 0), "tier": dig(body, "userPaygateTier")}
         raise GatewayError("upstream_changed", "Google tells the balance in an unknown form")
 
     async def create_project(self, token: Token, title: str) -> str:
@@ -1148,37 +987,26 @@ class RestFlow:
             return project
         raise GatewayError("upstream_changed", "Google's answer names no new project")
 
-    async def upload(self, token: Token, project: str, image: InputImage) -> str:
+    async def upload(self, token: Token, project: str, data: bytes, kind: str) -> str:
         """POST /flow/uploadImage -> media name. An answer without one is a silent refusal."""
-        name = f"flow2api_{int(now() * 1000)}.{image.type.removeprefix('image/')}"
+        name = f"flow2api_{int(now() * 1000)}.{kind.removeprefix('image/')}"
         wanted = {"clientContext": client_context(project), "fileName": name, "isHidden": False}
-        wanted |= {"isUserUploaded": True, "mimeType": image.type}
-        wanted["imageBytes"] = base64.b64encode(image.data).decode()
+        wanted |= {"isUserUploaded": True, "mimeType": kind}
+        wanted["imageBytes"] = base64.b64encode(data).decode()
         body = await self._api(token, "POST", "flow/uploadImage", json=wanted)
-        media = dig(body, "media", default={})
-        name = dig(media[0] if isinstance(media, list) and media else media, "name")
+        name = dig(body, "media", 0, "name") or dig(body, "media", "name")
         if name := name or dig(body, "mediaGenerationId", "mediaGenerationId"):
             return name
-        words = "Google took the picture and dropped it without a reason (a logo or a brand?)"
-        raise GatewayError("content_policy_violation", words)
-
-    async def _context(self, token: Token, job: Job) -> dict:
-        """clientContext, with a reCAPTCHA token if there is a source. Pictures send no tier."""
-        captcha = await self.captcha(token, job.project, f"{job.plan.kind.upper()}_GENERATION")
-        tier = token.tier if job.plan.kind == "video" or job.outputs else ""
-        return client_context(job.project, tier, captcha)
+        raise GatewayError("content_policy_violation", "Google dropped a picture (a brand's logo?)")
 
     async def submit(self, token: Token, job: Job, media: list[str]) -> Reply:
         """Sends all n outputs in one call; `media` are uploaded pictures. May be submit_unknown."""
-        path = f"projects/{job.project}/flowMedia:batchGenerateImages"
+        path, tier = f"projects/{job.project}/flowMedia:batchGenerateImages", ""  # none is sent
         if job.plan.kind == "video":
-            path = "video:batchAsyncGenerateVideo" + ENDPOINTS[job.plan.mode]
-        wanted = submit_request(job, token.tier, media, await self._context(token, job))
+            path, tier = "video:batchAsyncGenerateVideo" + ENDPOINTS[job.plan.mode], token.tier
+        wanted = submit_request(job, token.tier, media, client_context(job.project, tier))
         body = await self._api(token, "POST", path, spends=True, json=wanted)
-        try:
-            reply = read_statuses(body)
-        except GatewayError as err:
-            raise GatewayError("submit_unknown", str(err)) from None
+        reply = read_statuses(body, "submit_unknown")
         if not reply.statuses:
             raise GatewayError("submit_unknown", "Google answered the submit with nothing")
         return reply
@@ -1187,51 +1015,54 @@ class RestFlow:
         """What a submit whose answer was lost has made, by its batch id. Costs nothing."""
         query = quote(to_json({"json": {"projectId": job.project}}))
         body = await self._trpc(token, "GET", f"flow.projectInitialData?input={query}")
-        return read_find(body, job.batch)
+        flows = dig(body, "projectContents", "workflows", default=[])
+        ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
+        names = {dig(flow, "name") for flow in ours}
+        media = dig(body, "projectContents", "media", default=[])
+        made = [item for item in media if dig(item, "workflowId") in names]
+        return read_statuses({"media": made, "workflows": ours}).statuses
 
     async def poll(self, token: Token, outputs: list[Output]) -> Reply:
-        """Status of many outputs: one call, as a rule (one per 256 and per generation)."""
-        found, credits, refusals = [], None, itertools.count()
-        for form in (True, False):
-            ours = [output for output in outputs if by_media(output) is form]
-            for start in range(0, len(ours), self.STATUS_CHUNK):
-                chunk = ours[start : start + self.STATUS_CHUNK]
-                reply = await self._poll_chunk(token, chunk, refusals)
+        """One call, as a rule (per 256 and per generation). Google refuses it for one bad name:
+        halving finds that, and it is left out for a minute. The 22nd refusal in a poll raises."""
+        found, credits, refusals = [], None, 0
+        path = "video:batchCheckAsyncVideoGenerationStatus"
+        asked = [output for output in outputs if self.odd.get(output.name, 0) < now()]
+        forms = ([out for out in asked if by_media(out) is form] for form in (True, False))
+        chunks = [form[at : at + 256] for form in forms for at in range(0, len(form), 256)]
+        for chunk in chunks:  # it grows at its end
+            try:
+                body = await self._api(token, "POST", path, json=status_request(chunk))
+                reply = read_statuses(body, "")
                 found += reply.statuses
                 credits = credits if reply.credits is None else reply.credits
+            except GatewayError as err:
+                refusals += 1
+                if err.upstream not in (400, 404) or refusals > 21:
+                    raise
+                half = len(chunk) // 2
+                chunks += [chunk[:half], chunk[half:]] if half else []
+                self.odd |= {} if half else {chunk[0].name: now() + 60}
         return Reply(found, credits)
 
-    async def _poll_chunk(self, token: Token, outputs: list[Output], refusals) -> Reply:
-        """Google refuses a whole call for one bad name: halving finds it, the rest gets through,
-        and it is left out for a minute. Not that often in one poll: then all of it is refused."""
-        outputs = [output for output in outputs if self.odd.get(output.name, 0) < now()]
-        path = "video:batchCheckAsyncVideoGenerationStatus"
-        try:
-            if not outputs:
-                return Reply([])
-            body = await self._api(token, "POST", path, json=status_request(outputs))
-            return read_statuses(body, strict=False)
-        except GatewayError as err:
-            if err.upstream not in (400, 404) or next(refusals) > 20:
-                raise
-        if len(outputs) == 1:
-            self.odd[outputs[0].name] = now() + 60
-            return Reply([])
-        first = await self._poll_chunk(token, outputs[: len(outputs) // 2], refusals)
-        second = await self._poll_chunk(token, outputs[len(outputs) // 2 :], refusals)
-        return Reply(first.statuses + second.statuses, second.credits)
-
     async def upscale(self, token: Token, job: Job, output: Output) -> Status:
-        """The second step. A larger picture comes at once, as data, and costs nothing. A clip is
-        polled under a name that follows from the first: so a lost answer is no loss, nor is
-        "already under way"."""
-        wanted = upscale_request(job, output, await self._context(token, job))
+        """A larger picture comes at once, as data, and costs nothing. A clip is polled under a name
+        that follows from the first: so a lost answer, or "already under way", is no loss."""
+        size, context = job.plan.upscale, client_context(job.project, token.tier)
         if job.plan.kind == "image":
+            wanted = {"mediaId": output.media, "clientContext": context}
+            wanted["targetResolution"] = f"UPSAMPLE_IMAGE_RESOLUTION_{size}"
             body = await self._api(token, "POST", "flow/upsampleImage", json=wanted)
             data = await asyncio.to_thread(base64.b64decode, dig(body, "encodedImage"))
             if not data:
                 raise GatewayError("upstream_changed", "Google sent no larger picture")
             return Status(output.name, "done", output.media, data=data)
+        ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
+        clip = {"videoInput": {"mediaId": output.media}, "metadata": {"sceneId": scene}}
+        clip |= {"videoModelKey": f"veo_3_1_upsampler_{size}", "seed": random.randrange(99999)}
+        clip["aspectRatio"] = f"VIDEO_ASPECT_RATIO_{ratio}"
+        clip["resolution"] = f"VIDEO_RESOLUTION_{size.upper()}"
+        wanted = {"clientContext": context, "requests": [clip], "useV2ModelConfig": True}
         path = "video:batchAsyncGenerateVideoUpsampleVideo"
         try:
             body = await self._api(token, "POST", path, spends=True, json=wanted)
@@ -1239,27 +1070,24 @@ class RestFlow:
             if err.code not in ("conflict", "submit_unknown"):
                 raise
             body = {}
-        found = read_statuses(body, strict=False).statuses
+        found = read_statuses(body, "").statuses
         return found[0] if found else self.upscaled(output)
 
     def upscaled(self, output: Output) -> Status:
         name = output.media + "_upsampled"
         return Status(name, media=name, project=output.project)
 
-    async def resolve(self, token: Token, output: Output) -> tuple[str, float]:
-        """A fresh URL of a finished output and its end: media.getMediaUrlRedirect redirects."""
-        name = quote(output.media or output.name, safe="")
-        path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType=MEDIA_URL_TYPE_FULL_MEDIA"
-        status, reply, raw = await self._labs(token, "GET", path, allow_redirects=False)
-        if 300 <= status < 400 and "Location" in reply.headers:
+    async def resolve(self, token: Token, output: Output, form="FULL_MEDIA") -> tuple[str, float]:
+        """A fresh URL of a finished output (form: or of its THUMBNAIL) and its end."""
+        query = f"name={quote(output.media or output.name, safe='')}"
+        path = f"trpc/media.getMediaUrlRedirect?{query}&mediaUrlType=MEDIA_URL_TYPE_{form}"
+        reply, raw = await self._send(token, "GET", path, allow_redirects=False)
+        if 300 <= reply.status < 400 and "Location" in reply.headers:
             return read_link(reply.headers["Location"])
-        self._read(status, raw)
+        if reply.status == 404:
+            raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
+        self._read(reply, raw)
         raise GatewayError("upstream_changed", "Google gave no download address")
-
-    async def cancel(self, token: Token, output: Output) -> None:
-        """Asks Google to stop. Raises conflict where it is too late."""
-        wanted = {"mediaId": output.media or output.name}
-        await self._api(token, "POST", "flowMedia:cancelGeneration", json=wanted)
 
 
 # ---- 6. Pool --------------------------------------------------------------------------------
@@ -1280,18 +1108,15 @@ class Pool:
         self._alarm: asyncio.TimerHandle | None = None
 
     async def add(self, st: str, **fields: Any) -> tuple[Token, bool]:
-        """Adds the account that a session token belongs to, or updates it -> (token, is it new).
-        Raises account_session_ended for a dead one."""
-        proxy = fields.get("proxy_url", "")
-        draft = Token(st=clean_session_token(st), proxy_url=proxy, created_at=now())
+        """Adds or updates a session token's account -> (token, is it new). Raises like session."""
+        draft = Token(**fields, st=clean_session_token(st), created_at=now())
         session = await self.upstream.session(draft)
         if not session["email"]:
             raise GatewayError("upstream_changed", "Google's session names no e-mail address")
-        known = [token for token in self.tokens.values() if token.email == session["email"]]
-        token = known[0] if known else draft
-        if not known:
-            token.id = max(self.tokens, default=0) + 1
-            self.tokens[token.id] = token
+        draft.id = max(self.tokens, default=0) + 1
+        known = (token for token in self.tokens.values() if token.email == session["email"])
+        token = next(known, draft)
+        self.tokens[token.id] = token
         fields |= session | {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
         await self.update(token, **fields)
         try:
@@ -1299,34 +1124,25 @@ class Pool:
             await self.project(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
-        return token, not known
+        return token, token is draft
 
     async def update(self, token: Token, **fields: Any) -> None:
-        for name, value in fields.items():
-            setattr(token, name, value)
+        vars(token).update(fields)
         if self.tokens.get(token.id) is token:  # else it has been deleted meanwhile
             await self.store.put(token)
         self.wake()
 
     async def remove(self, token: Token) -> None:
         if token.busy.total():
-            words = f"{token.email} has jobs under way: disable it now and delete it afterwards"
-            raise bad(words, code="conflict")
+            raise bad(f"{token.email} has jobs under way: disable it first", code="conflict")
         del self.tokens[token.id]
-        await self.store.delete_token(token.id)
+        await self.store.delete(("tokens", "id", token.id))
 
     async def access_token(self, token: Token, stale: str = "") -> str:
-        """A valid access token; `stale` is one that Google refused. One refresh serves all who
-        wait for it, and one that fails for the network leaves the token as it was."""
+        """An access token, not the `stale` one that Google refused; one refresh serves all."""
         async with token.lock:
-            ends = token.at_expires - now() < self.EARLY / 2 and now() - token.refreshed > 60
-            if not token.at or token.at == stale or ends:
-                token.refreshed, good = now(), token.at != stale and token.at_expires > now()
-                try:
-                    await self.update(token, **await self.upstream.session(token))
-                except GatewayError as err:
-                    if err.does == "session" or not token.at or not good:
-                        raise
+            if not token.at or token.at == stale:
+                await self.update(token, **await self.upstream.session(token))
             return token.at
 
     async def project(self, token: Token) -> str:
@@ -1353,10 +1169,9 @@ class Pool:
     async def _check_if_due(self, token: Token) -> None:
         interval = self.settings["token_refresh.interval"]
         rest = 60 if token.at_expires - now() < self.EARLY else interval
-        if not token.is_active or now() - token.checked_at <= rest:
-            return
         try:
-            await self.check(token)
+            if token.is_active and now() - token.checked_at > rest:
+                await self.check(token)
         except GatewayError as err:
             log.warning("check of %s: %s", token.email, err)
             token.checked_at = now() - interval + 60
@@ -1364,15 +1179,12 @@ class Pool:
                 self.blame(token, err)
 
     def praise(self, token: Token, kind: str, outputs: int) -> None:
-        """A generation went well."""
         token.failures, token.paused_for = 0, None
-        setattr(token, f"{kind}_count", getattr(token, f"{kind}_count") + outputs)
         self._count(token, kind, outputs)
 
     def blame(self, token: Token, err: GatewayError) -> None:
         """What a failure does to the account (see ERRORS): it steps back, each time in a row for
         twice as long, and is disabled when its session is dead or its failures are too many."""
-        token.error_count += 1
         if now() >= token.paused_until:  # else it is one burst: several jobs met the same refusal
             again = token.paused_for is not None and token.paused_for.code == err.code
             token.pause = max(token.pause * 2 if again else err.pause, err.retry_after)
@@ -1388,38 +1200,40 @@ class Pool:
         self.wake()
 
     def _count(self, token: Token, what: str, number: int) -> None:
-        """Counts for today; a new day drops all of yesterday's counters at once."""
+        """Counts, for ever and for today; a new day drops all of yesterday's counters at once."""
+        vars(token)[f"{what}_count"] += number
         if token.day != (day := datetime.date.today().isoformat()):
             token.day, token.today = day, {}
         token.today[what] = token.today.get(what, 0) + number
         if self.tokens.get(token.id) is token:
             self.store.put(token)
 
-    def able(self, plan: Plan, n: int, tried: Iterable[int] = ()) -> list[Token]:
-        """The tokens that can serve a plan, free or not. Raises with the reason when there are
-        none, or when all of them have stepped back for more than a minute."""
+    def able(self, plan: Plan, n: int, tried: Iterable[int] = (), source=None) -> list[Token]:
+        """The tokens that can serve a plan, free or not; of a `source` (see Job) only its own.
+        Raises with the reason when there are none, or all pause for more than a minute."""
 
         def affords(token: Token) -> bool:
             cost = (plan.cost(token.tier) or 0) * n
             return not cost or token.credits is None or cost <= token.credits - token.reserved
 
         kinds = {"image": "pictures", "video": "clips"}[plan.kind]
-        tiers = " or ".join(plan.prices())
         rest = [token for token in self.tokens.values() if token.id not in tried]
         none = "There is no Google account yet: add one on the admin page, or POST /api/tokens"
-        enabled, needs = f"{plan.kind}_enabled", f"{plan.model} needs a Google account with {tiers}"
+        if source:
+            rest = [token for token in rest if token.id == source["token_id"]]
+            none = "The account that made this clip is not here any more, and no other may use it"
+        needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
         for code, words, fits in (
             ("no_accounts", none, lambda t: True),
             ("no_accounts", "All accounts are disabled", lambda t: t.is_active),
-            ("no_accounts", f"No account makes {kinds}", lambda t: getattr(t, enabled)),
+            ("no_accounts", f"No account makes {kinds}", lambda t: vars(t)[f"{plan.kind}_enabled"]),
             ("tier_required", needs, lambda t: plan.cost(t.tier) is not None),
             ("no_credits", f"No account has credits left for {n} x {plan.model}", affords),
         ):
-            left = [token for token in rest if fits(token)]
-            if not left:
-                reasons = {token.reason for token in rest if token.reason and not token.is_active}
+            before, rest = rest, [token for token in rest if fits(token)]
+            if not rest:
+                reasons = {token.reason for token in before if token.reason and not token.is_active}
                 raise GatewayError(code, "; ".join([words, *sorted(reasons)]))
-            rest = left
         soonest = min(rest, key=lambda token: token.paused_until)
         if (wait := int(soonest.paused_until - now())) > 60 and (err := soonest.paused_for):
             raise GatewayError(err.code, f"{err}; tried again in {wait} s", retry_after=wait)
@@ -1428,7 +1242,7 @@ class Pool:
     def _free(self, job: Job, tried: Iterable[int]) -> Token | None:
         """Of those that can take the job now: fewest leases first, then most credits."""
         free, kind = [], job.plan.kind
-        for token in self.able(job.plan, job.n, tried):
+        for token in self.able(job.plan, job.n, tried, job.source):
             limit = getattr(token, f"{kind}_concurrency")
             if token.paused_until <= now() and (limit < 1 or token.busy[kind] < limit):
                 credits = token.reserved - (token.credits or 0)
@@ -1483,12 +1297,10 @@ class Pool:
                 self.waiting.pop(turn, None)
         if self._alarm:
             self._alarm.cancel()
-        loop = asyncio.get_running_loop()
-        self._alarm = loop.call_later(1, self.wake) if self.waiting else None
+        self._alarm = asyncio.get_running_loop().call_later(1, self.wake) if self.waiting else None
 
 
 # ---- 7. Media -------------------------------------------------------------------------------
-
 MAGIC = (  # first bytes, media type, file ending
     (rb"\x89PNG\r\n\x1a\n", "image/png", "png"),
     (rb"\xff\xd8\xff", "image/jpeg", "jpg"),
@@ -1506,8 +1318,7 @@ def sniff(data: bytes) -> tuple[str, str]:
 
 
 def public_socket(address: tuple) -> socket.socket:
-    """aiohttp's socket factory for users' URLs. It sees the address that is really connected to,
-    whatever name, number or redirect led there."""
+    """aiohttp's socket factory for users' URLs: it sees the real address, whatever led there."""
     ip = ipaddress.ip_address(address[4][0].split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
     if not ip.is_global or ip.is_multicast or ip in ipaddress.ip_network("64:ff9b::/96"):
@@ -1529,29 +1340,17 @@ class Media:
         path = self.kept / name
         return path if MEDIA_NAME.fullmatch(name) and path.is_file() else None
 
-    async def download(self, url: str, proxy: str = "") -> str:
-        """Fetches a finished output -> its name here. Raises upstream_error."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
-        try:
-            async with self.wire.request("GET", url, proxy=proxy, timeout=timeout) as reply:
-                reply.raise_for_status()
-                return await self.keep(reply.content.iter_chunked(1 << 18))
-        except (aiohttp.ClientError, TimeoutError, OSError) as err:
-            words = f"The download failed: {getattr(err, 'status', '') or why(err)}"
-            raise GatewayError("upstream_error", words) from None
-
     async def keep(self, chunks: AsyncIterator[bytes]) -> str:
         """Writes a file -> a name that nobody can guess. What bears such a name is whole."""
         part, start = self.kept / f"{secrets.token_urlsafe(24)}.part", b""
-        file = await asyncio.to_thread(part.open, "wb")
         try:
-            async for chunk in chunks:
-                start = start or chunk[:16]
-                await asyncio.to_thread(file.write, chunk)
-            await asyncio.to_thread(lambda: (file.flush(), os.fsync(file.fileno())))
+            with await asyncio.to_thread(part.open, "wb") as file:
+                async for chunk in chunks:
+                    start = start or chunk[:16]
+                    await asyncio.to_thread(file.write, chunk)
+                await asyncio.to_thread(lambda: (file.flush(), os.fsync(file.fileno())))
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
         finally:
-            file.close()
             part.unlink(missing_ok=True)
 
     async def expire_forever(self) -> None:
@@ -1565,18 +1364,20 @@ class Media:
                         path.unlink()
             await asyncio.sleep(min(60, max(1, lifetime / 4)))
 
-    def save_inputs(self, job_id: str, images: list[InputImage]) -> list[str]:
+    def save_inputs(self, job_id: str, images: list[bytes]) -> list[str]:
         names = [f"{job_id}_{number}" for number in range(len(images))]
         for name, image in zip(names, images, strict=True):
-            (self.inputs / name).write_bytes(image.data)
+            (self.inputs / name).write_bytes(image)
         return names
 
     def drop_inputs(self, names: Iterable[str]) -> None:
         for name in names:
             (self.inputs / name).unlink(missing_ok=True)
 
-    async def input_image(self, value: Any, param: str) -> InputImage:
+    async def input_image(self, value: Any, param: str) -> bytes:
         """A picture from a URL, a data URL, base64 or bytes. Raises what `bad` makes of it."""
+        if isinstance(value, bytes) and value[:8].startswith((b"http://", b"https://", b"data:")):
+            value = value.decode(errors="replace").strip()  # LiteLLM uploads a URL as a file
         limit, data = self.settings["limits.image_mb"] << 20, value
         try:
             if isinstance(value, str) and value.startswith(("http://", "https://")):
@@ -1591,34 +1392,30 @@ class Media:
             raise bad("This is not a PNG, JPEG, WebP or GIF picture", param, "invalid_image")
         if len(data) > limit:
             raise bad(f"A picture may have {limit >> 20} MB at most", param, "request_too_large")
-        return InputImage(data, sniff(data)[0])
+        return data
 
     async def _fetch(self, url: str, limit: int) -> bytes:
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s, `limit`."""
         factory = None if self.settings["server.allow_private_urls"] else public_socket
         connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
-        options = {"connector": connector, "timeout": aiohttp.ClientTimeout(total=20)}
-        words = "it redirects too often"
+        options = {"connector": connector, "timeout": aiohttp.ClientTimeout(20), "max_redirects": 4}
         try:
-            async with aiohttp.ClientSession(**options) as session:
-                for _ in range(4):
-                    async with session.get(url, allow_redirects=False) as reply:
-                        data = bytearray()
-                        async for chunk in reply.content.iter_chunked(1 << 16):
-                            data += chunk
-                            if len(data) > limit:
-                                break
-                        if reply.status == 200:
-                            return bytes(data)
-                        words = f"it answered {reply.status}"
-                        url = urljoin(url, reply.headers.get("Location", ""))
-        except (aiohttp.ClientError, TimeoutError, OSError) as err:
+            async with connector, aiohttp.request("GET", url, **options) as reply:
+                data = bytearray()
+                async for chunk in reply.content.iter_chunked(1 << 16):
+                    data += chunk
+                    if len(data) > limit:
+                        break
+                if reply.status == 200:
+                    return bytes(data)
+                words = f"it answered {reply.status}"
+        except NETWORK_ERRORS as err:
             words = why(err)
         raise bad(f"The picture's URL can't be fetched: {words}", code="invalid_image")
 
 
 # ---- 8. Jobs --------------------------------------------------------------------------------
-
+HEARTBEAT = 10.0  # seconds between signs of life to whoever watches a job
 STEPS = {  # state -> the states that may follow; anything else is a bug and raises
     "queued": ("submitting", "failed", "cancelled"),
     "submitting": ("queued", "running", "unknown"),
@@ -1626,11 +1423,10 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "running": ("settling", "failed"),
     "settling": ("completed",),
 }
-
-
-# One validated request of a client: a Plan, the prompt, how many outputs, the input pictures, and
-# what the client should be told. Nothing has been spent yet.
-Generation = namedtuple("Generation", "plan prompt n images notes", defaults=[1, [], []])
+# One validated request of a client: a Plan, the prompt, how many outputs, the input pictures, what
+# the client should be told; source and metadata as in Job. Nothing has been spent yet.
+_NONE = [1, (), (), {}, None]
+Generation = namedtuple("Generation", "plan prompt n images notes source metadata", defaults=_NONE)
 
 
 class Jobs:
@@ -1638,48 +1434,87 @@ class Jobs:
 
     LOOKS = (1, 4, 10, 20, 40, 60)  # seconds between looks for a submit of unknown outcome
     TRIES = 3  # of what costs nothing
+    KEY_SECONDS = 86400.0  # how long an Idempotency-Key stands for its job
 
     def __init__(self, store: Store, pool: Pool, media: Media):
         self.settings, self.upstream = pool.settings, pool.upstream
         self.store, self.pool, self.media = store, pool, media
         self.open: dict[str, Job] = {}
-        self.durations = collections.defaultdict(lambda: collections.deque(maxlen=25))
-        self._poll_after: dict[int, tuple[float, float]] = {}  # token id -> time, back-off
-        for job in reversed(store.completed_jobs(500)):
+        self.stopping = False
+        self.durations = defaultdict(lambda: deque(maxlen=25))
+        self._pauses: dict[int, float] = {}  # token id -> seconds after a failed status call
+        for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
 
-    async def create(self, generation: Generation, origin: str, detached=False) -> Job:
-        """Once it returns, the job is on disk and under way. Raises like `able`, or queue_full."""
-        plan, n = generation.plan, generation.n
-        self.pool.able(plan, n)
+    async def create(self, generation: Generation, origin: str, mark: dict, detached=False) -> Job:
+        """Once it returns, the job is on disk and under way. `mark`: the Idempotency-Key, or what
+        stands for one, and the hash of its request. Raises like `able`, or queue_full."""
+        plan = generation.plan
+        self.pool.able(plan, generation.n, (), generation.source)
         if len(self.pool.waiting) >= (limit := self.settings["limits.queue"]):
             raise GatewayError("queue_full", f"{limit} jobs are waiting already", retry_after=30)
-        given = {"prompt": generation.prompt, "notes": [*generation.notes], "created_at": now()}
-        job = Job(plan=plan, n=n, origin=origin, detached=detached, **given)
+        job = Job(**generation._asdict(), origin=origin, created_at=now())  # images: saved below
+        job.notes, job.detached = [*generation.notes], detached
         job.id = f"{plan.kind}_{secrets.token_hex(12)}"
         job.deadline = now() + self.settings[f"generation.{plan.kind}_timeout"]
         job.inputs = await asyncio.to_thread(self.media.save_inputs, job.id, generation.images)
+        mark = mark | {"job_id": job.id, "created_at": now()}
+        writing = asyncio.ensure_future(self.store.put_rows(("jobs", job.row()), ("keys", mark)))
         try:
-            await self.store.put(job)
+            await asyncio.shield(writing)
         except asyncio.CancelledError:  # the client left in this very moment
-            job.detached = False  # it never learnt the id
-            job.task = asyncio.create_task(self.abandon(job))
+            await writing
+            job.detached &= not mark["key"].startswith("body ")  # else it never learnt the id
+            self._start(job)
+            await self.abandon(job)
             raise
         self._start(job)
         return job
 
+    async def repeated(self, mark: dict, given: bool) -> Job | None:
+        """The job that this key has made, if any; an hour long that of a body without a key, if
+        it was sent. Raises idempotency_conflict, task_not_found."""
+        since = now() - (self.KEY_SECONDS if given else 3600)
+        known = await asyncio.to_thread(self.store.job_of_key, mark["key"], since)
+        if known and known[0] != mark["request"]:
+            raise GatewayError("idempotency_conflict", "A new request needs a new Idempotency-Key")
+        job = await self.get(known[1]) if known else None
+        if not known or job or not given:
+            return job if given or (job and job.state != "cancelled") else None
+        raise GatewayError("task_not_found", "The job of this Idempotency-Key has been deleted")
+
+    async def delete(self, job: Job) -> None:
+        """Forgets an ended job, and a queued one; what is under way is paid for: conflict."""
+        if job.state == "queued" and job.id in self.open:
+            job.detached = False
+            await self.abandon(job)
+        if not job.ended:
+            raise bad(f"{job.id} is {job.state}: delete it when it has ended", code="conflict")
+        for path in filter(None, [self.media.path(output.file) for output in job.outputs]):
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+        await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
+
     async def get(self, job_id: str) -> Job | None:
         return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
 
-    async def watch(self, job: Job, every: float) -> AsyncIterator[None]:
-        """Yields at once, at each change and each `every` seconds, until the job moves no more."""
-        while True:
+    async def watch(self, job: Job) -> AsyncIterator[None]:
+        """Yields at once, at each change and each HEARTBEAT seconds until the job is completed.
+        Raises why it is not."""
+        while not (job.ended or job.task.done() or self.stopping):
             changed = job.changed
             yield
-            if job.ended or job.task.done():
-                return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), every)
+                await asyncio.wait_for(changed.wait(), HEARTBEAT)
+        if job.error:
+            raise GatewayError(**job.error)
+        if job.state != "completed":
+            then = "was not sent" if job.state == "queued" else "goes on at its next start"
+            raise GatewayError("shutting_down", f"Flow2API is interrupted; job {job.id} {then}")
+
+    async def completed(self, job: Job) -> None:
+        """Waits for that. Raises what `watch` raises."""
+        async for _ in self.watch(job):
+            continue
 
     async def abandon(self, job: Job) -> None:
         """Its client is gone: a job that has not been sent is cancelled, any other runs on."""
@@ -1689,32 +1524,52 @@ class Jobs:
             gone = GatewayError("cancelled", "The client left before anything was sent or spent")
             await self._step(job, "cancelled", error=gone.record())
 
-    def progress(self, job: Job) -> tuple[int, int] | None:
-        """(percent, number of earlier jobs behind it): elapsed time against their median, since
-        Flow tells no progress. None without any."""
-        known = self.durations[_family(job.plan)]
+    def progress(self, job: Job) -> tuple[int, int]:
+        """(percent, by the median time of earlier jobs; their number); (0, 0): not known."""
+        known = self.durations[job.plan.pace]
         if not known or not job.submitted_at:
-            return None
-        share = (now() - job.submitted_at) / max(sorted(known)[len(known) // 2], 1)
+            return 0, 0
+        elapsed = (job.completed_at or now()) - job.submitted_at
+        share = elapsed / max(sorted(known)[len(known) // 2], 1)
         job.percent = max(job.percent, min(99, int(share * 100)))  # it never goes back
         return job.percent, len(known)
 
-    async def link(self, job: Job, output: Output) -> str:
+    async def link(self, job: Job, output: Output, anew=False, thumbnail=False) -> str:
         """A live URL at Google of a finished output, asked for anew where the old one has ended."""
         token = self.pool.tokens.get(job.token_id)
-        if token and output.url_expires < now() + 60:
+        if thumbnail:
+            return (await self.upstream.resolve(token, output, "THUMBNAIL"))[0] if token else ""
+        if token and (anew or output.url_expires < now() + 60):
             output.url, output.url_expires = await self.upstream.resolve(token, output)
             await self.store.put(output)
         return output.url
 
+    @contextlib.asynccontextmanager
+    async def fetch(self, job: Job, output: Output, thumbnail=False, **headers: str):
+        """A GET of the file, unread. Raises content_not_found, upstream_unreachable, or as link."""
+        token, said = self.pool.tokens.get(job.token_id), "no address"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+        options = {"proxy": token.proxy_url if token else "", "timeout": timeout}
+        options["headers"] = headers | {"Accept-Encoding": "identity"}
+        try:
+            for anew in (False, True):  # an address that has died is asked for anew
+                if url := await self.link(job, output, anew, thumbnail):
+                    async with self.media.wire.request("GET", url, **options) as reply:
+                        if reply.status < 400 or reply.status == 416:
+                            yield reply
+                            return
+                        said = f"it answers {reply.status}"
+        except NETWORK_ERRORS as err:
+            raise GatewayError("upstream_unreachable", f"Google's file: {why(err)}") from None
+        raise GatewayError("content_not_found", f"Google's file: {said}", upstream=404)
+
     async def resume(self) -> None:
         """At start: goes on with what was under way. A submit that may have left is unknown."""
-        jobs = self.store.open_jobs()
+        jobs = self.store.jobs(states=OPEN, oldest_first=True)
         known = {name for job in jobs for name in job.inputs}
         self.media.drop_inputs({path.name for path in self.media.inputs.iterdir()} - known)
         for job in jobs:
-            if job.state == "queued":
-                await self.abandon(job)
+            await self.abandon(job)
             if job.state == "submitting":
                 await self._step(job, "unknown")
             if job.state not in ("queued", "cancelled") and job.token_id in self.pool.tokens:
@@ -1723,6 +1578,12 @@ class Jobs:
             if not job.ended:
                 job.deadline = max(job.deadline, now() + 300)  # Google has its say first
                 self._start(job)
+
+    async def interrupt(self, *_: Any) -> None:
+        """The first step of the end: open answers say so, and name their job."""
+        self.stopping = True
+        for job in list(self.open.values()):
+            self._tell(job, job.stage)
 
     async def stop(self) -> None:
         while tasks := [job.task for job in self.open.values() if job.task.cancel()]:
@@ -1757,30 +1618,18 @@ class Jobs:
         """The one place that changes a job's state; returns when that is on disk."""
         if state not in STEPS.get(job.state, ()):
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
-        job.state = state
-        for name, value in changes.items():
-            setattr(job, name, value)
+        vars(job).update(changes, state=state)
         await self.store.put(job, *records)
         if job.ended:
-            self._close(job)
+            self.open.pop(job.id, None)
+            self.pool.release(job)
+            self.media.drop_inputs(job.inputs)
+            if job.state == "completed":
+                self._learn(job)
+                if token := self.pool.tokens.get(job.token_id):
+                    self.pool.praise(token, job.plan.kind, len(job.done()))
+            log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
         self._tell(job)
-
-    def _close(self, job: Job) -> None:
-        self.open.pop(job.id, None)
-        self.pool.release(job)
-        self.media.drop_inputs(job.inputs)
-        if job.state == "completed":
-            self._learn(job)
-            if token := self.pool.tokens.get(job.token_id):
-                self.pool.praise(token, job.plan.kind, len(job.done()))
-        message = job.error.get("message", "")
-        log.info("%s %s %s", job.id, job.state, message)
-        entry = {"operation": f"generate_{job.plan.kind}", "model": job.plan.model}
-        status = GatewayError(**job.error).status if job.error else 200
-        duration = round(now() - job.created_at, 3)
-        entry |= {"error": message, "status_code": status, "duration": duration}
-        row = {"created_at": now(), "job_id": job.id, "token_id": job.token_id}
-        self.store.put_rows(("logs", row | {"data": to_json(entry)}))
 
     def _tell(self, job: Job, stage="") -> None:
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -1789,22 +1638,18 @@ class Jobs:
         job.changed = asyncio.Event()
 
     def _learn(self, job: Job) -> None:
-        if job.completed_at and job.submitted_at:
-            self.durations[_family(job.plan)].append(job.completed_at - job.submitted_at)
+        self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
     async def _submit(self, job: Job) -> None:
-        """Leases one token after the other until one takes the job. Ends in running or unknown,
-        or raises; whatever raises here has spent nothing."""
-        tried: set[int] = set()
-        last: GatewayError | None = None
+        """Until an account takes it -> running or unknown; whatever raises has spent nothing."""
+        tried, last = set(), None
         for attempt in itertools.count(1):
             self._tell(job, "Waiting for an account")
             try:
                 async with asyncio.timeout(job.deadline - now()):  # wait_for loses a cancel
                     token = await self.pool.lease(job, tried)
             except TimeoutError:
-                words = "No account became free in time"
-                raise GatewayError("queue_full", words, retry_after=60) from None
+                raise GatewayError("queue_full", "No account became free", retry_after=60) from None
             except GatewayError as err:
                 raise last or err from None  # what the last account said is the better reason
             try:
@@ -1829,13 +1674,12 @@ class Jobs:
         return None
 
     async def _submit_on(self, job: Job, token: Token) -> None:
-        project = await self.pool.project(token)
+        project = job.source.get("project") or await self.pool.project(token)
         media = []
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
-            image = InputImage(data, sniff(data)[0])
-            media.append(await self.upstream.upload(token, project, image))
+            media.append(await self.upstream.upload(token, project, data, sniff(data)[0]))
         await self.pool.update(token, last_used_at=now(), use_count=token.use_count + 1)
         sent = {"token_id": token.id, "project": project, "batch": str(uuid.uuid4())}
         await self._step(job, "submitting", submitted_at=now(), **sent)
@@ -1859,20 +1703,18 @@ class Jobs:
     async def _look_for(self, job: Job) -> None:
         """A submit whose answer was lost is never sent again: Google is asked what it made."""
         token, found, looks = self.pool.tokens.get(job.token_id), [], 0
-        pauses = itertools.chain(self.LOOKS, itertools.repeat(self.LOOKS[-1]))
         until = now() + self.settings["generation.video_timeout"]
-        for pause in pauses if token else ():
+        for pause in itertools.chain(self.LOOKS, itertools.repeat(self.LOOKS[-1])):
+            if not token or len(found) >= job.n or looks == len(self.LOOKS) or now() > until:
+                break
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
             await asyncio.sleep(pause)
             try:
                 found, looks = await self.upstream.find(token, job) or found, looks + 1
             except GatewayError as err:
                 log.warning("%s: %s", job.id, err)
-            if len(found) >= job.n or looks == len(self.LOOKS) or now() > until:
-                break
         if not found:
-            words = "The answer to the submit was lost, and Flow lists nothing made by it. Credits"
-            words += f" may have been spent: look at project {job.project} in Flow first"
+            words = f"The answer was lost, credits may be spent: see project {job.project} in Flow"
             raise GatewayError("submit_unknown", words)
         await self._accepted(job, Reply(found))
 
@@ -1881,19 +1723,14 @@ class Jobs:
         polls: dict[int, asyncio.Task] = {}  # a slow account holds up no other
         while True:
             await asyncio.sleep(self.settings["flow.poll_interval"])
-            pending: dict[int, list] = {}
-            for poll in [poll for poll in polls.values() if poll.done() and poll.exception()]:
-                log.error("a status call went wrong here", exc_info=poll.exception())
-            polls = {i: poll for i, poll in polls.items() if not poll.done()}
+            pending = defaultdict(list)
             for job in self.open.values():
-                token = self.pool.tokens.get(job.token_id)
-                due = token and self._poll_after.get(token.id, (0, 0))[0] <= now()
-                if due and token.id not in polls:
-                    ours = [(job, output) for output in job.outputs if output.state == "pending"]
-                    pending.setdefault(token.id, []).extend(ours)
-            for i, ours in pending.items():
-                if ours:
-                    polls[i] = asyncio.create_task(self._poll(self.pool.tokens[i], ours))
+                pairs = [(job, output) for output in job.outputs if output.state == "pending"]
+                pending[job.token_id] += pairs
+            for token in self.pool.tokens.values():
+                ours, poll = pending[token.id], polls.get(token.id)
+                if ours and (not poll or poll.done()):
+                    polls[token.id] = asyncio.create_task(self._poll(token, ours))
 
     async def _poll(self, token: Token, pending: list[tuple[Job, Output]]) -> None:
         """A status call that fails says nothing of the clips; it is made again, ever less often."""
@@ -1901,13 +1738,13 @@ class Jobs:
             reply = await self.upstream.poll(token, [output for _, output in pending])
         except GatewayError as err:
             log.warning("status call for %s: %s", token.email, err)
-            last = self._poll_after.get(token.id, (0, 0))[1]
-            pause = max(self.settings["flow.poll_interval"], last)
-            self._poll_after[token.id] = now() + pause, min(60, 2 * pause)
             if err.does == "session" and token.is_active:
                 self.pool.blame(token, err)
+            pause = self._pauses.get(token.id, self.settings["flow.poll_interval"])
+            self._pauses[token.id] = min(60, 2 * pause)
+            await asyncio.sleep(pause)
             return
-        self._poll_after.pop(token.id, None)
+        self._pauses.pop(token.id, None)
         if reply.credits is not None:
             await self.pool.update(token, credits=reply.credits)
         statuses = {status.name: status for status in reply.statuses}
@@ -1916,9 +1753,8 @@ class Jobs:
             if status := statuses.get(output.name):
                 output.answers += 1
                 await self._take(output, status)
-                if output.state != "pending":
-                    await self.store.put(output)
                 if output.state != "pending" or output.answers >= most:
+                    await self.store.put(output)
                     self._tell(job, job.stage)
 
     async def _take(self, output: Output, status: Status) -> None:
@@ -1933,12 +1769,11 @@ class Jobs:
 
     async def _await(self, job: Job, outputs: list[Output], deadline: float) -> None:
         """Until Google has said its last word on these outputs, or the deadline fails them."""
-        timeout = f"generation.{job.plan.kind}_timeout"
-        most = self.settings["flow.max_poll_attempts"]
+        most, name = self.settings["flow.max_poll_attempts"], f"generation.{job.plan.kind}_timeout"
         while pending := [output for output in outputs if output.state == "pending"]:
             late = [output for output in pending if now() >= deadline or output.answers >= most]
             for output in late:
-                words = f"Flow was not done in {self.settings[timeout]} s ({timeout}) or {most}"
+                words = f"Flow was not done in {self.settings[name]} s ({name}) or {most}"
                 words += " status calls (flow.max_poll_attempts). It may still appear there, in"
                 words += f" project {output.project} as {output.media or output.name}"
                 output.error = GatewayError("generation_timeout", words).record()
@@ -1949,28 +1784,25 @@ class Jobs:
                     await asyncio.wait_for(job.changed.wait(), max(0.01, deadline - now()))
 
     async def _settle(self, job: Job, output: Output) -> None:
-        """Upscales, finds the URL, fills the cache. The output is paid for: what goes wrong here
-        is noted on the job and never fails it."""
+        """Upscales, finds the URL, fills the cache; never fails the job, since it is paid for."""
         token = self.pool.tokens.get(job.token_id)
         if token and job.plan.upscale and not output.upscaled:
             await self._upscale(job, token, output)
         try:
             if not self.media.path(output.file):
-                await self._patiently(self._fetch, job, output)
+                await self._patiently(self._keep, job, output)
         except GatewayError as err:
             job.notes.append(f"The file can't be fetched now ({err}); it is kept at Flow.")
         await self.store.put(output)
 
-    async def _fetch(self, job: Job, output: Output) -> None:
+    async def _keep(self, job: Job, output: Output) -> None:
         """Finds the live URL; with the cache on, brings the file here."""
-        url, token = await self.link(job, output), self.pool.tokens.get(job.token_id)
-        if url and self.settings["cache.enabled"]:
-            self._tell(job, "Fetching the file")
-            try:
-                output.file = await self.media.download(url, token.proxy_url if token else "")
-            except GatewayError:
-                output.url_expires = 0.0  # the next try asks for a new URL
-                raise
+        if not self.settings["cache.enabled"]:
+            await self.link(job, output)
+            return
+        self._tell(job, "Fetching the file")
+        async with self.fetch(job, output) as reply:
+            output.file = await self.media.keep(reply.content.iter_chunked(1 << 18))
 
     async def _upscale(self, job: Job, token: Token, output: Output) -> None:
         """The second step: its result takes the place of the output, its failure leaves that as it
@@ -2016,15 +1848,8 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-def _family(plan: Plan) -> str:
-    return f"{plan.family} {plan.mode} {plan.seconds} {plan.upscale}"
-
-
 # ---- 9. Reading requests --------------------------------------------------------------------
-
-# Prompts that chat clients send on their own, to the same model: where, pattern, answer; %s is a
-# title. (Open WebUI; NextChat; Chatbox; LobeHub; Cherry Studio.)
-# fmt: off
+# Prompts that chat clients send on their own: where, pattern, answer; %s is a title.
 SIDE_PROMPTS = (
     ("user", r"^### Task:[\s\S]*follow[_ -]?ups?[\s\S]*<chat_history>", '{"follow_ups": []}'),
     ("user", r"^### Task:[\s\S]*\btags?\b[\s\S]*<chat_history>", '{"tags": []}'),
@@ -2034,17 +1859,15 @@ SIDE_PROMPTS = (
     ("user", r"[Bb]ased on the chat history, give this conversation a name", "%s"),
     ("system", r"professional conversation summarizer|user's conversation into a title", "%s"),
 )
-# fmt: on
 EDIT_WORDS = re.compile(
     r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn|swap"
     r"|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background|zoom|crop"
     r"|fix)\b|[改换变加减去删除修调把它这再更]|背景|颜色"
 )
-SORA_ONLY = ("video", "character_options", "remix_target_id", "style_id")
-
-
-# A chat request: what to generate, or the text that answers a client's own prompt. images: pictures
-# go into message.images, as clients with `modalities` want them.
+SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
+SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
+FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # they mean: the default one
+# What to generate, or the text that answers a client's own prompt. images: go to message.images.
 Chat = namedtuple("Chat", "model stream usage images text generation")
 
 
@@ -2052,7 +1875,7 @@ async def read_json(request: web.Request) -> dict:
     """The JSON object in a request. Raises invalid_request."""
     try:
         raw = await request.read()
-        body = json.loads(raw)
+        body = await asyncio.to_thread(json.loads, raw)  # it can be long: the loop gets a turn
         if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half a surrogate pair is no text
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as err:
@@ -2062,13 +1885,165 @@ async def read_json(request: web.Request) -> dict:
     return body
 
 
+async def read_body(request: web.Request) -> dict:
+    """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]` make a
+    list, `name[key]` an object; files are bytes; what is empty is absent."""
+    kind = request.content_type
+    curl = kind == "application/x-www-form-urlencoded" and (await request.read())[:1] == b"{"
+    if curl or not kind.startswith(("multipart/", "application/x-www-form")):  # -d, no header
+        return await read_json(request)
+    try:
+        form = await request.post()
+    except (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError) as err:
+        raise bad(f"The form can't be read: {str(err)[:120]}") from None
+    lists: dict[str, list] = defaultdict(list)
+    for name, value in form.items():
+        value = await asyncio.to_thread(value.file.read) if hasattr(value, "file") else value
+        value = bytes(value) if isinstance(value, bytearray) else value  # data without a file name
+        name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
+        if value:
+            lists[name].append({key: value} if key and not key.isdigit() else value)
+    for name, values in lists.items():
+        if all(isinstance(value, dict) for value in values):
+            lists[name] = [functools.reduce(lambda one, other: one | other, values)]
+    return {name: values if len(values) > 1 else values[0] for name, values in lists.items()}
+
+
+def read_links(body: dict, *names: str) -> list:
+    """The pictures in these fields, in order: each a URL, data URL, base64 or bytes, alone, in a
+    list, or in an object like {url} or {image_url: {url}}."""
+    found, waiting = [], [body.get(name) for name in names]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, list):
+            waiting[:0] = value
+        elif isinstance(value, dict):
+            known = [value[key] for key in ("image_url", "url", "data", "b64_json") if key in value]
+            if not known:
+                raise bad("A picture is a file, URL or base64", names[0], "invalid_image")
+            waiting[:0] = known[:1]
+        elif value not in (None, "", b""):
+            found.append(value)
+    return found
+
+
+def one_of(body: Mapping, name: str, choices: Sequence, default: Any) -> Any:
+    """A parameter: of `choices` the one that is given, perhaps as text."""
+    if (given := body.get(name)) in (None, ""):
+        return default
+    for choice in choices:
+        if str(given).lower() == str(choice).lower():
+            return choice
+    known = " or ".join(map(str, choices))
+    if isinstance(choices, range):
+        known = f"a whole number from {choices[0]} to {choices[-1]}"
+    raise bad(f"{name} must be {known}, not {str(given)[:40]!r}", name)
+
+
+def refuse(body: dict, names: Iterable[str]) -> None:
+    for name in filter(body.get, names):
+        raise bad(f"{name} is Sora's; Flow has nothing like it", name, "unsupported_parameter")
+
+
+def read_size(body: dict) -> str:
+    side = SIDE_SIZES.get(one_of(body, "orientation", list(SIDE_SIZES), ""))
+    return body.get("aspect_ratio") or side or body.get("size") or ""
+
+
+def read_common(body: dict, settings: Settings, kind: str) -> tuple[str, str, bool]:
+    """-> (prompt, model id, whether that is the default, as the request names none or OpenAI's)."""
+    prompt, model = body.get("prompt"), body.get("model") or ""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise bad("prompt is missing: say in it what to make", "prompt")
+    if not isinstance(model, str) or len(model) > 200:
+        raise bad("model is not one; GET /v1/models lists what there is", "model")
+    default = not model or bool(FOREIGN_MODEL.match(model))
+    return prompt, settings[f"{kind}s.default_model"] if default else model, default
+
+
+async def make_generation(media, prompt, plan, links, param="image", **more) -> Generation:
+    """Holds the number of pictures against the plan, and reads them."""
+    (least, most), count = plan.images, len(links)
+    if plan.mode == "extend" and not more.get("source"):
+        raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
+    if plan.mode == "text" and most == 0 < count:
+        left_out = f"{plan.model} takes no pictures; they were left out."
+        more["notes"], links = [left_out, *more.get("notes", [])], ()
+    elif not least <= count <= most:
+        words = f"{plan.model} takes {least} to {most} pictures; this request brings {count}"
+        raise bad(words, param, "invalid_image")
+    images = await asyncio.gather(*(media.input_image(link, param) for link in links))
+    return Generation(plan, prompt, images=images, **more)
+
+
+async def read_picture(body: dict, media: Media, edit: bool) -> Generation:
+    """POST /v1/images/generations and /v1/images/edits."""
+    if body.get("mask"):
+        raise bad("Flow knows no masks: say what to change", "mask", "unsupported_parameter")
+    prompt, model, _ = read_common(body, media.settings, "image")
+    links = read_links(body, "image", "images", "references", "input_image", "input_reference")
+    if edit and not links:
+        raise bad("An edit needs a picture in image", "image")
+    scale = one_of(body, "image_size", SIZES, "1K")
+    model += "" if scale == "1K" else f"-{scale}"
+    plan = resolve(model, size=read_size(body), overrides=media.settings.models)
+    if plan.kind != "image":
+        raise bad(f"{model} makes clips: POST /v1/videos", "model")
+    return await make_generation(media, prompt, plan, links, n=one_of(body, "n", range(1, 5), 1))
+
+
+async def read_clip(body: dict, media: Media, mode="", source: Job | None = None) -> Generation:
+    """POST /v1/videos; with a mode ("edit" or "extend") what makes a new clip from that source."""
+    refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
+    one_of(body, "n", (1,), 1)
+    prompt, model, default = read_common(body, media.settings, "video")
+    seconds, size = one_of(body, "seconds", range(1, 61), 0), read_size(body)
+    links = read_links(body, "input_reference", "image", "images", "input_image", "references")
+    more = {"metadata": read_metadata(body)}
+    if source:
+        if mode == "edit" or default:
+            model = EDITOR if mode == "edit" else source.plan.family.replace("3_1_", "3_1-")
+        size = size or SIDE_SIZES.get(source.plan.ratio, "")
+        clip = source.done()[0]
+        more["source"] = {"job": source.id, "token_id": source.token_id, "project": source.project}
+        more["source"] |= {"media": clip.media or clip.name, "scene": clip.scene}
+    if default and seconds and mode != "edit":  # a client of Sora knows Sora's lengths only
+        plan = resolve(model, images=len(links), mode=mode)
+        known = {} if _split(model)[1] & {*LENGTHS} else COSTS.get(plan.family, {})
+        can = [length for length, costs in known.items() if None not in costs] or [plan.seconds]
+        nearest = min(can, key=lambda length: abs(length - seconds))
+        if nearest != seconds:
+            more["notes"] = [f"{model} makes {nearest} s, not {seconds}."]
+        seconds = nearest
+    given = {"size": size, "images": len(links), "mode": mode, "overrides": media.settings.models}
+    plan = resolve(model, seconds=0 if mode == "edit" else seconds, **given)
+    if "image" in (plan.kind, source and source.plan.kind):
+        param = "model" if plan.kind == "image" else "video"
+        raise bad("Pictures are made and edited at /v1/images", param)
+    if mode == "edit":
+        plan = dataclasses.replace(plan, seconds=source.plan.seconds)
+    if source and plan.ratio != source.plan.ratio:
+        raise bad(f"What is made from a clip has its shape, {source.plan.ratio}", "size")
+    if source and seconds not in (0, plan.seconds):
+        raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
+    return await make_generation(media, prompt, plan, links, **more)
+
+
+def read_metadata(body: dict) -> dict | None:
+    """An object, or its JSON text, that the client finds again in the video object."""
+    given = body.get("metadata") or None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        given = json.loads(given) if isinstance(given, str) else given
+        if isinstance(given, dict | None) and len(json.dumps(given, allow_nan=False)) < 20_000:
+            return given
+    raise bad("metadata must be a JSON object of less than 20,000 characters", "metadata")
+
+
 async def read_chat(body: dict, media: Media) -> Chat:
     """POST /v1/chat/completions. The prompt is the text of the user's last turn; system messages
     and earlier turns are not part of it."""
     settings, model, messages = media.settings, body.get("model"), body.get("messages")
-    for name in filter(body.get, SORA_ONLY):
-        words = f"{name} belongs to Sora, and Flow has nothing like it"
-        raise bad(words, name, "unsupported_parameter")
+    refuse(body, SORA_ONLY)
     if not isinstance(model, str) or not 0 < len(model) <= 200:
         raise bad("model is missing, or not one; GET /v1/models lists what there is", "model")
     if not isinstance(messages, list) or not messages:
@@ -2086,18 +2061,17 @@ async def read_chat(body: dict, media: Media) -> Chat:
         return chat._replace(text=text)
     if not prompt.strip():
         raise bad("The user's last message holds no text: there is no prompt", "messages")
-    links = links or ([body["image"]] if body.get("image") else [])
-    n, size = read_count(body), body.get("size") or body.get("aspect_ratio") or ""
-    plan = resolve(model, size=size, images=len(links), overrides=settings.models)
-    notes = check_images(plan, len(links))
-    wanted = [media.input_image(link, "messages") for link in links if not notes]
-    images = await asyncio.gather(*wanted)
-    if plan.kind == "image" and not images and settings["chat.continue_pictures"]:
+    links = links or read_links(body, "image")
+    plan = resolve(model, size=read_size(body), images=len(links), overrides=settings.models)
+    n = one_of(body, "n", range(1, 5), 1)
+    made = await make_generation(media, prompt, plan, links, "messages", n=n)
+    if plan.kind == "image" and not made.images and settings["chat.continue_pictures"]:
         images = await _continued(turns, prompt, media)
-        notes += ["The chat's last picture went along as a reference."] if images else []
+        notes = ["The chat's last picture went along as a reference."] if images else []
+        made = made._replace(images=images, notes=[*made.notes, *notes])
     if settings["chat.use_system_prompt"] and system:
-        prompt = f"{system}\n\n{prompt}"
-    return chat._replace(generation=Generation(plan, prompt, n, images, notes))
+        made = made._replace(prompt=f"{system}\n\n{prompt}")
+    return chat._replace(generation=made)
 
 
 def _read_message(message: Any, where: str) -> tuple[str, str, list]:
@@ -2119,7 +2093,7 @@ def _read_message(message: Any, where: str) -> tuple[str, str, list]:
     return role, "\n".join(texts), links
 
 
-async def _continued(turns: list, prompt: str, media: Media) -> list[InputImage]:
+async def _continued(turns: list, prompt: str, media: Media) -> list[bytes]:
     """The chat's last picture, where the last turn asks for an edit and brings none."""
     answers = " ".join(text for role, text, _ in turns if role == "assistant")
     links = re.findall(r"!\[[^\]]{0,99}\]\((\S{1,4000}?)\)", answers)
@@ -2143,81 +2117,55 @@ def side_answer(prompt: str, system: str) -> str:
     return ""
 
 
-def read_count(body: dict) -> int:
-    n = 1 if body.get("n") in (None, "") else body["n"]
-    n = int(n) if n in ("1", "2", "3", "4") else n
-    if type(n) is not int or not 1 <= n <= 4:
-        raise bad("n must be a whole number from 1 to 4", "n")
-    return n
-
-
-def check_images(plan: Plan, count: int) -> list[str]:
-    """Holds the number of pictures against the plan -> a note where they are to be left out."""
-    least, most = plan.images
-    if plan.mode == "extend":
-        raise bad(f"{plan.model} extends a clip, and chat has no way to name one", "model")
-    if plan.mode == "text" and most == 0 < count:
-        return [f"{plan.model} takes no pictures; they were left out."]
-    if not least <= count <= most:
-        words = f"{plan.model} takes {least} to {most} pictures; this request brings {count}"
-        raise bad(words, "messages", "invalid_image")
-    return []
-
-
 # ---- 10. Client API -------------------------------------------------------------------------
-
-HEARTBEAT = 10.0  # seconds between signs of life in a stream
 USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+IMAGE_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+IMAGE_USAGE |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
+# Our states in the words of OpenAI's Videos API; clients know no others.
+VIDEO_STATES = dict.fromkeys(OPEN, "in_progress") | dict.fromkeys(OPEN[:2], "queued")
+VIDEO_STATES |= {"completed": "completed", "failed": "failed", "cancelled": "failed"}
+PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}  # of a wide clip
+DERIVED = {"remix": "edit", "edits": "edit", "extensions": "extend"}  # end of a path -> mode
+LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.(?:mp4|png)")
+PASSED_ON = ("Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "ETag")
+FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+STREAM_HEADERS |= {"X-Accel-Buffering": "no"}
+# A clip in a chat answer: no single form plays everywhere (setting chat.video_content).
+_HTML, _LINK = '<video src="{0}" controls="controls">\n{0}\n</video>', "[video.mp4]({0})"
+CLIP_FORMS = {"html": _HTML, "link": _LINK, "both": f"{_HTML}\n\n{_LINK}"}
+STREAM_END = b"data: [DONE]\n\n"
+API_PREFIX = re.compile(r"^(/flow)?(/v1)*/")
 
 
-class Gateway:
-    """The parts of a running gateway, on an open store."""
-
-    def __init__(self, settings: Settings, store: Store):
-        self.settings, self.store, self.wire = settings, store, Wire(settings)
-        self.pool = Pool(settings, store, RestFlow(settings, self.wire))
-        self.media = Media(settings, self.wire)
-        self.jobs = Jobs(store, self.pool, self.media)
-        self.sessions: dict[str, float] = {}  # SHA-256 of an admin session -> its end
-        self.stopping = False
-
-    async def close(self) -> None:
-        await self.jobs.stop()
-        await self.wire.close()
-        await asyncio.to_thread(self.store.close)
+def sse(data: dict, event="") -> bytes:
+    head = f"event: {event}\n" if event else ""
+    return f"{head}data: {json.dumps(data)}\n\n".encode()
 
 
-GATEWAY = web.AppKey("gateway", Gateway)
+async def stream_answer(request: web.Request, headers: dict, events: AsyncIterator, failed):
+    """Sends events as they come, the headers at once; `failed` makes the last one of an error."""
+    reply = web.StreamResponse(headers=STREAM_HEADERS | headers)
+    await reply.prepare(request)
+    try:
+        async for event in events:
+            await reply.write(event)
+    except ConnectionError:  # the client has gone
+        raise
+    except Exception as bug:
+        await reply.write(failed(bug if isinstance(bug, GatewayError) else unexpected(request)))
+    await reply.write_eof()
+    return reply
 
 
-def error_response(err: GatewayError, request: web.Request, headers=None) -> web.Response:
-    """The error in the caller's format: {"detail"} under /api, OpenAI's object elsewhere."""
-    headers = dict(headers or {})
-    headers |= {"Retry-After": str(int(err.retry_after))} if err.retry_after else {}
-    detail = {"success": False, "detail": str(err), "message": str(err)}
-    body = detail if request.path.startswith("/api/") else err.body()
-    reason = err.code.replace("_", " ")  # some clients show nothing else
-    return web.json_response(body, status=err.status, reason=reason, headers=headers)
+def error_event(err: GatewayError) -> bytes:
+    return sse({"type": "error"} | err.body(), "error")
 
 
 def unexpected(request: web.Request) -> GatewayError:
     """For a bug, in its except clause: logged whole, told without its insides."""
     log.exception("%s %s", request.method, request.path)
     return GatewayError("internal_error", "Something went wrong in the gateway; its log says more")
-
-
-def job_headers(job: Job | None) -> dict:
-    """With a job under way a client's own retry would pay twice."""
-    return {"X-Job-Id": job.id, "x-should-retry": "false"} if job else {}
-
-
-def output_url(request: web.Request, output: Output) -> str:
-    """Where a client gets an output without a key: here while it is kept, else at Google."""
-    gateway = request.app[GATEWAY]
-    if not gateway.media.path(output.file):
-        return output.url
-    base = gateway.settings["cache.base_url"].rstrip("/") or request.url.origin()
-    return f"{base}/tmp/{output.file}"
 
 
 def model_object(model: str) -> dict:
@@ -2229,125 +2177,372 @@ def model_object(model: str) -> dict:
     return head | {"supported_endpoint_types": ["openai", endpoint]}
 
 
-async def list_models(request: web.Request) -> web.Response:
-    return web.json_response({"object": "list", "data": list(map(model_object, MODELS))})
+def fingerprint(request: Any) -> str:
+    """The same for the same fields and files of a request, whatever their form."""
+
+    def shorter(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shorter(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return list(map(shorter, value))
+        return digest(value) if isinstance(value, str | bytes) and len(value) > 999 else value
+
+    return digest(json.dumps(shorter(request), sort_keys=True, default=repr))
 
 
-async def get_model(request: web.Request) -> web.Response:
-    return web.json_response(model_object(request.match_info["model"]))
+class Gateway:
+    """The parts of a running gateway, on an open store, and the handlers of /v1 and /tmp."""
 
+    def __init__(self, settings: Settings, store: Store, adapter=RestFlow):
+        self.settings, self.store, self.wire = settings, store, Wire(settings)
+        self.pool = Pool(settings, store, adapter(settings, self.wire))
+        self.media = Media(settings, self.wire)
+        self.jobs = Jobs(store, self.pool, self.media)
+        self.sessions: dict[str, float] = {}  # SHA-256 of an admin session -> its end
+        self.keyed = weakref.WeakValueDictionary()  # Idempotency-Key -> lock, while one is read
 
-async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """POST /v1/chat/completions, streamed or not."""
-    gateway = request.app[GATEWAY]
-    chat = await read_chat(await read_json(request), gateway.media)
-    answer = ChatAnswer(request, chat)
-    if not chat.generation:
-        log.info("a client's own prompt was answered without generating")
-        return await (answer.stream() if chat.stream else answer.whole())
-    job = await gateway.jobs.create(chat.generation, "chat")
-    try:
-        return await (answer.stream(job) if chat.stream else answer.whole(job))
-    finally:
-        await asyncio.shield(gateway.jobs.abandon(job))
+    async def close(self) -> None:
+        await self.jobs.stop()
+        await self.wire.close()
+        await asyncio.to_thread(self.store.close)
+
+    @contextlib.asynccontextmanager
+    async def job_of(self, request: web.Request, body: dict, read: Callable, detached=False):
+        """The job of a creating request, and headers for its answer; abandoned at the end, unless
+        its client can come back. Under a known Idempotency-Key nothing is read or made."""
+        given, path = request.headers.get("Idempotency-Key", ""), API_PREFIX.sub("", request.path)
+        if len(given) > 255 or not given.isprintable():
+            raise bad("An Idempotency-Key may have 255 printable characters at most")
+        hashed = await asyncio.to_thread(fingerprint, [path, body])
+        # OpenAI's packages send a request again that took them too long, and count that.
+        again = request.headers.get("x-stainless-retry-count", "0") != "0"
+        mark = {"key": given or f"body {hashed}", "request": hashed}
+        job, headers = None, {}
+        async with self.keyed.setdefault(mark["key"], asyncio.Lock()):
+            if (given or again) and (job := await self.jobs.repeated(mark, bool(given))):
+                headers = {"Idempotent-Replayed": "true"}
+            keep = detached or bool(given)
+            job = job or await self.jobs.create(await read(), path.split("/")[0], mark, keep)
+        headers |= {"X-Job-Id": job.id, "x-should-retry": "false"}  # a retry would pay twice
+        try:
+            outputs = job.done() if "Idempotent-Replayed" in headers else []
+            gone = (output for output in outputs if not self.media.path(output.file))
+            await asyncio.gather(*(self.jobs.link(job, output) for output in gone))
+            yield job, headers
+        except GatewayError as err:
+            err.headers = headers
+            if job.submitted_at and err.status >= 500:
+                err.status = 424  # which no client repeats by itself
+            raise
+        finally:
+            await asyncio.shield(self.jobs.abandon(job))
+
+    def expect_done(self, job: Job) -> None:
+        """Raises task_not_completed, or generation_failed with the job's own reason."""
+        if not job.ended:
+            state = VIDEO_STATES[job.state]
+            raise GatewayError("task_not_completed", f"Task not completed. Current status: {state}")
+        if job.error:
+            err = GatewayError("generation_failed", job.error["message"])
+            err.status, err.type = 400, TYPES[400]  # as the seeds have it here
+            raise err
+
+    def output_url(self, request: web.Request, job: Job, output: Output, file=False) -> str:
+        """Where a client gets an output without a key: here while it is kept, else at Google.
+        `file`: in any case an address of ours with a file's name, that serves it from Google."""
+        if self.media.path(output.file):
+            name = output.file
+        elif file:
+            ending = "mp4" if job.plan.kind == "video" else "png"
+            name = f"{job.id}_{self.link_secret(job)}_{job.done().index(output)}.{ending}"
+        else:
+            return output.url
+        base = self.settings["cache.base_url"].rstrip("/") or request.url.origin()
+        return f"{base}/tmp/{name}"
+
+    def link_secret(self, job: Job) -> str:
+        """The part of a key-less link that nobody can guess, whoever knows the job's id."""
+        return digest(f"{job.batch} {job.id}")[:24]
+
+    async def send_output(self, request, job: Job, query: Mapping, thumbnail=False):
+        """The file of an output, with ranges: as it is kept here, else passed on from Google in
+        constant memory (or by a redirect, where the settings say so)."""
+        self.expect_done(job)
+        output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
+        kept = self.media.path(output.file)
+        if kept and not thumbnail:
+            return web.FileResponse(kept, headers=FILE_HEADERS)
+        redirect = self.settings["videos.content"] == "redirect" and not thumbnail
+        if redirect and (url := await self.jobs.link(job, output)):
+            return web.Response(status=302, headers={"Location": url})
+        reply = web.StreamResponse(headers=FILE_HEADERS)
+        ranges = {"Range": request.headers["Range"]} if "Range" in request.headers else {}
+        try:
+            async with self.jobs.fetch(job, output, thumbnail, **ranges) as upstream:
+                told = upstream.headers
+                reply.headers.update({name: told[name] for name in PASSED_ON if name in told})
+                reply.set_status(upstream.status)
+                await reply.prepare(request)
+                async for chunk in upstream.content.iter_chunked(1 << 16):
+                    if request.method == "HEAD":
+                        break
+                    await reply.write(chunk)
+        except GatewayError as err:
+            if not reply.prepared:
+                raise
+            log.warning("%s was cut off: %s", request.path, err)
+            raise ConnectionResetError from None  # so that the client sees it, too
+        return reply
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": list(map(model_object, MODELS))})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        return web.json_response(model_object(request.match_info["model"]))
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions, streamed or not."""
+        body = await read_json(request)
+        chat = await read_chat(body, self.media)
+        if not chat.generation:
+            log.info("a client's own prompt was answered without generating")
+            return await ChatAnswer(self, request, chat).send({})
+        read = functools.partial(asyncio.sleep, 0, chat.generation)  # which gives it back
+        async with self.job_of(request, body, read) as (job, headers):
+            return await ChatAnswer(self, request, chat, job).send(headers)
+
+    async def make_pictures(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/images/generations, /v1/images/edits."""
+        body, edit = await read_body(request), request.path.endswith("/edits")
+        default = self.settings["images.response_format"]
+        form = one_of(body, "response_format", ("b64_json", "url"), default)
+        stream = one_of(body, "stream", (True, False), False)
+        read = functools.partial(read_picture, body, self.media, edit)
+        async with self.job_of(request, body, read) as (job, headers):
+            if stream:
+                name = "image_edit.completed" if edit else "image_generation.completed"
+                events = self.picture_events(request, job, form, name)
+                return await stream_answer(request, headers, events, error_event)
+            await self.jobs.completed(job)
+            data = [await self.picture(request, job, output, form) for output in job.done()]
+            answer = {"created": int(job.created_at), "data": data}
+            return web.json_response(answer, headers=headers)
+
+    async def picture(self, request: web.Request, job: Job, output: Output, form: str) -> dict:
+        """An element of `data`: with b64_json or url, never both."""
+        about = {"revised_prompt": job.prompt}
+        if form == "url":
+            return about | {"url": self.output_url(request, job, output)}
+        if path := self.media.path(output.file):
+            data = await asyncio.to_thread(path.read_bytes)
+        else:
+            async with self.jobs.fetch(job, output) as reply:
+                data = await reply.read()
+        return about | {"b64_json": (await asyncio.to_thread(base64.b64encode, data)).decode()}
+
+    async def picture_events(self, request, job: Job, form: str, name: str) -> AsyncIterator[bytes]:
+        """The events of OpenAI's Images API: one for each picture that is done."""
+        async for _ in self.jobs.watch(job):
+            yield b": ping\n"
+        about = {"type": name, "created_at": int(job.created_at), "size": "auto", "quality": "auto"}
+        about |= {"background": "opaque", "usage": IMAGE_USAGE}
+        for output in job.done():
+            item = await self.picture(request, job, output, form)
+            start = base64.b64decode(item.get("b64_json", "")[:24])
+            kind = sniff(start)[0].removeprefix("image/") if start else "png"
+            yield sse(about | item | {"output_format": kind}, name)
+
+    def video_object(self, request: web.Request, job: Job) -> dict:
+        """A job as OpenAI's video object; its types are strict, clients fail on others."""
+        plan, state = job.plan, VIDEO_STATES[job.state]
+        percent = {"completed": 100, "queued": 0}.get(state, self.jobs.progress(job)[0])
+        sides = sorted(PIXELS.get(plan.upscale, PIXELS[""]), reverse=plan.ratio == "landscape")
+        size = "{}x{}".format(*sides) if plan.kind == "video" else plan.ratio
+        shown = {"id": job.id, "object": "video", "model": plan.model, "status": state}
+        shown |= {"progress": percent, "prompt": job.prompt, "created_at": int(job.created_at)}
+        shown |= {"completed_at": int(job.completed_at) or None, "expires_at": None, "size": size}
+        shown |= {"seconds": str(plan.seconds), "remixed_from_video_id": job.source.get("job")}
+        shown |= {"metadata": job.metadata} if job.metadata is not None else {}
+        shown |= {"notes": job.notes} if job.notes else {}
+        error = {"code": job.error["code"], "message": job.error["message"]} if job.error else None
+        shown |= {"error": error} | ({"fail_reason": error["message"]} if error else {})
+        urls = [self.output_url(request, job, output, file=True) for output in job.done()]
+        if state == "completed":
+            shown |= {"url": urls[0], "video_url": urls[0]} | ({"urls": urls} if urls[1:] else {})
+        return shown
+
+    def video_answer(self, request: web.Request, job: Job, headers: dict) -> web.Response:
+        headers = headers | ({} if job.ended else {"openai-poll-after-ms": "5000"})
+        return web.json_response(self.video_object(request, job), headers=headers)
+
+    async def known_job(self, job_id: str) -> Job:
+        if job := await self.jobs.get(job_id):
+            return job
+        raise GatewayError("task_not_found", f"There is no video {job_id[:80]!r}")
+
+    async def make_video(self, request: web.Request) -> web.Response:
+        """POST /v1/videos, and what makes a clip from a clip: {id}/remix, edits, extensions."""
+        body, source = await read_body(request), None
+        remixed = body.get("remix_target_id")
+        if mode := DERIVED.get(request.path.rpartition("/")[2], "edit" if remixed else ""):
+            video = request.match_info.get("id") or remixed or body.get("video")
+            video = dig(video, "id", default=video)
+            if not video or not isinstance(video, str):
+                raise bad('video must be {"id": …} of a clip made here; no files', "video")
+            source = await self.known_job(video)
+            self.expect_done(source)
+        read = functools.partial(read_clip, body, self.media, mode, source)
+        wait = not one_of(body, "async_mode", (True, False, 1, 0), True)
+        async with self.job_of(request, body, read, detached=True) as (job, headers):
+            if wait:
+                await self.jobs.completed(job)
+            return self.video_answer(request, job, headers)
+
+    async def get_video(self, request: web.Request) -> web.Response:
+        """GET /v1/videos/{id}: of any job, from what is known here."""
+        return self.video_answer(request, await self.known_job(request.match_info["id"]), {})
+
+    async def list_videos(self, request: web.Request) -> web.Response:
+        """GET /v1/videos?limit&after&order: the clips that any API has asked for."""
+        query = request.query
+        limit = one_of(query, "limit", range(1, 101), 20)
+        oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
+        if after := query.get("after", ""):
+            await self.known_job(after)
+        given = {"after": after, "oldest_first": oldest_first, "limit": limit + 1}
+        jobs = await asyncio.to_thread(self.store.jobs, "video", **given)
+        known = [self.jobs.open.get(job.id, job) for job in jobs[:limit]]
+        data = [self.video_object(request, job) for job in known]
+        shown = {"object": "list", "data": data, "has_more": len(jobs) > limit}
+        ids = [video["id"] for video in data] or [None]
+        return web.json_response(shown | {"first_id": ids[0], "last_id": ids[-1]})
+
+    async def delete_video(self, request: web.Request) -> web.Response:
+        job = await self.known_job(request.match_info["id"])
+        await self.jobs.delete(job)
+        return web.json_response({"id": job.id, "object": "video.deleted", "deleted": True})
+
+    async def video_content(self, request: web.Request) -> web.StreamResponse:
+        """GET /v1/videos/{id}/content?variant=video|thumbnail; index: of several outputs."""
+        job = await self.known_job(request.match_info["id"])
+        variant = one_of(request.query, "variant", ("video", "thumbnail"), "video")
+        return await self.send_output(request, job, request.query, variant == "thumbnail")
+
+    async def serve_media(self, request: web.Request) -> web.StreamResponse:
+        """GET /tmp/{name}: a file without a key, by a name that can't be guessed: one that is kept
+        here, or an output of a job (see output_url)."""
+        name = request.match_info["name"]
+        if path := self.media.path(name):
+            return web.FileResponse(path, headers=FILE_HEADERS)
+        match = LINK.fullmatch(name)
+        job = await self.jobs.get(match[1]) if match else None
+        if not job or not same(match[2], self.link_secret(job)):
+            raise GatewayError("not_found", "There is no such file, or it has expired")
+        return await self.send_output(request, job, {"index": match[3]})
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """GET /v1/stats: eight counters."""
+        tokens = self.pool.tokens.values()
+        shown = {"total_tokens": len(tokens), "active_tokens": sum(t.is_active for t in tokens)}
+        today = datetime.date.today().isoformat()
+        for what in ("image", "video", "error"):
+            shown[f"total_{what}s"] = sum(getattr(token, f"{what}_count") for token in tokens)
+            shown[f"today_{what}s"] = sum(t.today.get(what, 0) for t in tokens if t.day == today)
+        return web.json_response({"success": True, "stats": shown})
+
+    async def token_tasks(self, request: web.Request) -> web.Response:
+        """GET /v1/tokens/{id}/…: open jobs of a token, finished ones (profile-feed), or one job."""
+        token = self.token(request)
+        if wanted := request.match_info.get("job"):
+            job = await self.known_job(wanted)
+            if job.token_id != token.id:
+                raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
+            return web.json_response({"success": True, "task": self.task_object(request, job)})
+        name, jobs = "tasks", [job for job in self.jobs.open.values() if job.token_id == token.id]
+        if request.path.endswith("feed"):
+            limit = one_of(request.query, "limit", range(1, 101), 8)
+            given = {"token_id": token.id, "states": ("completed",), "limit": limit}
+            name, jobs = "items", await asyncio.to_thread(self.store.jobs, **given)
+        shown = {"success": True, "token_id": token.id, "count": len(jobs)}
+        return web.json_response(shown | {name: [self.task_object(request, job) for job in jobs]})
+
+    def task_object(self, request: web.Request, job: Job) -> dict:
+        shown = self.video_object(request, job)
+        shown = {name: shown[name] for name in ("id", "status", "prompt", "progress")}
+        urls = (self.output_url(request, job, output, file=True) for output in job.done())
+        shown |= {"progress_pct": shown.pop("progress") / 100, "title": job.plan.describe()}
+        return shown | {"generations": [{"id": job.id, "url": url} for url in urls]}
+
+    def token(self, request: web.Request) -> Token:
+        """The token that the path names. Raises not_found."""
+        if token := self.pool.tokens.get(int(request.match_info["id"])):
+            return token
+        raise GatewayError("not_found", "There is no such token")
+
+    async def absent(self, request: web.Request) -> web.Response:
+        raise GatewayError("not_implemented", f"{request.path[:80]}: Flow has nothing like it")
 
 
 class ChatAnswer:
     """Renders a job, or a text, in the format of OpenAI's chat completions."""
 
-    def __init__(self, request: web.Request, chat: Chat):
-        self.request, self.chat, self.gateway = request, chat, request.app[GATEWAY]
+    def __init__(self, gateway: Gateway, request: web.Request, chat: Chat, job: Job | None = None):
+        self.gateway, self.request, self.chat, self.job = gateway, request, chat, job
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(now())
-        self.reply = web.StreamResponse()
 
-    def envelope(self, kind: str, *choices: dict) -> dict:
+    async def send(self, headers: dict) -> web.StreamResponse:
+        if self.chat.stream:
+            return await stream_answer(self.request, headers, self.events(), self.failed)
+        if self.job:
+            await self.gateway.jobs.completed(self.job)
+        choice = {"message": {"role": "assistant", **self.message()}, "finish_reason": "stop"}
+        body = self.envelope(choice, kind="chat.completion") | {"usage": USAGE}
+        return web.json_response(body, headers=headers)
+
+    def envelope(self, *choices: dict, kind="chat.completion.chunk") -> dict:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.chat.model}
         return head | {"choices": [{"index": 0, **choice} for choice in choices]}
 
-    def message(self, job: Job | None) -> dict:
+    def message(self) -> dict:
         """content, and images where the client asked for them there."""
-        if not job:
+        if not (job := self.job):
             return {"content": self.chat.text}
-        links = [url for output in job.done() if (url := output_url(self.request, output))]
-        form = self.gateway.settings["chat.video_content"]
-        parts = [clip_text(url, form) for url in links]
-        if job.plan.kind == "image":
-            parts = [f"![Generated Image]({url})" for url in links]
+        found = (self.gateway.output_url(self.request, job, output) for output in job.done())
+        links, form = list(filter(None, found)), self.gateway.settings["chat.video_content"]
+        form = CLIP_FORMS[form] if job.plan.kind == "video" else "![Generated Image]({0})"
+        parts = [form.format(url) for url in links]
         images = self.chat.images and job.plan.kind == "image"
         failed = [output.error["message"] for output in job.outputs if output.error]
         failed += ["Flow made none of it"] * (job.n - len(job.outputs))
         notes = [*job.notes, *(f"One of {job.n} failed: {words}" for words in failed)]
         text = "\n\n".join(([] if images else parts) + notes) or f"{len(links)} made."
-        if not images:
-            return {"content": text}
         rows = [{"type": "image_url", "image_url": {"url": url}} for url in links]
-        return {"content": text, "images": [row | {"index": i} for i, row in enumerate(rows)]}
+        rows = [row | {"index": index} for index, row in enumerate(rows)]
+        return {"content": text} | ({"images": rows} if images else {})
 
-    def error(self, job: Job) -> GatewayError:
-        then = "was not sent" if job.state == "queued" else "goes on at its next start"
-        words = f"Flow2API is interrupted; job {job.id} {then}"
-        return GatewayError(**job.error) if job.error else GatewayError("shutting_down", words)
+    def delta(self, finish: str | None = None, **delta: Any) -> bytes:
+        return sse(self.envelope({"delta": delta, "finish_reason": finish}))
 
-    async def whole(self, job: Job | None = None) -> web.Response:
-        if job:
-            async for _ in self.gateway.jobs.watch(job, HEARTBEAT):
-                if self.gateway.stopping:
-                    break
-            if job.state != "completed":
-                return error_response(self.error(job), self.request, job_headers(job))
-        choice = {"message": {"role": "assistant", **self.message(job)}, "finish_reason": "stop"}
-        body = self.envelope("chat.completion", choice) | {"usage": USAGE}
-        return web.json_response(body, headers=job_headers(job))
+    def failed(self, err: GatewayError) -> bytes:
+        """Some clients show only the text, some only the event."""
+        return self.delta(content=f"{err}\n") + sse(err.body()) + STREAM_END
 
-    async def send(self, data: dict | str) -> None:
-        text = data if isinstance(data, str) else json.dumps(data)
-        await self.reply.write(f"data: {text}\n\n".encode())
-
-    async def delta(self, finish: str | None = None, **delta: Any) -> None:
-        choice = {"delta": delta, "finish_reason": finish}
-        await self.send(self.envelope("chat.completion.chunk", choice))
-
-    async def stream(self, job: Job | None = None) -> web.StreamResponse:
-        """Headers and the role at once; then progress as reasoning_content, or an empty delta
-        each HEARTBEAT seconds; at the end the content, or a readable error and an error event."""
-        kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        self.reply.headers.update(kind | {"X-Accel-Buffering": "no"} | job_headers(job))
-        await self.reply.prepare(self.request)
-        try:
-            await self.events(job)
-        except ConnectionError:  # the client has gone
-            raise
-        except Exception as bug:
-            err = bug if isinstance(bug, GatewayError) else unexpected(self.request)
-            await self.delta(content=f"{err}\n")
-            await self.send(err.body())
-        await self.send("[DONE]")
-        await self.reply.write_eof()
-        return self.reply
-
-    async def events(self, job: Job | None) -> None:
+    async def events(self) -> AsyncIterator[bytes]:
+        """The role at once; progress as reasoning_content, or an empty delta each HEARTBEAT
+        seconds; at the end the content."""
+        job, jobs = self.job, self.gateway.jobs
         said = f"Job {job.id}: {job.plan.describe()}\n" if job else ""
-        await self.delta(role="assistant", **({"reasoning_content": said} if job else {}))
+        yield self.delta(role="assistant", **({"reasoning_content": said} if job else {}))
         if job:
-            async for _ in self.gateway.jobs.watch(job, HEARTBEAT):
-                if self.gateway.stopping or job.ended:
-                    break
-                line = progress_line(self.gateway.jobs, job)
-                await self.delta(**({"reasoning_content": line} if line != said else {}))
+            async for _ in jobs.watch(job):
+                line = progress_line(jobs, job)
+                yield self.delta(**({"reasoning_content": line} if line != said else {}))
                 said = line
-        if job and job.state != "completed":
-            raise self.error(job)
-        await self.delta(**self.message(job))
-        await self.delta("stop")
+        yield self.delta(**self.message())
+        yield self.delta("stop")
         if self.chat.usage:
-            await self.send(self.envelope("chat.completion.chunk") | {"usage": USAGE})
-
-
-def clip_text(url: str, form: str) -> str:
-    """A clip in a chat answer. No single form plays everywhere (setting chat.video_content)."""
-    html = f'<video src="{url}" controls="controls">\n{url}\n</video>'
-    link = f"[video.mp4]({url})"
-    return {"html": html, "link": link, "both": f"{html}\n\n{link}"}[form]
+            yield sse(self.envelope() | {"usage": USAGE})
+        yield STREAM_END
 
 
 def progress_line(jobs: Jobs, job: Job) -> str:
@@ -2356,36 +2551,19 @@ def progress_line(jobs: Jobs, job: Job) -> str:
         waiting = [waiting for waiting, _ in jobs.pool.waiting.values()]
         before = f" ({waiting.index(job)} before this one)" if job in waiting[1:] else ""
         return (job.stage or "Starting") + before + "\n"
+    percent, known = jobs.progress(job)
+    guess = f", about {percent}% (by the time that {known} earlier ones took)" if known else ""
     ready = f"{len(job.done())} of {job.n} done, " if job.n > 1 else ""
-    elapsed = f"{ready}generating for {int(now() - job.submitted_at)} s"
-    if not (estimate := jobs.progress(job)):
-        return elapsed + "\n"
-    return f"{elapsed}, about {estimate[0]}% (by the time that {estimate[1]} earlier ones took)\n"
-
-
-async def serve_media(request: web.Request) -> web.StreamResponse:
-    """GET /tmp/{name}: a kept file, with Range and without a key; its name can't be guessed."""
-    path = request.app[GATEWAY].media.path(request.match_info["name"])
-    if not path:
-        raise GatewayError("not_found", "There is no such file, or it has expired")
-    headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
-    return web.FileResponse(path, headers=headers)
-
-
-def preflight(request: web.Request) -> web.Response:
-    """OPTIONS: CORS for browser clients, who send their key in a header; `expose` adds the rest."""
-    asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
-    methods = {"Access-Control-Allow-Methods": "GET, POST, DELETE"}
-    headers = methods | {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "86400"}
-    return web.Response(status=204, headers=headers)
+    return f"{ready}generating for {int(now() - job.submitted_at)} s{guess}\n"
 
 
 # ---- 11. Admin API --------------------------------------------------------------------------
-
 SESSION_SECONDS = 7 * 86400
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY + "; frame-ancestors 'none'"}
 PAGE_HEADERS |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+TOKEN_FIELDS = ("project_id", "project_name", "remark", "proxy_url")  # that a request may set
+TOKEN_FIELDS += ("image_enabled", "video_enabled", "image_concurrency", "video_concurrency")
 
 
 def bearer(request: web.Request) -> str:
@@ -2397,8 +2575,9 @@ def same(given: str, known: str) -> bool:
     return hmac.compare_digest(given.encode(errors="backslashreplace"), known.encode())
 
 
-def digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode(errors="backslashreplace")).hexdigest()
+def digest(secret: str | bytes) -> str:
+    data = secret.encode(errors="backslashreplace") if isinstance(secret, str) else secret
+    return hashlib.sha256(data).hexdigest()
 
 
 def hash_password(password: str, salt: bytes) -> str:
@@ -2415,21 +2594,6 @@ def same_password(password: str, known: str) -> bool:
 
 def ok(message: str, **more: Any) -> web.Response:
     return web.json_response({"success": True, "message": message, **more})
-
-
-async def login(request: web.Request) -> web.Response:
-    """POST /api/login -> a session token for /api, good for seven days after its last use."""
-    small = request.clone(client_max_size=1 << 16)  # whoever asks has shown no key yet
-    body, settings = await read_json(small), request.app[GATEWAY].settings
-    name, password = str(body.get("username")), str(body.get("password"))
-    good = await asyncio.to_thread(same_password, password, settings["global.admin_password"])
-    if not good or not same(name, settings["global.admin_username"]):
-        raise GatewayError("invalid_api_key", "Invalid credentials")
-    session, sessions = "admin-" + secrets.token_urlsafe(32), request.app[GATEWAY].sessions
-    for old in [key for key, end in sessions.items() if end < now()]:
-        del sessions[old]
-    sessions[digest(session)] = now() + SESSION_SECONDS
-    return ok("Login successful", token=session, username=name)
 
 
 def iso(seconds: float) -> str | None:
@@ -2451,329 +2615,142 @@ def token_object(token: Token) -> dict:
     return shown | {"current_project_name": token.project_name or None}
 
 
-async def list_tokens(request: web.Request) -> web.Response:
-    tokens = sorted(request.app[GATEWAY].pool.tokens.values(), key=lambda token: -token.id)
-    return web.json_response([token_object(token) for token in tokens])
-
-
-TOKEN_FIELDS = {"project_id": str, "project_name": str, "remark": str, "proxy_url": str}
-TOKEN_FIELDS |= {"image_enabled": bool, "video_enabled": bool}
-TOKEN_FIELDS |= {"image_concurrency": int, "video_concurrency": int}
-
-
 def token_fields(body: dict) -> dict:
     """The fields that a request sets; null keeps what is there."""
     fields = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
     for name, value in fields.items():
-        if type(value) is not TOKEN_FIELDS[name]:
-            raise bad(f"{name} must be of type {TOKEN_FIELDS[name].__name__}", name)
+        if type(value) is not (kind := type(Token.FIELDS[name])):
+            raise bad(f"{name} must be of type {kind.__name__}", name)
     if fields.get("proxy_url") and not good_proxy(fields["proxy_url"]):
         raise bad("proxy_url must look like http://host:port or socks5://host:port", "proxy_url")
     return fields
 
 
-async def add_token(request: web.Request) -> web.Response:
-    """POST /api/tokens: a new account, or a new session of a known one."""
-    body, pool = await read_json(request), request.app[GATEWAY].pool
-    st = clean_session_token(body["st"]) if isinstance(body.get("st"), str) else ""
-    if not st or not st.isascii() or not st.isprintable():
-        raise bad("st, the session token, is missing or not one", "st")
-    fields = token_fields(body)
-    if any(token.st == st and token.is_active for token in pool.tokens.values()):
-        raise bad("This session token is in the pool already", "st", "conflict")
-    token, new = await pool.add(st, **fields)
-    names = ("id", "email", "credits", "project_id", "project_name")
-    words = "Token added" if new else "This account was known; its session is updated"
-    return ok(words, token={name: getattr(token, name) for name in names})
+class AdminApi(Gateway):
+    """The handlers of /api, of /health and of the page."""
+
+    async def login(self, request: web.Request) -> web.Response:
+        """POST /api/login -> a session token for /api, good for seven days after its last use."""
+        small = request.clone(client_max_size=1 << 16)  # whoever asks has shown no key yet
+        body, known = await read_json(small), self.settings["global.admin_password"]
+        name, password = str(body.get("username")), str(body.get("password"))
+        good = await asyncio.to_thread(same_password, password, known)
+        if not good or not same(name, self.settings["global.admin_username"]):
+            raise GatewayError("invalid_api_key", "Invalid credentials")
+        self.sessions = {key: end for key, end in self.sessions.items() if end >= now()}
+        session = "admin-" + secrets.token_urlsafe(32)
+        self.sessions[digest(session)] = now() + SESSION_SECONDS
+        return ok("Login successful", token=session, username=name)
+
+    async def list_tokens(self, request: web.Request) -> web.Response:
+        return web.json_response([token_object(t) for t in reversed(self.pool.tokens.values())])
+
+    async def add_token(self, request: web.Request) -> web.Response:
+        """POST /api/tokens: a new account, or a new session of a known one."""
+        body = await read_json(request)
+        st = clean_session_token(body["st"]) if isinstance(body.get("st"), str) else ""
+        if not st or not st.isascii() or not st.isprintable():
+            raise bad("st, the session token, is missing or not one", "st")
+        fields = token_fields(body)
+        if any(token.st == st and token.is_active for token in self.pool.tokens.values()):
+            raise bad("This session token is in the pool already", "st", "conflict")
+        token, new = await self.pool.add(st, **fields)
+        names = ("id", "email", "credits", "project_id", "project_name")
+        words = "Token added" if new else "This account was known; its session is updated"
+        return ok(words, token={name: getattr(token, name) for name in names})
+
+    async def delete_token(self, request: web.Request) -> web.Response:
+        await self.pool.remove(self.token(request))
+        return ok("Token deleted")
+
+    async def health(self, request: web.Request) -> web.Response:
+        """GET /health: that the process serves, and no details."""
+        return web.json_response({"status": "ok"})
+
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(Path(__file__).with_name("admin.html"), headers=PAGE_HEADERS)
 
 
-async def delete_token(request: web.Request) -> web.Response:
-    pool = request.app[GATEWAY].pool
-    token = pool.tokens.get(int(request.match_info["id"]))
-    if not token:
-        raise GatewayError("not_found", "There is no such token")
-    await pool.remove(token)
-    return ok("Token deleted")
-
-
-async def health(request: web.Request) -> web.Response:
-    """GET /health: that the process serves, and no details."""
-    return web.json_response({"status": "ok"})
-
-
-async def page(request: web.Request) -> web.StreamResponse:
-    path = Path(__file__).with_name("admin.html")
-    if not path.exists():
-        words = "Flow2API runs; its API is under /v1. Its page, admin.html, is missing."
-        return web.Response(text=words)
-    return web.FileResponse(path, headers=PAGE_HEADERS)
-
-
-# ---- 12. Demo -------------------------------------------------------------------------------
-
-# fmt: off
-CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
-    "c-muNU{FXasVvAW&d+6FU}6B#Kx~v)mTZ_?U}DI?z^s&;pI^qnz>t$$mXX4M0+?SgFz_#6U}OLx1Ykr}h0b?izzd"
-    "jwsIa6cF&oH^Dai)g$&6_l&|U`o_F%QQ0f;@oT$R+6l42k&lbTapg3tjq7p#}@Wo}AlB9Nhwn}Y6l2e6vZBVdkhM"
-    "oLZ*Or|U|B^6m^7?7Xuk(if~lL}J9I3+hTFAc~LDa!>LitJ346o{NmN>OSWk~erti*ghoY{rn{lB66UdrxsmaSD="
-    "}HK0ht5fmVgdw@Oe0aL-_15~e&lbKXuWM+abA|(F*2a=$q;LPZBfcyVL2FY|Fy-bip|LFl2P^7Sc2mzab6>f|SY#"
-    "Aq<7*#d_bqEwB78gL>0Ky_kB}LExW@LexU0ebVe3)A~fME<`ivazEEDpjlK(S;rF%Bqg0+g#lax+NW6o|R;V4xkz"
-    "`3UovgMhScX-WwwqD^yC!88acB1bAPArvJR6yzWW5Jx5?<#41GrGjF-D>o$(#5YXsXkyx@EW*Gdo7}+ASW>_sAiD"
-    "4O`+dJ(uiJ$ceE@1=cbp}|S|f4*!qj4nXElH@tr1L5hTwxf5N4zUoSE4GXI38YKIj7gafg=9"
-))
-DEMO_SIZES = {"LANDSCAPE": (1376, 768), "PORTRAIT": (768, 1376), "SQUARE": (1024, 1024),
-              "LANDSCAPE_FOUR_THREE": (1200, 896), "PORTRAIT_THREE_FOUR": (896, 1200)}
-# fmt: on
-UNSAFE = {"error": {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}}
-
-
-def picture(text: str, width: int, height: int) -> bytes:
-    """A PNG made from a text: eight by eight blocks in two colours of its hash."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-
-    code = hashlib.sha256(text.encode()).digest()
-    rows = []
-    for y in range(8):
-        blocks = (bytes([code[y] >> min(x, 7 - x) & 1]) * (width // 8) for x in range(8))
-        rows.append(b"\0" + b"".join(blocks).ljust(width, b"\0"))
-    pixels = zlib.compress(b"".join(rows[y * 8 // height] for y in range(height)), 6)
-    head = chunk(b"IHDR", width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0]))
-    colours = chunk(b"PLTE", code[8:14])
-    return b"\x89PNG\r\n\x1a\n" + head + colours + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-class DemoMedium(namedtuple("DemoMedium", "name kind prompt ratio ready project batch scene")):
-    """Something that the simulated Flow has made, or is making until `ready`."""
-
-    def state(self) -> str:
-        refused = "FAILED" if "unsafe" in self.prompt else "SUCCESSFUL"
-        return "MEDIA_GENERATION_STATUS_" + ("ACTIVE" if now() < self.ready else refused)
-
-    def file(self, scale=1) -> bytes:
-        """A picture of its prompt; or the clip, with the prompt in a box that players skip."""
-        text = f"{self.name} {self.prompt}"
-        if self.kind == "image":
-            return picture(text, *(side * scale for side in DEMO_SIZES[self.ratio]))
-        note = b"free" + text.encode()[:4000]
-        return CLIP + (len(note) + 4).to_bytes(4) + note
-
-
-class Demo:
-    """A small simulated Flow on loopback, with believable timing: sessions, projects, credits,
-    uploads, pictures, clips (20 credits each), upscaling. Its content policy refuses the word
-    "unsafe". accounts: by session token."""
-
-    def __init__(self, image_seconds=2.0, video_seconds=12.0):
-        self.image_seconds, self.video_seconds, self.address = image_seconds, video_seconds, ""
-        self.accounts: dict[str, dict] = {}
-        self.media: dict[str, DemoMedium] = {}
-
-    def account(self, email: str, tier: str, credits: int) -> str:
-        """Makes an account -> its session token."""
-        st = secrets.token_urlsafe(150)
-        self.accounts[st] = {"email": email, "tier": tier, "credits": credits, "at": ""}
-        return st
-
-    def routes(self) -> Iterable[tuple[str, str, Callable]]:
-        yield "GET", "/fx/api/auth/session", self.session
-        yield "POST", "/fx/api/trpc/project.createProject", self.create_project
-        yield "GET", "/fx/api/trpc/media.getMediaUrlRedirect", self.redirect
-        yield "GET", "/v1/credits", self.credits
-        yield "POST", "/v1/flow/uploadImage", self.upload
-        yield "POST", "/v1/projects/{project}/flowMedia:batchGenerateImages", self.images
-        yield "POST", "/v1/flow/upsampleImage", self.upscale_image
-        yield "POST", "/v1/video:batchCheckAsyncVideoGenerationStatus", self.status
-        yield "POST", "/v1/video:batchAsyncGenerateVideo{mode}", self.videos
-        yield "GET", "/media/{kind}/{name}", self.file
-
-    async def start(self, *middlewares) -> web.AppRunner:
-        app = web.Application(client_max_size=1 << 30, middlewares=middlewares)
-        for method, path, handler in self.routes():
-            app.router.add_route(method, path, functools.partial(self.answer, handler))
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        return runner
-
-    async def answer(self, handler: Callable, request: web.Request) -> web.StreamResponse:
-        """Finds whose call it is, by the cookie or by the access token."""
-        body = await request.json() if request.body_exists else {}
-        at, st = bearer(request), clean_session_token(request.headers.get("Cookie", ""))
-        owners = [account for account in self.accounts.values() if at and account["at"] == at]
-        account = owners[0] if owners else self.accounts.get(st, {})
-        if not account and handler not in (self.session, self.file):
-            return self.refuse(401, "CREDENTIALS_MISSING")
-        reply = await handler(request, body, account)
-        return reply if isinstance(reply, web.StreamResponse) else web.json_response(reply)
-
-    def refuse(self, status: int, reason: str, message="Refused.") -> web.Response:
-        error = {"code": status, "message": message, "details": [{"reason": reason}]}
-        return web.json_response({"error": error}, status=status)
-
-    async def session(self, request, body, account):
-        if not account:
-            return {}
-        account["at"] = f"ya29.{secrets.token_urlsafe(32)}"
-        expires = iso(now() + 3600).replace("+00:00", ".000Z")
-        user = {"name": account["email"].split("@")[0], "email": account["email"]}
-        return {"user": user, "expires": expires, "access_token": account["at"]}
-
-    async def create_project(self, request, body, account):
-        project = {"projectId": str(uuid.uuid4())}
-        return {"result": {"data": {"json": {"result": project, "status": 200}}}}
-
-    async def redirect(self, request, body, account):
-        if medium := self.media.get(request.query.get("name", "")):
-            raise web.HTTPTemporaryRedirect(self.url(medium))
-        return self.refuse(404, "", "NOT_FOUND")
-
-    def url(self, medium: DemoMedium) -> str:
-        return f"{self.address}/media/{medium.kind}/{medium.name}?Expires={int(now()) + 18000}"
-
-    async def credits(self, request, body, account):
-        return {"credits": account["credits"], "userPaygateTier": account["tier"]}
-
-    async def upload(self, request, body, account):
-        return {"media": {"name": str(uuid.uuid4())}}
-
-    def charge(self, account: dict, wanted: list[dict]) -> web.Response | None:
-        """Takes the credits, or answers why not."""
-        cost = 20 * len(wanted) if "videoModelKey" in wanted[0] else 0
-        if cost > account["credits"]:
-            return self.refuse(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
-        account["credits"] -= cost
-        return None
-
-    def make(self, body: dict, kind: str, project: str, name="") -> list[DemoMedium]:
-        made, batch = [], dig(body, "mediaGenerationContext", "batchId")
-        for wanted in body["requests"]:
-            prompt = dig(wanted, "structuredPrompt") or dig(wanted, "textInput", "structuredPrompt")
-            ratio = (dig(wanted, "imageAspectRatio") or wanted["aspectRatio"]).split("RATIO_")[1]
-            ready = now() + (self.video_seconds if kind == "video" else 0)
-            new = name or self.new_name()
-            text, scene = dig(prompt, "parts", 0, "text"), str(uuid.uuid4())
-            self.media[new] = DemoMedium(new, kind, text, ratio, ready, project, batch, scene)
-            made.append(self.media[new])
-        return made
-
-    def new_name(self) -> str:
-        return str(uuid.uuid4())
-
-    async def images(self, request, body, account):
-        if refused := self.charge(account, body["requests"]):
-            return refused
-        if "unsafe" in json.dumps(body):
-            return self.refuse(400, "PUBLIC_ERROR_UNSAFE_GENERATION")
-        await asyncio.sleep(self.image_seconds)
-        made = self.make(body, "image", request.match_info["project"])
-        return {"media": list(map(self.medium, made))}
-
-    async def upscale_image(self, request, body, account):
-        await asyncio.sleep(self.image_seconds)
-        scale = 4 if body["targetResolution"].endswith("4K") else 2
-        larger = self.media[body["mediaId"]].file(scale)
-        return {"encodedImage": base64.b64encode(larger).decode()}
-
-    async def videos(self, request, body, account):
-        if refused := self.charge(account, body["requests"]):
-            return refused
-        source = dig(body, "requests", 0, "videoInput", "mediaId")
-        name = f"{source}_upsampled" if request.match_info["mode"] == "UpsampleVideo" else ""
-        made = self.make(body, "video", body["clientContext"]["projectId"], name)
-        return self.clips(made) | {"remainingCredits": account["credits"]}
-
-    async def status(self, request, body, account):
-        items = [*body.get("media", ()), *body.get("operations", ())]
-        names = [item.get("name") or item["operation"]["name"] for item in items]
-        if any(name not in self.media for name in names):
-            return self.refuse(404, "", "Requested entity was not found.")
-        return self.clips([self.media[name] for name in names])
-
-    def clips(self, media: list[DemoMedium]) -> dict:
-        return {"media": list(map(self.medium, media))}
-
-    def medium(self, medium: DemoMedium) -> dict:
-        status = {"mediaGenerationStatus": medium.state()}
-        status |= UNSAFE if medium.state().endswith("FAILED") else {}
-        made = {"fifeUrl": self.url(medium)} if medium.kind == "image" else {}
-        ids = {"name": medium.name, "projectId": medium.project, "workflowId": medium.scene}
-        made = {medium.kind: {f"generated{medium.kind.capitalize()}": made}}
-        return ids | made | {"mediaMetadata": {"mediaStatus": status}}
-
-    async def file(self, request, body, account):
-        data = self.media[request.match_info["name"]].file()
-        return web.Response(body=data, content_type=sniff(data)[0])
-
-
-# ---- 13. Main -------------------------------------------------------------------------------
-
+# ---- 12. Main -------------------------------------------------------------------------------
+GATEWAY = web.AppKey("gateway", AdminApi)
 PUBLIC, KEY, ADMIN = "public", "key", "admin"
+SORA_PATHS = ("characters", "characters/search", "videos/characters", "videos/characters/{name}")
+SORA_PATHS += ("invite-codes", "profiles/{name}", "users/{name}/feed", "feed", "enhance_prompt")
+TOKEN_PATH = r"/v1/tokens/{id:\d{1,18}}"
 ROUTES = (  # method, path, handler, who may call it
-    ("GET", "/", page, PUBLIC),
-    ("GET", "/health", health, PUBLIC),
-    ("GET", "/tmp/{name}", serve_media, PUBLIC),
-    ("POST", "/api/login", login, PUBLIC),
-    ("POST", "/api/admin/login", login, PUBLIC),
-    ("GET", "/api/tokens", list_tokens, ADMIN),
-    ("POST", "/api/tokens", add_token, ADMIN),
-    ("DELETE", r"/api/tokens/{id:\d{1,18}}", delete_token, ADMIN),
-    ("GET", "/v1/models", list_models, KEY),
-    ("GET", "/v1/models/{model}", get_model, KEY),
-    ("POST", "/v1/chat/completions", chat_completions, KEY),
+    ("GET", "/", AdminApi.page, PUBLIC),
+    ("GET", "/health", AdminApi.health, PUBLIC),
+    ("GET", "/tmp/{name}", Gateway.serve_media, PUBLIC),
+    ("POST", "/api/{_:(admin/)?}login", AdminApi.login, PUBLIC),
+    ("GET", "/api/tokens", AdminApi.list_tokens, ADMIN),
+    ("POST", "/api/tokens", AdminApi.add_token, ADMIN),
+    ("DELETE", r"/api/tokens/{id:\d{1,18}}", AdminApi.delete_token, ADMIN),
+    ("GET", "/v1/models", Gateway.list_models, KEY),
+    ("GET", "/v1/models/{model}", Gateway.get_model, KEY),
+    ("POST", "/v1/chat/completions", Gateway.chat_completions, KEY),
+    ("POST", "/v1/images/{_:generations|edits}", Gateway.make_pictures, KEY),
+    ("POST", "/v1/videos", Gateway.make_video, KEY),
+    ("GET", "/v1/videos", Gateway.list_videos, KEY),
+    ("POST", "/v1/videos/{_:edits|extensions}", Gateway.make_video, KEY),
+    ("GET", "/v1/videos/{id}", Gateway.get_video, KEY),
+    ("DELETE", "/v1/videos/{id}", Gateway.delete_video, KEY),
+    ("POST", "/v1/videos/{id}/remix", Gateway.make_video, KEY),
+    ("GET", "/v1/videos/{id}/content", Gateway.video_content, KEY),
+    ("GET", "/v1/stats", Gateway.stats, KEY),
+    ("GET", TOKEN_PATH + "/{_:pending-tasks(-v2)?|profile-feed}", Gateway.token_tasks, KEY),
+    ("GET", TOKEN_PATH + "/tasks/{job}", Gateway.token_tasks, KEY),
+    *(("*", f"/v1/{path}", Gateway.absent, KEY) for path in SORA_PATHS),
 )
+NO_ROUTE = "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
+NO_ROUTE += " (a client that asks for the Responses API: set it to chat completions)"
+HTTP_ERRORS = {404: ("not_found", NO_ROUTE), 405: ("method_not_allowed", "it has other methods")}
+HTTP_ERRORS |= {413: ("request_too_large", "the body is larger than limits.body_mb allows")}
 ALIASES = ("/v1", "", "/flow/v1", "/v1/v1")  # of /v1: people get base URLs wrong in these ways
+PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "86400"}
 
 
-def guard(handler, role: str):
-    """The handler, for those who may call it."""
-
-    async def guarded(request: web.Request) -> web.StreamResponse:
-        given, sessions = bearer(request), request.app[GATEWAY].sessions
-        key = request.app[GATEWAY].settings["global.api_key"]
-        if role == KEY and not (key and same(given, key)):
-            words = "Invalid API key" if given else "No API key: send Authorization: Bearer <key>"
-            raise GatewayError("invalid_api_key", words)
-        if role == ADMIN:
-            if sessions.get(digest(given), 0) < now():
-                raise GatewayError("invalid_api_key", "Invalid or expired admin token")
-            sessions[digest(given)] = now() + SESSION_SECONDS
-        return await handler(request)
-
-    return guarded
+async def admit(handler: Callable, role: str, request: web.Request) -> web.StreamResponse:
+    """Calls the handler, for those who may."""
+    gateway, given = request.app[GATEWAY], bearer(request)
+    key, sessions = gateway.settings["global.api_key"], gateway.sessions
+    if role == KEY and not (key and same(given, key)):
+        raise GatewayError("invalid_api_key", "No valid API key: send Authorization: Bearer <key>")
+    if role == ADMIN:
+        if sessions.get(digest(given), 0) < now():
+            raise GatewayError("invalid_api_key", "Invalid or expired admin token")
+        sessions[digest(given)] = now() + SESSION_SECONDS
+    return await handler(gateway, request)
 
 
 @web.middleware
 async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
-    """Every failure in the caller's format."""
-    if request.method == "OPTIONS":
-        return preflight(request)
+    """Every failure in the caller's format: {"detail"} under /api, OpenAI's object elsewhere."""
+    if request.method == "OPTIONS":  # CORS: browser clients send their key in a header
+        asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
+        return web.Response(status=204, headers={"Access-Control-Allow-Headers": asked} | PREFLIGHT)
     try:
         return await handler(request)
     except GatewayError as err:
-        return error_response(err, request)
+        fault = err
     except web.HTTPException as err:
-        if err.status < 400:
-            raise
-        limit = request.app[GATEWAY].settings["limits.body_mb"]
-        code, why = {
-            404: ("not_found", "no such route; /v1/models and /v1/chat/completions are here"),
-            405: ("method_not_allowed", "this route has other methods"),
-            413: ("request_too_large", f"the body is over {limit} MB (limits.body_mb)"),
-        }.get(err.status, ("invalid_request", err.reason))
-        told = f"{request.method} {request.path[:80]}: {why}"
-        return error_response(GatewayError(code, told), request)
+        code, why = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
+        fault = GatewayError(code, f"{request.method} {request.path[:80]}: {why}")
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except Exception:
-        return error_response(unexpected(request), request)
+        fault = unexpected(request)
+    wait = {"Retry-After": str(int(fault.retry_after))} if fault.retry_after else {}
+    wait |= {"x-should-retry": "false"} if fault.status in (409, 501) else {}  # it would not help
+    detail = {"success": False, "detail": str(fault), "message": str(fault)}
+    body = detail if request.path.startswith("/api/") else fault.body()
+    reason = fault.code.replace("_", " ")  # some clients show nothing else
+    return web.json_response(body, status=fault.status, reason=reason, headers=wait | fault.headers)
 
 
 async def expose(request: web.Request, response: web.StreamResponse) -> None:
     if not request.path.startswith("/api/"):
-        shown = "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after"
+        shown = "openai-poll-after-ms, x-job-id, content-range, retry-after"
+        shown += ", x-should-retry, idempotent-replayed"
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = shown
 
@@ -2797,25 +2774,17 @@ async def for_ever(loop: Awaitable) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-async def announce_stop(app: web.Application) -> None:
-    """The first step of the end: open answers say so, and name their job."""
-    app[GATEWAY].stopping = True
-    for job in list(app[GATEWAY].jobs.open.values()):
-        app[GATEWAY].jobs._tell(job, job.stage)
-
-
-def make_app(settings: Settings, store: Store) -> web.Application:
+def make_app(settings: Settings, store: Store, adapter=RestFlow) -> web.Application:
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
     app = web.Application(middlewares=[tell_errors], client_max_size=limit)
-    app[GATEWAY] = Gateway(settings, store)
+    app[GATEWAY] = AdminApi(settings, store, adapter)
     for method, path, handler, role in ROUTES:
+        admitted = functools.partial(admit, handler, role)
         for prefix in ALIASES if path.startswith("/v1/") else ("",):
-            for verb in ("GET", "HEAD") if method == "GET" else (method,):
-                route = prefix + path.removeprefix("/v1")
-                app.router.add_route(verb, route, guard(handler, role))
+            app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), admitted)])
     app.on_response_prepare.append(expose)
-    app.on_shutdown.append(announce_stop)
+    app.on_shutdown.append(app[GATEWAY].jobs.interrupt)
     app.cleanup_ctx.append(workings)
     return app
 
@@ -2847,31 +2816,35 @@ async def make_secrets(settings: Settings, store: Store) -> dict[str, str]:
 def greet(settings: Settings, port: int, made: dict[str, str], demo: bool) -> None:
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"Flow2API {__version__} on {address}" + ("  (demo: a simulated Flow)" if demo else ""))
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    print(f"Flow2API {__version__} on http://{host}:{port}" + "  (demo: a simulated Flow)" * demo)
     for name, text in made.items():
         print(f"{name.partition('.')[2]}: {text}")
     if made and not demo:
         print("Keep what stands above, it is not shown again; setting.toml can set others.")
     key = settings["global.api_key"] if demo else made.get("global.api_key", "$KEY")
-    body = {"model": "veo_3_1-fast", "stream": True}
-    body["messages"] = [{"role": "user", "content": "a paper boat in the rain"}]
-    curl = f'curl -N {address}/v1/chat/completions -H "Authorization: Bearer {key}"'
-    print(f"Try it:\n{curl} -d '{to_json(body)}'", flush=True)
+    body = '{"model":"veo_3_1-fast","stream":true,"messages":[{"role":"user","content":"a boat"}]}'
+    curl = f'curl -N http://{host}:{port}/v1/chat/completions -H "Authorization: Bearer {key}"'
+    print(f"Try it:\n{curl} -d '{body}'", flush=True)
 
 
 async def serve(settings: Settings, demo: bool) -> None:
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
-    store = open_store(settings)
-    async with contextlib.AsyncExitStack() as stack:
-        simulated = await start_demo(settings, stack) if demo else []
-        app = make_app(settings, store)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=2)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+    store, adapter, accounts = open_store(settings), RestFlow, ()
+    if demo:
+        sys.modules["flow2api"] = sys.modules[__name__]  # which is __main__: one copy is enough
+        try:
+            import demo_flow2api as simulated
+        except ImportError:
+            raise SettingError("--demo needs demo_flow2api.py beside flow2api.py") from None
+        adapter, accounts = simulated.Demo, simulated.ACCOUNTS
+        settings.layers["command line"] |= {"flow.poll_interval": 1.0, "cache.timeout": 0}
+    app = make_app(settings, store, adapter)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=2)
+    await runner.setup()
+    try:
         await web.TCPSite(runner, settings["server.host"], settings["server.port"]).start()
-        for st in simulated:
+        for st in accounts:
             await app[GATEWAY].pool.add(st)
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
         done = asyncio.Event()
@@ -2880,18 +2853,8 @@ async def serve(settings: Settings, demo: bool) -> None:
                 asyncio.get_running_loop().add_signal_handler(number, done.set)
         await done.wait()
         log.info("stopping")
-
-
-async def start_demo(settings: Settings, stack: contextlib.AsyncExitStack) -> list[str]:
-    """-> the session tokens of its two accounts."""
-    demo = Demo(settings["demo.image_seconds"], settings["demo.video_seconds"])
-    runner = await demo.start()
-    stack.push_async_callback(runner.cleanup)
-    forced = {"flow.poll_interval": 1.0, "proxy.proxy_enabled": False, "cache.enabled": True}
-    forced |= {"flow.labs_base_url": f"{demo.address}/fx/api"}
-    settings.layers["command line"] |= forced | {"flow.api_base_url": f"{demo.address}/v1"}
-    pro = demo.account("pro@demo.example", "PAYGATE_TIER_ONE", 1000)
-    return [pro, demo.account("ultra@demo.example", "PAYGATE_TIER_TWO", 25000)]
+    finally:
+        await runner.cleanup()
 
 
 async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
@@ -2899,31 +2862,29 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
     for warning in settings.warnings:
         yield False, warning
     try:
-        store = open_store(settings)
+        gateway = Gateway(settings, store := open_store(settings))
     except (StoreError, OSError) as err:
         yield False, f"data folder {settings.data}: {err}"
         return
     yield True, f"database {store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
-    gateway = Gateway(settings, store)
-    wire, pool, timeout = gateway.wire, gateway.pool, aiohttp.ClientTimeout(total=15)
     way = "the proxy" if settings["proxy.proxy_enabled"] else "no proxy"
     for url in (settings["flow.labs_base_url"], settings["flow.api_base_url"]):
         try:
-            async with wire.request("GET", url, timeout=timeout) as reply:
+            async with gateway.wire.request("GET", url, timeout=aiohttp.ClientTimeout(15)) as reply:
                 yield reply.status < 500, f"{url} answers {reply.status} through {way}"
-        except (GatewayError, *wire.not_sent, aiohttp.ClientError, TimeoutError, OSError):
+        except (GatewayError, *gateway.wire.not_sent, *NETWORK_ERRORS):
             yield False, f"{url} can't be reached through {way}; check network and [proxy]"
-    if not pool.tokens:
+    if not gateway.pool.tokens:
         yield False, "no Google account yet: start Flow2API and add one (README, Session token)"
-    for token in pool.tokens.values():
+    for token in gateway.pool.tokens.values():
         try:
-            await pool.check(token)
+            await gateway.pool.check(token)
             why = "" if token.is_active else f"; disabled: {token.reason or 'by hand'}; enable it"
             words = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
-            words += f", access token until {iso(token.at_expires)}"
-            yield token.is_active, f"account {token.email}: {words}{why}"
+            words += f", access token until {iso(token.at_expires)}{why}"
+            yield token.is_active, f"account {token.email}: {words}"
         except GatewayError as err:
             yield False, f"account {token.email}: {err}"
     await gateway.close()
@@ -2935,20 +2896,17 @@ async def check(settings: Settings) -> bool:
         secret = settings[name] and name in (*SECRETS, "proxy.proxy_url")
         value = "(set)" if secret else repr(settings[name])
         print(f"      {name} = {value}  ({settings.source(name)})")
-    all_well = True
-    async for well, text in findings(settings):
+    found = [found async for found in findings(settings)]
+    for well, text in found:
         print("ok   " if well else "WRONG", text)
-        all_well = all_well and well
-    return all_well
+    return all(well for well, _ in found)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rows = "\n".join(f"  {s.name:28} {s.help} [{s.default}]" for s in SETTINGS)
-    parser = argparse.ArgumentParser(
-        description="Your own Google Flow accounts as an OpenAI-compatible API.",
-        epilog=f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
+    parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
     option, beside = parser.add_argument, Path(__file__).with_name("setting.toml")
     option("--config", type=Path, default=beside, help="default: setting.toml beside flow2api.py")
     option("--data", dest="data_dir", help="data folder (default: data/ beside the configuration)")

@@ -1,12 +1,14 @@
 """What Flow2API promises, as tests: first the promises, then chapter by chapter.
 
-Real sockets throughout: the gateway on a free loopback port, the Demo chapter as Google's side,
+Real sockets throughout: the gateway on a free loopback port, a simulated Flow as Google's side,
 with faults switched on by a middleware in front of it. Nothing here needs the internet.
 """
 
 import asyncio
 import base64
+import collections
 import contextlib
+import functools
 import ipaddress
 import itertools
 import json
@@ -15,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -30,10 +33,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+import demo_flow2api
 import flow2api
 
 FREE, PRO, ULTRA = flow2api.TIERS
-PNG = flow2api.picture("an input", 64, 64)
+PNG = demo_flow2api.picture("an input", 64, 64)
 
 
 # Upstream key -> credits on a free, Pro and Ultra account; None: not offered there.
@@ -49,22 +53,94 @@ PRICES = (
 # fmt: on
 
 
-class Flow(flow2api.Demo):
-    """The simulated Flow with what tests want of it: keys, plans and prices; the project's page
-    data; both generations of replies ("new": 2026, "old": 2025); and `calls`, what was asked."""
+SIZES = {"LANDSCAPE": (1376, 768), "PORTRAIT": (768, 1376), "SQUARE": (1024, 1024)}
+SIZES |= {"LANDSCAPE_FOUR_THREE": (1200, 896), "PORTRAIT_THREE_FOUR": (896, 1200)}
+UNSAFE = {"error": {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}}
+
+
+class Medium(collections.namedtuple("Medium", "name kind prompt ratio ready project batch scene")):
+    """Something that the simulated Flow has made, or is making until `ready`."""
+
+    def state(self):
+        refused = "FAILED" if "unsafe" in self.prompt else "SUCCESSFUL"
+        return "MEDIA_GENERATION_STATUS_" + ("ACTIVE" if flow2api.now() < self.ready else refused)
+
+    def file(self, scale=1):
+        """A picture of its prompt; or the clip, with the prompt in a box that players skip."""
+        text = f"{self.name} {self.prompt}"
+        if self.kind == "image":
+            return demo_flow2api.picture(text, *(side * scale for side in SIZES[self.ratio]))
+        note = b"free" + text.encode()[:4000]
+        return demo_flow2api.CLIP + (len(note) + 4).to_bytes(4) + note
+
+
+class Flow:
+    """Google's side on loopback: sessions, projects, credits, uploads, pictures, clips, upscaling,
+    with keys, plans and prices. Its content policy refuses the word "unsafe". `replies`: "new"
+    (2026) or "old" (2025). accounts: by session token. `calls`: what was asked."""
 
     def __init__(self, image_seconds=0.02, video_seconds=0.3, replies="new"):
-        super().__init__(image_seconds, video_seconds)
+        self.image_seconds, self.video_seconds, self.address = image_seconds, video_seconds, ""
+        self.accounts, self.media = {}, {}
         self.replies, self.calls = replies, []
 
+    def account(self, email, tier, credits):
+        """Makes an account -> its session token."""
+        st = secrets.token_urlsafe(150)
+        self.accounts[st] = {"email": email, "tier": tier, "credits": credits, "at": ""}
+        return st
+
     def routes(self):
-        yield from super().routes()
+        yield "GET", "/fx/api/auth/session", self.session
+        yield "POST", "/fx/api/trpc/project.createProject", self.create_project
+        yield "GET", "/fx/api/trpc/media.getMediaUrlRedirect", self.redirect
         yield "GET", "/fx/api/trpc/flow.projectInitialData", self.listing
+        yield "GET", "/v1/credits", self.credits
+        yield "POST", "/v1/flow/uploadImage", self.upload
+        yield "POST", "/v1/projects/{project}/flowMedia:batchGenerateImages", self.images
+        yield "POST", "/v1/flow/upsampleImage", self.upscale_image
+        yield "POST", "/v1/video:batchCheckAsyncVideoGenerationStatus", self.status
+        yield "POST", "/v1/video:batchAsyncGenerateVideo{mode}", self.videos
+        yield "GET", "/media/{kind}/{name}", self.file
+
+    async def start(self, *middlewares):
+        app = web.Application(client_max_size=1 << 30, middlewares=middlewares)
+        for method, path, handler in self.routes():
+            app.router.add_route(method, path, functools.partial(self.answer, handler))
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        return runner
 
     async def answer(self, handler, request):
+        """Finds whose call it is, by the cookie or by the access token."""
         body = await request.json() if request.body_exists else {}
         self.calls.append((request.path, body))
-        return await super().answer(handler, request)
+        cookie = request.headers.get("Cookie", "")
+        at, st = flow2api.bearer(request), flow2api.clean_session_token(cookie)
+        owners = [account for account in self.accounts.values() if at and account["at"] == at]
+        account = owners[0] if owners else self.accounts.get(st, {})
+        if not account and handler not in (self.session, self.file):
+            return self.refuse(401, "CREDENTIALS_MISSING")
+        reply = await handler(request, body, account)
+        return reply if isinstance(reply, web.StreamResponse) else web.json_response(reply)
+
+    def refuse(self, status, reason, message="Refused."):
+        error = {"code": status, "message": message, "details": [{"reason": reason}]}
+        return web.json_response({"error": error}, status=status)
+
+    async def session(self, request, body, account):
+        if not account:
+            return {}
+        account["at"] = f"ya29.{secrets.token_urlsafe(32)}"
+        expires = flow2api.iso(flow2api.now() + 3600).replace("+00:00", ".000Z")
+        user = {"name": account["email"].split("@")[0], "email": account["email"]}
+        return {"user": user, "expires": expires, "access_token": account["at"]}
+
+    async def create_project(self, request, body, account):
+        project = {"projectId": str(uuid.uuid4())}
+        return {"result": {"data": {"json": {"result": project, "status": 200}}}}
 
     async def listing(self, request, body, account):
         project = json.loads(request.query["input"])["json"]["projectId"]
@@ -73,6 +149,22 @@ class Flow(flow2api.Demo):
         flows = [{"name": m.scene, "metadata": next(ids)} for m in made]
         contents = {"workflows": flows, "media": list(map(self.medium, made))}
         return {"result": {"data": {"json": {"projectContents": contents, "status": 200}}}}
+
+    async def redirect(self, request, body, account):
+        if medium := self.media.get(request.query.get("name", "")):
+            thumbnail = request.query.get("mediaUrlType") == "MEDIA_URL_TYPE_THUMBNAIL"
+            raise web.HTTPTemporaryRedirect(self.url(medium, "image" if thumbnail else ""))
+        return self.refuse(404, "", "NOT_FOUND")
+
+    def url(self, medium, kind=""):
+        end = int(flow2api.now()) + 18000
+        return f"{self.address}/media/{kind or medium.kind}/{medium.name}?Expires={end}"
+
+    async def credits(self, request, body, account):
+        return {"credits": account["credits"], "userPaygateTier": account["tier"]}
+
+    async def upload(self, request, body, account):
+        return {"media": {"name": str(uuid.uuid4())}}
 
     def charge(self, account, wanted):
         """Takes the credits, or answers why not."""
@@ -87,20 +179,86 @@ class Flow(flow2api.Demo):
         account["credits"] -= cost * n
         return None
 
-    def new_name(self):
-        return uuid.uuid4().hex if self.replies == "old" else super().new_name()
+    def make(self, body, kind, project, name=""):
+        made, batch = [], flow2api.dig(body, "mediaGenerationContext", "batchId")
+        for wanted in body["requests"]:
+            prompt = wanted.get("structuredPrompt") or flow2api.dig(
+                wanted, "textInput", "structuredPrompt"
+            )
+            ratio = (wanted.get("imageAspectRatio") or wanted["aspectRatio"]).split("RATIO_")[1]
+            ready = flow2api.now() + (self.video_seconds if kind == "video" else 0)
+            new = name or (uuid.uuid4().hex if self.replies == "old" else str(uuid.uuid4()))
+            text, scene = flow2api.dig(prompt, "parts", 0, "text"), str(uuid.uuid4())
+            self.media[new] = Medium(new, kind, text, ratio, ready, project, batch, scene)
+            made.append(self.media[new])
+        return made
+
+    async def images(self, request, body, account):
+        if refused := self.charge(account, body["requests"]):
+            return refused
+        if "unsafe" in json.dumps(body):
+            return self.refuse(400, "PUBLIC_ERROR_UNSAFE_GENERATION")
+        await asyncio.sleep(self.image_seconds)
+        made = self.make(body, "image", request.match_info["project"])
+        return {"media": list(map(self.medium, made))}
+
+    async def upscale_image(self, request, body, account):
+        await asyncio.sleep(self.image_seconds)
+        scale = 4 if body["targetResolution"].endswith("4K") else 2
+        larger = self.media[body["mediaId"]].file(scale)
+        return {"encodedImage": base64.b64encode(larger).decode()}
+
+    async def videos(self, request, body, account):
+        source = flow2api.dig(body, "requests", 0, "videoInput", "mediaId")
+        if source and source not in self.media:
+            return self.refuse(404, "", "Requested entity was not found.")
+        if refused := self.charge(account, body["requests"]):
+            return refused
+        name = f"{source}_upsampled" if request.match_info["mode"] == "UpsampleVideo" else ""
+        made = self.make(body, "video", body["clientContext"]["projectId"], name)
+        return self.clips(made) | {"remainingCredits": account["credits"]}
+
+    async def status(self, request, body, account):
+        items = [*body.get("media", ()), *body.get("operations", ())]
+        names = [item.get("name") or item["operation"]["name"] for item in items]
+        if any(name not in self.media for name in names):
+            return self.refuse(404, "", "Requested entity was not found.")
+        return self.clips([self.media[name] for name in names])
 
     def clips(self, media):
         if self.replies == "old":
             return {"operations": list(map(self.operation, media))}
         return {"media": list(map(self.medium, media))}
 
+    def medium(self, medium):
+        status = {"mediaGenerationStatus": medium.state()}
+        status |= UNSAFE if medium.state().endswith("FAILED") else {}
+        made = {"fifeUrl": self.url(medium)} if medium.kind == "image" else {}
+        ids = {"name": medium.name, "projectId": medium.project, "workflowId": medium.scene}
+        made = {medium.kind: {f"generated{medium.kind.capitalize()}": made}}
+        return ids | made | {"mediaMetadata": {"mediaStatus": status}}
+
     def operation(self, medium):
         name, state = {"name": medium.name}, medium.state()
-        operation = name | (flow2api.UNSAFE if state.endswith("FAILED") else {})
+        operation = name | (UNSAFE if state.endswith("FAILED") else {})
         if state.endswith("SUCCESSFUL"):
             operation["metadata"] = {**name, "video": {"fifeUrl": self.url(medium)}}
         return {"operation": operation, "sceneId": medium.scene, "status": state}
+
+    async def file(self, request, body, account):
+        """A file, whole or a range of it; of a clip under /image/ its thumbnail."""
+        medium = self.media[request.match_info["name"]]
+        data, kind = medium.file(), request.match_info["kind"]
+        data = PNG if kind != medium.kind else data
+        part, headers = request.http_range, {"Accept-Ranges": "bytes", "ETag": f'"{medium.name}"'}
+        if part.start is None:
+            return web.Response(body=data, content_type=flow2api.sniff(data)[0], headers=headers)
+        start, end, _ = part.indices(len(data))
+        if start >= end:
+            return web.Response(status=416, headers={"Content-Range": f"bytes */{len(data)}"})
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        options = {"status": 206, "content_type": flow2api.sniff(data)[0], "headers": headers}
+        return web.Response(body=data[start:end], **options)
 
 
 class World:
@@ -350,7 +508,7 @@ def told(w, reply, code):
     status, headers, body = reply
     assert body["error"]["code"] == code, body
     known = flow2api.GatewayError(code, "")
-    assert status == known.status
+    assert status in (known.status, 424 if known.status > 499 else 0)  # 424: a job was sent
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["type"] == known.type
     assert body["error"]["message"].strip()
@@ -383,14 +541,14 @@ async def test_a_job_survives_the_end_of_the_process(world):
     (job,) = await running(w)
     await w.stop_gateway()
     reply = await client
-    assert job.id in told(w, reply, "shutting_down")["message"]
+    assert job.id in told(w, reply, "shutting_down")["message"] and reply[0] == 424
     assert reply[1]["x-should-retry"] == "false"
     await w.start_gateway()
     assert job.id in w.jobs.open
     again = await end_of(w, job.id)
     assert (again.state, len(again.done()), len(w.asked("AsyncGenerate"))) == ("completed", 1, 1)
-    assert (w.data / "tmp" / again.outputs[0].file).read_bytes().startswith(flow2api.CLIP)
-    assert again.id in [known.id for known in w.store.completed_jobs(10)]
+    assert (w.data / "tmp" / again.outputs[0].file).read_bytes().startswith(demo_flow2api.CLIP)
+    assert again.id in [known.id for known in w.store.jobs(states=["completed"])]
 
 
 @pytest.mark.parametrize("model", ["veo_3_1-fast", "nano_banana_pro"])
@@ -532,6 +690,8 @@ REFUSED = (  # code, param, request: refused before anything is sent
     ("model_not_found", "model", ("GET", "/v1/models/sora-2")),
     ("not_found", None, ("GET", "/v1/nothing")),
     ("not_found", None, ("GET", "/tmp/nothing.mp4")),
+    ("task_not_found", None, ("GET", "/v1/videos/video_0123")),
+    ("not_implemented", None, ("GET", "/v1/feed")),
     ("method_not_allowed", None, ("DELETE", "/v1/chat/completions")),
     ("request_too_large", None, (*POST, chat_body("veo_3_1", "boat" * 300_000))),
 )
@@ -543,8 +703,9 @@ async def test_a_request_at_fault_is_refused_before_anything_is_sent(world, code
     w.demo.calls.clear()
     reply = await w.call(*request_)
     assert told(w, reply, code)["param"] == param
-    assert "x-should-retry" not in reply[1] and "X-Job-Id" not in reply[1]
-    assert (list(w.demo.calls), w.jobs.open, w.store.completed_jobs(9)) == ([], {}, [])
+    assert "X-Job-Id" not in reply[1]
+    assert ("x-should-retry" in reply[1]) is (code == "not_implemented")
+    assert (list(w.demo.calls), w.jobs.open, w.store.jobs()) == ([], {}, [])
 
 
 async def _queue_full(w):
@@ -608,6 +769,22 @@ async def _cancelled(w):
     return err.status, {}, err.body()
 
 
+async def _task_not_completed(w):
+    _, _, video = await w.call("POST", "/v1/videos", {"prompt": "a boat"})
+    return await w.call("GET", f"/v1/videos/{video['id']}/content")
+
+
+async def _content_not_found(w):
+    w.fault = fault("/media/", refusal(404))
+    return await w.call("POST", "/v1/images/generations", {"prompt": "a boat"})
+
+
+async def _idempotency_conflict(w):
+    options = {"headers": {"Idempotency-Key": "a key"}}
+    await w.call("POST", "/v1/videos", {"prompt": "a boat"}, **options)
+    return await w.call("POST", "/v1/videos", {"prompt": "a lake"}, **options)
+
+
 async def _internal_error(w):
     async def broken(*arguments, **options):
         raise RuntimeError(f"{w.key} must not be told")
@@ -629,6 +806,9 @@ SITUATIONS = {  # code: the world's options, what happens there
     "submit_unknown": ({}, _submit_unknown),
     "shutting_down": ({}, _shutting_down),
     "cancelled": ({}, _cancelled),
+    "task_not_completed": ({"video_seconds": 600}, _task_not_completed),
+    "content_not_found": ({}, _content_not_found),
+    "idempotency_conflict": ({}, _idempotency_conflict),
     "internal_error": ({}, _internal_error),
 }
 
@@ -946,7 +1126,7 @@ ROWS = [
     for shape, wire in (SHAPES.items() if "@" in line else [("", "")])
     if line
 ]
-PICTURES = [flow2api.picture(f"input {number}", 16, 16) for number in range(7)]
+PICTURES = [demo_flow2api.picture(f"input {number}", 16, 16) for number in range(7)]
 ORIGINAL = [row[0] for row in ROWS[:23]]
 RETIRED_IDS = [row for row in ORIGINAL if re.match("gemini-2.5|veo_2|veo_3_0", row)]
 
@@ -1597,7 +1777,7 @@ def demo_clips(w, count, ready=0.0):
         new, name = flow2api.uuid.uuid4(), ""
         name = new.hex if i % 2 else str(new)
         details = (name, "video", f"clip {i}", "PORTRAIT", ready, "p", "b", "s")
-        w.demo.media[name] = flow2api.DemoMedium(*details)
+        w.demo.media[name] = Medium(*details)
         outputs.append(flow2api.Output(name=name, project="p", scene="s"))
     return outputs
 
@@ -1696,7 +1876,7 @@ async def test_what_is_put_is_read_back_after_a_restart(open_db, what):
         (read,) = store.tokens()
         assert stored(read) == stored(token) and read.paused_until == 0  # a pause is not kept
     else:
-        (read,) = store.open_jobs()
+        (read,) = store.jobs(states=flow2api.OPEN, oldest_first=True)
         assert stored(read) == stored(job) == stored(store.job("video_1"))
         assert [stored(output) for output in read.outputs] == [stored(o) for o in outputs[::-1]]
 
@@ -1706,8 +1886,9 @@ async def test_ended_jobs_are_listed_newest_first_and_not_open(open_db):
     states = ["completed", "failed", "cancelled", "queued", "completed"]
     jobs = [flow2api.Job(id=f"j{i}", state=s, created_at=float(i)) for i, s in enumerate(states)]
     await store.put(*jobs)
-    assert [job.id for job in store.completed_jobs(9)] == ["j4", "j0"]
-    assert [job.id for job in store.open_jobs()] == ["j3"] and store.job("none") is None
+    assert [job.id for job in store.jobs(states=["completed"])] == ["j4", "j0"]
+    assert [job.id for job in store.jobs(states=flow2api.OPEN)] == ["j3"]
+    assert store.job("none") is None
 
 
 async def test_writes_end_in_the_order_of_their_asking(open_db):
@@ -1817,7 +1998,7 @@ async def test_only_its_owner_may_read_the_database(tmp_path, open_db):
 
 
 def picture_of(number):
-    return flow2api.picture(f"picture {number}", 16, 16)
+    return demo_flow2api.picture(f"picture {number}", 16, 16)
 
 
 def prompt_of(w):
@@ -2315,7 +2496,7 @@ WRONG = (
     {"model": "x" * 100_000}, {"size": {"a": 1}}, {"image": {"url": 5}}, {"image": 5},
     {"image": "****"}, {"image": "data:image/png;base64,!!!"}, {"image": data_url(b"plain text")},
     {"image": data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml")},
-    {"image": data_url(flow2api.CLIP, "video/mp4")}, {"image": "http://"}, {"image": "http://[::1"},
+    {"image": data_url(demo_flow2api.CLIP, "video/mp4")}, {"image": "http://"}, {"image": "http://[::1"},
     {"image": "http://x:99999999/"}, {"image": "https://\x00/"}, {"image": "file:///etc/passwd"},
 )
 # fmt: on
@@ -3033,6 +3214,1854 @@ async def test_openais_client_raises_the_right_error_and_does_not_pay_twice(worl
         assert (caught.value.code, len(w.fault.seen)) == ("captcha_required", 1)
 
 
+# ---- Images API ----
+
+IMAGES, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
+RED, BLUE = demo_flow2api.picture("red", 64, 64), demo_flow2api.picture("blue", 64, 64)
+RED_URL, BLUE_URL, RED_64 = data_url(RED), data_url(BLUE), base64.b64encode(RED).decode()
+FILE = '; filename="a.png"\r\nContent-Type: image/png'
+UPLOAD = '; filename="upload"\r\nContent-Type: application/octet-stream'  # Python's bytes
+BARE = "\r\nContent-Type: application/octet-stream"
+PROMPT, R, B = ("prompt", "a boat"), ("image", RED, FILE), ("image", BLUE, FILE)
+
+
+def form(*parts, boundary="a-boundary"):
+    """A form of (name, value, the rest of the part's head) -> options of World.call."""
+    raw = b""
+    for name, value, *head in parts:
+        head = "".join(['Content-Disposition: form-data; name="', name, '"', *head])
+        value = value if isinstance(value, bytes) else value.encode()
+        raw += f"--{boundary}\r\n{head}\r\n\r\n".encode() + value + b"\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return {"data": raw + f"--{boundary}--\r\n".encode(), "headers": headers}
+
+
+async def images(w, path=IMAGES, **body):
+    """Asks for pictures with a JSON body -> as World.call."""
+    return await w.call("POST", path, {"prompt": "a boat"} | body)
+
+
+def pictures(reply):
+    """The decoded pictures of an answer, which holds no address beside them."""
+    status, _, body = reply
+    assert status == 200, body
+    assert set(body) == {"created", "data"} and type(body["created"]) is int
+    assert all(set(item) == {"b64_json", "revised_prompt"} for item in body["data"])
+    return [base64.b64decode(item["b64_json"], validate=True) for item in body["data"]]
+
+
+def uploaded(w):
+    """The pictures that reached Flow, in their order; the submit names as many."""
+    sent = [base64.b64decode(body["imageBytes"]) for body in w.asked("uploadImage")]
+    assert len(wanted(w)["imageInputs"]) == len(sent)
+    return sent
+
+
+def wanted(w):
+    """The first element of the only submit."""
+    (submit,) = w.asked("batchGenerateImages")
+    return submit["requests"][0]
+
+
+def paid(w):
+    return [path for path, _ in list(w.demo.calls) if re.search(PAID, path)]
+
+
+def files(w):
+    """What the simulated Flow has made."""
+    return [medium.file() for medium in w.demo.media.values()]
+
+
+def failing(count):
+    """Flow makes the pictures, but the first `count` of them fail."""
+
+    async def middleware(request, handler):
+        answer = await handler(request)
+        if not re.search(PAID, request.path):
+            return answer
+        body = json.loads(answer.body)
+        for medium in body["media"][:count]:
+            status = {"mediaGenerationStatus": "MEDIA_GENERATION_STATUS_FAILED"}
+            medium["mediaMetadata"] = {"mediaStatus": status | {"failureReasons": ["ODD"]}}
+        return web.json_response(body)
+
+    return middleware
+
+
+# fmt: off
+UPLOADS = (  # what reaches Flow; the parts of a form, or the fields of a JSON body; RED: its URL
+    ([RED], [PROMPT, R]), ([RED], [R, PROMPT, ("n", "1")]), ([BLUE, RED], [B, PROMPT, R]),
+    ([RED], [("image[]", RED, FILE), PROMPT]),
+    ([BLUE, RED], [PROMPT, ("image[]", BLUE, FILE), ("image[]", RED, FILE)]),
+    ([RED, BLUE], [("image[0]", RED, FILE), ("image[1]", BLUE, FILE), PROMPT]),
+    ([RED, BLUE], [("images", RED, FILE), ("images", BLUE, FILE), PROMPT]),
+    ([RED], [PROMPT, ("image", RED, UPLOAD)]), ([RED], [PROMPT, ("image", RED, BARE)]),
+    ([RED], [PROMPT, ("image", "RED")]), ([RED], [PROMPT, ("image", RED_URL)]),
+    ([RED], [PROMPT, ("image[]", "RED", FILE)]), ([RED], [PROMPT, ("image[]", RED_URL, FILE)]),
+    ([RED], [PROMPT, ("image", "RED", BARE)]), ([RED], [PROMPT, ("image", RED_64)]),
+    ([RED], [PROMPT, ("image[image_url]", "RED")]), ([RED], [PROMPT, ("image[url]", RED_URL)]),
+    ([RED, BLUE], [("image[]", RED, FILE), PROMPT, ("image[]", BLUE_URL)]),
+    ([RED], [("image", b"", FILE), R, ("prompt", ""), PROMPT, ("mask", "")]),
+    ([RED], {"image": "RED"}), ([RED], {"image": RED_URL}), ([RED], {"image": RED_64}),
+    ([RED], {"image": {"url": "RED"}}), ([RED], {"image": {"b64_json": RED_64}}),
+    ([RED], {"image": {"type": "image_url", "image_url": {"url": RED_URL}}}),
+    ([RED, BLUE], {"images": [{"image_url": "RED"}, {"image_url": BLUE_URL}]}),
+    ([BLUE, RED, PNG], {"image": [BLUE_URL, {"url": RED_URL}, data_url(PNG)]}),
+    ([RED], {"references": [RED_URL]}), ([RED], {"input_image": RED_URL}),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("path", [IMAGES, EDITS])
+@pytest.mark.parametrize(("expected", "body"), UPLOADS)
+async def test_every_form_of_upload_reaches_flow_in_its_order(world, path, expected, body):
+    w = await world()
+    w.fault = fault("/red$", lambda request: web.Response(body=RED))
+    link = f"{w.demo.address}/red"
+    if isinstance(body, dict):
+        reply = await images(w, path, **json.loads(json.dumps(body).replace('"RED"', f'"{link}"')))
+    else:
+        parts = [(name, link if value == "RED" else value, *head) for name, value, *head in body]
+        reply = await w.call("POST", path, **form(*parts))
+    assert (pictures(reply), uploaded(w)) == (files(w), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, "3", None, ""])
+async def test_so_many_pictures_come_as_were_asked_for(world, n):
+    w = await world()
+    reply = await images(w, n=n)
+    assert pictures(reply) == files(w) and len(files(w)) == int(n or 1) and len(paid(w)) == 1
+    assert {item["revised_prompt"] for item in reply[2]["data"]} == {"a boat"}
+    job = await w.jobs.get(reply[1]["X-Job-Id"])
+    assert (job.state, reply[1]["x-should-retry"]) == ("completed", "false")
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("setting", "asked"), [("url", None), ("url", ""), ("b64_json", "url")])
+async def test_a_picture_comes_as_an_address_where_that_is_wanted(world, setting, asked, cache):
+    w = await world(**{"images.response_format": setting, "cache.enabled": cache})
+    _, _, body = await images(w, response_format=asked)
+    assert set(item := body["data"][0]) == {"url", "revised_prompt"}
+    assert item["url"].startswith(w.url + "/tmp/" if cache else w.demo.address)
+    assert [(await fetched(w, item["url"]))[2]] == files(w)
+    assert len(pictures(await images(w, response_format="b64_json"))) == 1
+
+
+# fmt: off
+OPENAIS = (None, "", "gpt-image-1", "gpt-image-1.5", "chatgpt-image-latest", "dall-e-3", "dall-e-2")
+SIZES_ASKED = (  # shape that Flow is asked for, size
+    ("square", "1024x1024 512x512 1:1 8x7"), ("landscape", "1792x1024 16:9 21:9 1280*720 1280×720"),
+    ("portrait", "1024x1792 9:16"), ("4-3", "1536x1024 3:2 4:3"), ("3-4", "4:5 1024x1536 3:4"),
+)
+SHAPES_ASKED = [
+    *((shape, {"size": size}) for shape, sizes in SIZES_ASKED for size in sizes.split()),
+    ("portrait", {"aspect_ratio": "9:16"}), ("landscape", {"aspect_ratio": "16:9", "size": "1:1"}),
+    ("landscape", {"orientation": "landscape"}), ("square", {"model": "nano_banana_pro-square"}),
+    ("landscape", {"model": "nano_banana_2-landscape", "size": "1792x1024"}),
+    ("square", {"model": "nano_banana_pro-square", "size": "auto"}),
+]
+LARGER = (  # plan, the times that a side grows, fields
+    (PRO, 2, {"image_size": "2K"}), (PRO, 2, {"image_size": "2k", "model": "nano_banana_2"}),
+    (ULTRA, 4, {"image_size": "4K", "model": "dall-e-3"}), (PRO, 1, {"image_size": "1K"}),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("path", [IMAGES, EDITS])
+@pytest.mark.parametrize("model", [{}, *({"model": model} for model in OPENAIS)], ids=str)
+async def test_no_model_or_one_of_openais_means_the_default_one(world, model, path):
+    w = await world(**{"images.default_model": "imagen_4"})
+    assert len(pictures(await images(w, path, image=RED_URL, **model))) == 1
+    assert wanted(w)["imageModelName"] == "IMAGEN_3_5"
+
+
+@pytest.mark.parametrize(("shape", "fields"), SHAPES_ASKED, ids=str)
+async def test_a_size_becomes_the_nearest_shape(world, shape, fields):
+    w = await world()
+    assert len(pictures(await images(w, **fields))) == 1
+    ratio = f"IMAGE_ASPECT_RATIO_{flow2api.WIRE_RATIOS[shape]}"
+    assert wanted(w)["imageAspectRatio"] == ratio
+
+
+@pytest.mark.parametrize(("tier", "scale", "fields"), LARGER)
+async def test_a_larger_picture_is_upscaled(world, tier, scale, fields):
+    w = await world(((tier, 1000),))
+    made = pictures(await images(w, **fields))
+    assert made == [medium.file(scale) for medium in w.demo.media.values()]
+    asked = [body["targetResolution"][-2:] for body in w.asked("upsampleImage")]
+    assert asked == ([f"{scale}K"] if scale > 1 else [])
+
+
+async def test_fields_that_mean_nothing_here_are_ignored(world):
+    w = await world()
+    odd = {"quality": "hd", "style": "vivid", "background": "transparent", "user": "u", "seed": 7}
+    odd |= {"moderation": "low", "output_format": "webp", "partial_images": 2, "nobody": ["x"]}
+    odd |= {
+        "input_fidelity": "high",
+        "metadata": {"a": 1},
+        "stream": False,
+        "output_compression": 5,
+    }
+    assert len(pictures(await images(w, **odd))) == 1
+    parts = [(name, str(value)) for name, value in odd.items()] + [("a[]", "1"), ("b[c]", "d")]
+    assert len(pictures(await w.call("POST", IMAGES, **form(PROMPT, *parts)))) == 1
+    plain = {"prompt": "a boat", "user": "u", "n": "2"}  # as a browser's form sends them
+    assert len(pictures(await w.call("POST", IMAGES, data=plain))) == 2
+
+
+# fmt: off
+BAD = "invalid_request"
+AT_FAULT = (  # code, param, fields
+    *((BAD, "prompt", {"prompt": prompt}) for prompt in (None, "", "  ", 5, ["a boat"])),
+    *((BAD, "n", {"n": n}) for n in (0, 5, -1, "5", "x", 1.5, True, [1])),
+    *((BAD, "size", {"size": size}) for size in ("big", "0x0", "4:1", "1x9", 5, {"a": 1})),
+    *((BAD, "size", {"aspect_ratio": ratio}) for ratio in ("1:4", "wide")),
+    *((BAD, "model", {"model": model}) for model in (5, "veo_3_1-fast", "omni_flash", "sora" * 99)),
+    *(("invalid_image", "image", {"image": image}) for image in (
+        {"file_id": "file-1"}, [{"file_id": "file-1"}], "no picture!", 5, data_url(b"%PDF-1.4"),
+        [RED_URL] * 11)),
+    ("invalid_image", "image", {"image": [RED_URL] * 4, "model": "imagen_4"}),
+    ("unsupported_parameter", "mask", {"mask": BLUE_URL}),
+    ("unsupported_parameter", "mask", {"mask": {"image_url": BLUE_URL}}),
+    ("model_not_found", "model", {"model": "flux-pro"}), (BAD, "image_size", {"image_size": "8K"}),
+    (BAD, "size", {"model": "nano_banana_pro-square", "size": "16:9"}),
+    (BAD, "model", {"image_size": "2K", "model": "nano_banana"}),
+    (BAD, "response_format", {"response_format": "png"}),
+    ("tier_required", None, {"image_size": "4K"}),
+)
+HEAD = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n'
+MALFORMED = (  # the body of a form whose boundary is b
+    b"", b"nothing", b"--b", b"--b--\r\n", b"--b\r\n\r\n", b"--b\r\nno colon\r\n\r\nx\r\n--b--\r\n",
+    HEAD + b"\r\na boat", HEAD + b"\r\n\xff\xfe\r\n--b--\r\n",
+    HEAD.replace(b"; name", b"; nom") + b"\r\na boat\r\n--b--\r\n",
+    *(HEAD + head + b"\r\n\r\na boat\r\n--b--\r\n" for head in (
+        b"Content-Type: text/plain; charset=x", b"Content-Transfer-Encoding: x",
+        b"Content-Transfer-Encoding: base64", b"Content-Type: multipart/mixed",
+        b"X: " + b"x" * 70_000)),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("path", [IMAGES, EDITS])
+@pytest.mark.parametrize(("code", "param", "fields"), AT_FAULT, ids=lambda v: str(v)[:40])
+async def test_a_picture_request_at_fault_is_refused_unsent(world, path, code, param, fields):
+    w = await world()
+    w.demo.calls.clear()
+    reply = await images(w, path, **{"image": RED_URL} | fields)
+    assert told(w, reply, code)["param"] == param
+    assert "x-should-retry" not in reply[1] and "X-Job-Id" not in reply[1]
+    assert (list(w.demo.calls), w.store.jobs()) == ([], [])
+
+
+async def test_an_edit_without_a_picture_and_a_mask_in_a_form_are_refused(world):
+    w = await world()
+    for image in ({}, {"image": ""}, {"image": ["", None]}):
+        assert told(w, await images(w, EDITS, **image), BAD)["param"] == "image"
+    assert told(w, await w.call("POST", EDITS, **form(PROMPT)), BAD)["param"] == "image"
+    reply = await w.call("POST", EDITS, **form(PROMPT, R, ("mask", BLUE, FILE)))
+    assert "say what to change" in told(w, reply, "unsupported_parameter")["message"]
+    assert not paid(w)
+
+
+@pytest.mark.parametrize("raw", MALFORMED, ids=lambda raw: repr(raw[-40:]))
+@pytest.mark.parametrize("path", [IMAGES, VIDEOS])
+async def test_a_malformed_form_is_refused(world, raw, path):
+    w = await world()
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    told(w, await w.call("POST", path, data=raw, headers=headers), BAD)
+    for kind in ("form-data", "form-data; boundary=", "mixed; boundary=b", ""):
+        headers = {"Content-Type": f"multipart/{kind}"}
+        told(w, await w.call("POST", path, data=raw, headers=headers), BAD)
+    assert not paid(w)
+
+
+async def test_whatever_a_picture_request_holds_the_answer_is_never_a_500(world):
+    w, dice = await world(image_seconds=0), random.Random(4)
+    odd = [None, True, 0, -1, 1.5, "", "x", "\ud800", [], {}, [None], {"a": {}}, [[]], 10**400]
+    odd += ["9" * 6000, {"url": "http://["}, {"image_url": {"url": 5}}, RED_URL, "4:3", "2K"]
+    names = "model prompt n size aspect_ratio orientation image_size image images mask stream"
+    names = [*names.split(), "references", "response_format", "input_reference", "user"]
+
+    async def one(path):
+        fields = {dice.choice(names): dice.choice(odd) for _ in range(dice.randint(1, 3))}
+        body = json.dumps({"prompt": "a boat", "image": RED_URL} | fields)
+        status, _, answer = await w.call("POST", path, data=body)
+        return [] if status in (200, 400, 404) else [(status, answer, body[-300:])]
+
+    async with asyncio.timeout(40):
+        for _ in range(20):
+            wrong = await asyncio.gather(*(one(dice.choice([IMAGES, EDITS])) for _ in range(20)))
+            assert not sum(wrong, [])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_the_pictures_that_were_made_are_given_though_others_failed(world, count):
+    w = await world()
+    w.fault = failing(count)
+    assert pictures(await images(w, n=4)) == files(w)[count:]
+
+
+FAILURES = {  # code -> the fault, the prompt
+    "generation_failed": (failing(4), "a boat"),
+    "content_policy_violation": (None, "something unsafe"),
+    "captcha_required": (fault(PAID, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY")), "a boat"),
+    "content_not_found": (fault("/media/image", refusal(404)), "a boat"),
+}
+
+
+async def test_the_address_of_a_picture_that_has_died_is_asked_for_anew(world):
+    w = await world()
+    w.fault = fault("/media/image", refusal(403), times=1)
+    assert pictures(await images(w)) == files(w)
+    assert len(w.fault.seen) == len(w.asked("getMediaUrlRedirect")) == 1
+
+
+def events_of(reply):
+    """The events of a stream of pictures -> [(name, data)]; comments are left out."""
+    status, headers, raw = reply
+    assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
+    *blocks, end = re.sub(r"(?m)^: ping\n", "", raw.decode()).split("\n\n")
+    found = [re.fullmatch(r"event: (\S+)\ndata: (\S.*)", block) for block in blocks]
+    assert end == "" and all(found), raw[:500]
+    assert all(json.loads(match[2])["type"] == match[1] for match in found)
+    return [(match[1], json.loads(match[2])) for match in found]
+
+
+@pytest.mark.parametrize("path", [IMAGES, EDITS])
+async def test_a_stream_gives_each_picture_in_an_event(world, path):
+    w = await world()
+    events = events_of(await images(w, path, image=RED_URL, n=2, stream=True, partial_images=2))
+    kind = "image_edit" if path == EDITS else "image_generation"
+    assert [name for name, _ in events] == [f"{kind}.completed"] * 2
+    assert [base64.b64decode(data["b64_json"]) for _, data in events] == files(w)
+    for _, data in events:
+        assert type(data["created_at"]) is int and "url" not in data
+        assert {"size", "quality", "background"} <= set(data) and data["output_format"] == "png"
+        details = data["usage"].pop("input_tokens_details")
+        assert set(data["usage"]) == {"input_tokens", "output_tokens", "total_tokens"}
+        assert set(details) == {"image_tokens", "text_tokens"}
+        assert {type(count) for count in (*data["usage"].values(), *details.values())} == {int}
+
+
+async def test_a_stream_of_addresses_and_a_stream_of_jpegs(world):
+    w = await world()
+    parts = (("stream", "true"), PROMPT, ("response_format", "url"))
+    ((_, data),) = events_of(await w.call("POST", IMAGES, **form(*parts)))
+    assert "b64_json" not in data and [(await fetched(w, data["url"]))[2]] == files(w)
+    w.fault = fault("/media/image", lambda r: web.Response(body=b"\xff\xd8\xff\xe0" + bytes(40)))
+    ((_, data),) = events_of(await images(w, stream=True))
+    assert data["output_format"] == "jpeg"
+
+
+@pytest.mark.parametrize("path", [IMAGES, EDITS])
+@pytest.mark.parametrize("code", FAILURES)
+async def test_a_failure_after_the_start_is_told_and_not_to_be_tried_again(world, code, path):
+    """A stream tells it in its last event."""
+    w = await world()
+    w.fault, prompt = FAILURES[code]
+    reply = await images(w, path, n=2, prompt=prompt, image=RED_URL)
+    told(w, reply, code)
+    (job,) = w.store.jobs()
+    assert (reply[1]["x-should-retry"], reply[1]["X-Job-Id"]) == ("false", job.id)
+    assert len(paid(w)) == (code != "captcha_required")  # which the fault has kept from Flow
+    streamed = await world(data=w.data / "another")
+    streamed.fault = w.fault
+    reply = await images(streamed, path, prompt=prompt, image=RED_URL, stream=True)
+    ((name, data),) = events_of(reply)
+    assert (name, data["error"]["code"]) == ("error", code) and "X-Job-Id" in reply[1]
+    assert set(data["error"]) == {"message", "type", "param", "code"}
+    told(w, await images(streamed, stream=True, n=9), BAD)  # before it starts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_before_its_picture_is_sent_spends_nothing(world, stream):
+    w = await world()
+    only(w).paused_until = flow2api.now() + 30
+    client = asyncio.create_task(images(w, stream=stream))
+    await until(lambda: len(w.pool.waiting) == 1)
+    (job,) = w.jobs.open.values()
+    client.cancel()
+    assert (await end_of(w, job.id)).state == "cancelled"
+    only(w).paused_until = 0
+    assert len(pictures(await images(w))) == len(paid(w)) == 1
+
+
+# fmt: off
+NOT_HERE = (
+    ("POST", "characters"), ("GET", "characters/search"), ("POST", "videos/characters"),
+    ("GET", "videos/characters/char_1"), ("GET", "invite-codes"), ("GET", "profiles/somebody"),
+    ("GET", "users/user_1/feed"), ("GET", "feed"), ("POST", "enhance_prompt"),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("prefix", ["/v1/", "/", "/flow/v1/"])
+@pytest.mark.parametrize(("method", "path"), NOT_HERE)
+async def test_what_only_sora_has_is_said_to_be_not_here(world, method, path, prefix):
+    w = await world()
+    reply = await w.call(method, prefix + path)
+    assert prefix + path in told(w, reply, "not_implemented")["message"]
+    told(w, await w.call(method, prefix + path, key="sk-wrong"), "invalid_api_key")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/responses", "/v1/image/generations"])
+async def test_a_wrong_route_is_told_the_right_ones(world, path):
+    w = await world()
+    words = told(w, await w.call("POST", path, {"input": "a boat"}), "not_found")["message"]
+    assert {POST[1], IMAGES, VIDEOS} <= set(re.findall(r"/v1/[a-z/]+\b", words))
+    assert "Responses API" in words
+
+
+@pytest.mark.parametrize("path", [VIDEOS, IMAGES, EDITS, "/v1/videos/video_1/content"])
+async def test_a_browser_may_use_the_media_apis_and_see_what_it_must_know(world, path):
+    w = await world()
+    asked = {"Access-Control-Request-Headers": "authorization, idempotency-key"}
+    async with w.http.options(w.url + path, headers=asked) as reply:
+        assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (204, "*")
+        assert reply.headers["Access-Control-Allow-Headers"] == "authorization, idempotency-key"
+    _, headers, _ = await w.call("POST", path, {})
+    shown = set(headers["Access-Control-Expose-Headers"].split(", "))
+    assert {"openai-poll-after-ms", "x-job-id", "x-should-retry", "idempotent-replayed"} <= shown
+
+
+# ---- Idempotency ----
+
+# fmt: off
+CREATORS = {
+    "picture": (IMAGES, {"prompt": "a boat"}), "clip": (VIDEOS, {"prompt": "a boat"}),
+    "picture stream": (IMAGES, {"prompt": "a boat", "stream": True}),
+    "edit": (EDITS, {"prompt": "a boat", "image": RED_URL}),
+    "chat": (POST[1], chat_body("veo_3_1-fast", "a boat", [RED_URL])),
+    "chat stream": (POST[1], chat_body("nano_banana_pro", "a boat") | {"stream": True}),
+    "clip waited for": (VIDEOS, {"prompt": "a boat", "async_mode": False}),
+}
+# fmt: on
+
+
+async def create(w, name, _path="", _key="a key", **fields):
+    """A request of CREATORS with an Idempotency-Key -> as World.call."""
+    path, body = CREATORS[name]
+    headers = {"Idempotency-Key": _key}
+    return await w.call("POST", _path or path, body | fields, headers=headers)
+
+
+def one_job(w, first, *others):
+    """The others are answers about the job of the first, which is the only one."""
+    assert first[0] == 200 and "Idempotent-Replayed" not in first[1], first
+    for other in others:
+        assert (other[0], other[1]["X-Job-Id"]) == (200, first[1]["X-Job-Id"]), other
+        assert other[1]["Idempotent-Replayed"] == "true"
+    assert len(w.store.jobs()) == 1 >= len(paid(w))
+
+
+@pytest.mark.parametrize("name", CREATORS)
+async def test_the_same_key_and_body_give_the_same_job(world, name):
+    w = await world(video_seconds=0.05)
+    first, second = await create(w, name), await create(w, name)
+    one_job(w, first, second)
+    await end_of(w, first[1]["X-Job-Id"])
+    assert name not in ("picture", "edit", "clip waited for") or first[2] == second[2]
+    told(w, await create(w, name, user="another"), "idempotency_conflict")
+    for path in {IMAGES, EDITS, VIDEOS} - {CREATORS[name][0]}:  # of the same body
+        told(w, await create(w, name, path), "idempotency_conflict")
+    assert len(paid(w)) == 1
+
+
+@pytest.mark.parametrize("what", ["edits", "extensions", "remix"])
+async def test_a_clip_from_a_clip_is_made_once_for_a_key(world, what):
+    w = await world(video_seconds=0.05)
+    _, headers, _ = await create(w, "clip waited for", _key="another key")
+    source = headers["X-Job-Id"]
+    path, more = f"{VIDEOS}/{what}", {"video": {"id": source}}
+    path, more = (path, more) if what != "remix" else (f"{VIDEOS}/{source}/remix", {})
+    replies = [await create(w, "clip", path, **more) for _ in range(2)]
+    ids = {headers["X-Job-Id"] for _, headers, _ in replies}
+    assert len(ids) == 1 and source not in ids
+    assert replies[1][1]["Idempotent-Replayed"] == "true"
+    await end_of(w, *ids)
+    assert len(paid(w)) == 2
+
+
+async def test_the_same_form_with_another_boundary_is_the_same_request(world):
+    async def send(picture, boundary):
+        options = form(PROMPT, ("image", picture, FILE), boundary=boundary)
+        options["headers"]["Idempotency-Key"] = "a key"
+        return await w.call("POST", EDITS, **options)
+
+    w = await world()
+    one_job(w, await send(RED, "one"), await send(RED, "two"))
+    told(w, await send(BLUE, "one"), "idempotency_conflict")
+    assert len(paid(w)) == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "/flow/v1", "/v1/v1"])
+async def test_fields_in_another_order_at_an_alias_are_the_same_request(world, prefix):
+    w = await world()
+    options = {"headers": {"Idempotency-Key": "a key"}}
+    path, body = f"{prefix}/images/generations", {"n": 2, "prompt": "a boat"}
+    first = await w.call("POST", path, {"prompt": "a boat", "n": 2}, **options)
+    one_job(w, first, await w.call("POST", IMAGES, body, **options))
+    assert w.store.jobs()[0].origin == "images"
+
+
+@pytest.mark.parametrize("name", ["picture", "clip", "chat", "chat stream"])
+async def test_three_at_the_same_moment_are_one_job(world, name):
+    w = await world(video_seconds=0.05)
+    w.fault = hold(PAID)
+    calls = [asyncio.create_task(create(w, name)) for _ in range(3)]
+    await w.fault.seen.wait()
+    w.fault.release.set()
+    replies = await asyncio.gather(*calls)
+    one_job(w, *sorted(replies, key=lambda reply: "Idempotent-Replayed" in reply[1]))
+    await end_of(w, replies[0][1]["X-Job-Id"])
+    assert len(paid(w)) == 1
+
+
+@pytest.mark.parametrize("name", ["picture", "edit", "chat", "clip"])
+async def test_a_key_holds_over_a_restart(world, name):
+    w = await world(video_seconds=0.05)
+    first = await create(w, name)
+    await end_of(w, first[1]["X-Job-Id"])
+    await w.stop_gateway()
+    await w.start_gateway()
+    one_job(w, first, await create(w, name))
+    told(w, await create(w, name, n=2), "idempotency_conflict")
+    assert len(paid(w)) == 1
+
+
+async def test_a_key_stands_for_a_day(world, clock):
+    w = await world()
+    first = await create(w, "picture")
+    clock.ahead = 86000
+    one_job(w, first, await create(w, "picture"))
+    clock.ahead = 86500
+    second = await create(w, "picture")
+    assert len(pictures(second)) == 1 and "Idempotent-Replayed" not in second[1]
+    clock.ahead += 86000  # the day of the second job
+    third = await create(w, "picture")
+    assert third[1]["X-Job-Id"] == second[1]["X-Job-Id"] != first[1]["X-Job-Id"]
+    assert len(paid(w)) == 2
+
+
+async def test_the_key_of_a_deleted_clip_makes_no_second_one(world):
+    w = await world(video_seconds=0.05)
+    _, headers, _ = await create(w, "clip waited for")
+    assert (await w.call("DELETE", f"{VIDEOS}/{headers['X-Job-Id']}"))[0] == 200
+    told(w, await create(w, "clip waited for"), "task_not_found")
+    assert len(paid(w)) == 1
+
+
+@pytest.mark.parametrize("name", CREATORS)
+async def test_a_request_refused_leaves_its_key_unused(world, name):
+    w = await world(accounts=(), video_seconds=0.05)
+    told(w, await create(w, name, n=9), BAD)
+    told(w, await create(w, name, _key="k" * 256), BAD)
+    told(w, await create(w, name), "no_accounts")
+    assert not w.store.jobs()
+    await w.account()
+    one_job(w, await create(w, name), await create(w, name))
+
+
+@pytest.mark.parametrize("name", ["edit", "clip"])
+async def test_a_key_is_answered_though_the_address_of_its_picture_has_died(world, name):
+    w = await world(video_seconds=0.05)
+    w.fault = fault("/red$", lambda request: web.Response(body=RED), times=1)
+    fields = {"image": f"{w.demo.address}/red"}
+    one_job(w, await create(w, name, **fields), await create(w, name, **fields))
+
+
+async def test_a_key_that_is_no_text_is_refused(world):
+    w = await world()
+    head = f"Authorization: Bearer {w.key}\r\nIdempotency-Key: k\udcff\r\n"
+    head += "Content-Type: application/x-www-form-urlencoded"
+    status, body = await raw_call(w, "POST", IMAGES, head)
+    assert status == 400 and "Idempotency-Key" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("name", CREATORS)
+async def test_what_a_client_sends_again_by_itself_is_made_once(world, name):
+    """OpenAI's packages do that after a time-out, and count it; no key is sent."""
+    w = await world(video_seconds=0.05)
+    path, body = CREATORS[name]
+    again = {"headers": {"x-stainless-retry-count": "1"}}
+    one_job(w, await w.call("POST", path, body), await w.call("POST", path, body, **again))
+    first = (await w.call("POST", path, body | {"user": "x"}, **again))[1]["X-Job-Id"]
+    second = (await w.call("POST", path, body | {"user": "x"}))[1]["X-Job-Id"]
+    assert len({job.id for job in w.store.jobs()} & {first, second}) == 2
+
+
+async def test_what_was_cancelled_is_made_when_the_client_sends_it_again(world, clock):
+    w = await world()
+    only(w).paused_until = flow2api.now() + 30
+    client = asyncio.create_task(images(w))
+    await until(lambda: len(w.pool.waiting) == 1)
+    (job,) = w.jobs.open.values()
+    client.cancel()
+    await end_of(w, job.id)
+    only(w).paused_until, again = 0, {"headers": {"x-stainless-retry-count": "1"}}
+    one, other = [await w.call("POST", IMAGES, {"prompt": "a boat"}, **again) for _ in range(2)]
+    assert one[1]["X-Job-Id"] == other[1]["X-Job-Id"] != job.id
+    clock.ahead = 4000
+    assert len(pictures(await w.call("POST", IMAGES, {"prompt": "a boat"}, **again))) == 1
+    assert len(paid(w)) == 2
+
+
+@pytest.mark.parametrize("name", ["picture", "chat", "clip waited for"])
+async def test_a_kept_file_is_given_again_though_google_has_lost_it(world, name):
+    w = await world(video_seconds=0.05, **{"cache.enabled": True})
+    first = await create(w, name)
+    w.fault = fault("/media/|UrlRedirect", refusal(404))
+    only(w).is_active = False
+    for token in w.pool.tokens.values():
+        token.at_expires = 0
+    for output in w.store.job(first[1]["X-Job-Id"]).outputs:
+        output.url_expires = 0
+        await w.store.put(output)
+    one_job(w, first, await create(w, name))
+
+
+async def test_different_keys_and_no_key_make_jobs_of_their_own(world):
+    w = await world()
+    replies = [await create(w, "picture", _key=key) for key in ("", "", "one", "two", "k" * 255)]
+    assert len({reply[1]["X-Job-Id"] for reply in replies}) == len(paid(w)) == 5
+    assert not [reply for reply in replies if "Idempotent-Replayed" in reply[1]]
+
+
+@pytest.mark.parametrize("name", ["picture", "chat", "clip waited for"])
+async def test_a_job_that_failed_is_not_made_again_for_its_key(world, name):
+    w = await world(video_seconds=0.05)
+    asked = {"prompt": "unsafe", "messages": [{"role": "user", "content": "unsafe"}]}
+    replies = [await create(w, name, **asked) for _ in range(2)]
+    for reply in replies:
+        told(w, reply, "content_policy_violation")
+    assert replies[0][1]["X-Job-Id"] == replies[1][1]["X-Job-Id"] and len(paid(w)) == 1
+    assert [reply[1].get("Idempotent-Replayed") for reply in replies] == [None, "true"]
+
+
+async def leave(w, client):
+    """The client goes away, and the gateway knows."""
+    client.cancel()
+    await until(lambda: not any(known.transport for known in w.runner.server.connections))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["picture", "picture stream", "chat", "chat stream"])
+async def test_a_client_with_a_key_can_leave_and_come_back_for_its_job(world, name, restart):
+    w = await world(video_seconds=0.05)
+    await w.pool.update(only(w), paused_until=flow2api.now() + 30)
+    client = asyncio.create_task(create(w, name))
+    await until(lambda: len(w.pool.waiting) == 1)
+    (job,) = w.jobs.open.values()
+    await leave(w, client)
+    if restart:
+        await w.stop_gateway()
+        await w.start_gateway()
+    only(w).paused_until = 0
+    w.pool.wake()
+    assert (await end_of(w, job.id)).state == "completed"
+    status, headers, _ = await create(w, name)
+    assert (status, headers["X-Job-Id"]) == (200, job.id) and len(paid(w)) == 1
+
+
+async def test_a_client_with_a_key_may_leave_while_its_job_is_written(world):
+    w = await world()
+    put, writing, go = w.store.put_rows, asyncio.Event(), asyncio.Event()
+
+    async def slow(*rows):
+        w.store.put_rows = put
+        writing.set()
+        await go.wait()
+        await put(*rows)
+
+    w.store.put_rows = slow
+    client = asyncio.create_task(create(w, "picture"))
+    await writing.wait()
+    await leave(w, client)
+    back = asyncio.create_task(create(w, "picture"))
+    go.set()
+    assert len(pictures(await back)) == len(paid(w)) == len(w.store.jobs()) == 1
+
+
+# ---- Videos API ----
+
+QUICK = {"video_seconds": 0.01, "flow.poll_interval": 0.05}
+TEXT, WHOLE, NONE = (str,), (int,), (type(None),)
+VIDEO = dict.fromkeys(("id", "object", "model", "status", "prompt", "seconds", "size"), TEXT)
+VIDEO |= dict.fromkeys(("progress", "created_at"), WHOLE) | {"error": (dict, *NONE)}
+VIDEO |= dict.fromkeys(("completed_at", "expires_at"), WHOLE + NONE)
+VIDEO |= {"remixed_from_video_id": TEXT + NONE}  # key -> the types that strict clients take
+EXTRAS = {"metadata", "notes", "url", "video_url", "urls", "fail_reason"}
+BOAT, STATES = {"prompt": "a paper boat"}, ("queued", "in_progress", "completed", "failed")
+
+
+def strict(video, *states):
+    """The video object, with each of its types as OpenAI's API has them."""
+    assert {name: type(video[name]) for name in VIDEO if type(video[name]) not in VIDEO[name]} == {}
+    assert set(video) - set(VIDEO) <= EXTRAS and video["object"] == "video"
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", video["id"])
+    assert video["status"] in (states or STATES), video
+    assert re.fullmatch(r"\d+ \d+x\d+", f"{video['seconds']} {video['size']}")
+    done, failed = (video["status"] == state for state in STATES[2:])
+    assert 0 <= video["progress"] <= 100 and (video["progress"] == 100) is done
+    assert failed or (video["completed_at"] is not None) is done
+    assert ("url" in video, "video_url" in video, "fail_reason" in video) == (done, done, failed)
+    assert (video["error"] is not None) is failed
+    if failed:
+        assert set(video["error"]) == {"code", "message"} and all(video["error"].values())
+        assert video["error"]["message"] == video["fail_reason"]
+    return video
+
+
+def video_of(reply, *states):
+    """The strict video object in an answer, whose status and headers are right, too."""
+    status, headers, body = reply
+    assert status == 200, body
+    pause = "5000" if strict(body, *states)["status"] in STATES[:2] else None
+    assert headers.get("openai-poll-after-ms") == pause
+    return body
+
+
+async def ask(w, path="/v1/videos", **fields):
+    return await w.call("POST", path, BOAT | fields)
+
+
+async def made(w, **fields):
+    """A finished clip -> its video object."""
+    return video_of(await ask(w, async_mode=False, **fields), "completed")
+
+
+async def begun(w, **fields):
+    """A clip that is not finished -> its id."""
+    return video_of(await ask(w, **fields), "queued", "in_progress")["id"]
+
+
+async def shown(w, video_id, *states):
+    return video_of(await w.call("GET", f"/v1/videos/{video_id}"), *states)
+
+
+async def download(w, video_id, query="", **headers):
+    path = f"/v1/videos/{video_id}/content{query}"
+    return await w.call("GET", path, headers=headers, allow_redirects=False)
+
+
+def file_of(w, video_id):
+    """The bytes that Flow has for a clip."""
+    return w.demo.media[w.store.job(video_id).outputs[0].name].file()
+
+
+def multipart(*parts, **texts):
+    """A multipart form of (name, text) and (name, bytes), the bytes as a file."""
+    data = aiohttp.FormData(default_to_multipart=True)
+    for name, value in (*parts, *texts.items()):
+        file = {"filename": "upload", "content_type": "application/octet-stream"}
+        data.add_field(name, value, **(file if isinstance(value, bytes) else {}))
+    return data
+
+
+def submits(w):
+    """(the end of the endpoint, the request) of each submit of a clip."""
+    calls = [(path.partition("AsyncGenerateVideo")[2], body) for path, body in list(w.demo.calls)]
+    return [(mode, body["requests"][0]) for mode, body in calls if mode]
+
+
+async def test_a_video_object_is_strict_in_each_state_of_its_job(world):
+    w = await world(video_seconds=0.3)
+    only(w).video_concurrency = 1
+    before = await begun(w)
+    await running(w)
+    status, headers, first = reply = await ask(w, prompt="a lake")
+    video_of(reply, "queued")
+    for video, state in ((before, "in_progress"), (first["id"], "queued")):
+        error = told(w, await download(w, video), "task_not_completed")
+        assert f"status: {state}" in error["message"]
+    assert (headers["x-should-retry"], headers["X-Job-Id"]) == ("false", first["id"])
+    seen = [first]
+    while seen[-1]["status"] in STATES[:2]:
+        seen.append(await shown(w, first["id"]))
+        await asyncio.sleep(0.01)
+    states = [state for state, _ in itertools.groupby(video["status"] for video in seen)]
+    assert states == ["queued", "in_progress", "completed"]
+    assert first["created_at"] <= seen[-1]["completed_at"] <= time.time()
+    for name in ("id", "created_at", "seconds", "size", "model", "prompt"):
+        assert first[name] == seen[-1][name]
+
+
+async def test_progress_rises_and_never_goes_back(world, clock):
+    w, seen = await world(video_seconds=900, **{"generation.video_timeout": 86400}), []
+    first = await begun(w)
+    await running(w)
+    clock.ahead = 1000  # so long did it take
+    await end_of(w, first)
+    w.demo.video_seconds = 10**6
+    video = await begun(w)
+    await running(w)
+    for clock.ahead in (1000, 1400, 1700, 1200, 9000):
+        seen.append((await shown(w, video, "in_progress"))["progress"])
+    assert seen == sorted(seen) and seen[2] == seen[3] and seen[-1] == 99
+    assert seen[0] < 3 and 38 < seen[1] < 42 and 68 < seen[2] < 72
+
+
+@pytest.mark.parametrize("code", ["content_policy_violation", "submit_unknown", "cancelled"])
+async def test_a_failed_video_says_why_and_changes_no_more(world, looks, clock, code):
+    w = await world(**QUICK)
+    await made(w)  # now it is known how long they take
+    if code == "cancelled":  # a chat client leaves the queue
+        only(w).paused_until = flow2api.now() + 30
+        client = asyncio.create_task(w.chat())
+        await until(lambda: w.jobs.open)
+        (video,) = w.jobs.open
+        client.cancel()
+    else:
+        w.fault = fault(PAID, dropped) if code == "submit_unknown" else None
+        video = await begun(w, prompt="unsafe")
+    await end_of(w, video)
+    failed = await shown(w, video, "failed")
+    assert failed["error"]["code"] == code
+    assert ("PUBLIC_ERROR_UNSAFE" in failed["error"]["message"]) is ("policy" in code)
+    status, _, body = await download(w, video)
+    assert (status, body["error"]["code"]) == (400, "generation_failed")
+    assert body["error"]["message"] == failed["error"]["message"]
+    clock.ahead = 3000
+    assert await shown(w, video) == failed
+
+
+# fmt: off
+DATA, BASE64 = data_url(PNG), base64.b64encode(PNG).decode()
+TEXTS = {"prompt": "a boat", "model": "sora-2", "seconds": "8", "size": "1280x720", "user": ""}
+CREATIONS = (  # JSON, or the parts of a form; with a picture in each form there is, or none
+    {}, [], {"unknown": {"a": [1]}, "seconds": 8}, [*TEXTS.items(), ("input_reference", PNG)],
+    *({"input_reference": given} for given in (DATA, BASE64, "LINK", [DATA])),
+    *({"input_reference": {"image_url": given}} for given in (DATA, "LINK", {"url": DATA})),
+    {"input_reference": [{"image_url": DATA}]}, {"input_image": BASE64}, {"image": "LINK"},
+    {"image": {"url": DATA}}, {"images": [DATA]}, {"images": [{"image_url": "LINK"}]},
+    *([(name, PNG)] for name in ("input_reference", "input_reference[]", "image", "images[]")),
+    *([("input_reference", given)] for given in (DATA, "LINK", b"LINK", DATA.encode())),
+    *([("input_reference[image_url]", given)] for given in (DATA, "LINK")), [("image", BASE64)],
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("given", CREATIONS, ids=lambda given: f"{given}"[:50])
+async def test_a_video_is_made_from_json_and_from_forms_with_any_picture(world, given):
+    w = await world(video_seconds=600)
+    served = fault("/pictures/", lambda request: web.Response(body=PNG))
+    w.fault = lambda r, handler: served(r, functools.partial(named_uploads, handler=handler))
+    link, picture = f"{w.demo.address}/pictures/a.png", re.search("inp|ima", f"{given}")
+    if isinstance(given, list):
+        real = {"LINK": link, b"LINK": link.encode()}
+        parts = [(name, real.get(value, value)) for name, value in given]
+        more = {name: TEXTS[name] for name in TEXTS if name not in dict(given)}
+        video = video_of(await w.call("POST", "/v1/videos", data=multipart(*parts, **more)))
+    else:
+        body = TEXTS | json.loads(json.dumps(given).replace("LINK", link))
+        video = video_of(await w.call("POST", "/v1/videos", body))
+    assert (video["prompt"], video["size"], video["seconds"]) == ("a boat", "1280x720", "8")
+    await running(w)
+    ((mode, wanted),) = submits(w)
+    assert wanted["aspectRatio"] == "VIDEO_ASPECT_RATIO_LANDSCAPE" and prompt_of(w) == "a boat"
+    assert mode == ("StartImage" if picture else "Text")
+    assert wanted.get("startImage") == ({"mediaId": name_of(PNG)} if picture else None)
+
+
+@pytest.mark.parametrize("how", ["JSON", "input_reference", "input_reference[]"])
+@pytest.mark.parametrize(("count", "endpoint", "key"), [
+    (1, "StartImage", "i2v_s_fast_portrait"), (2, "StartAndEndImage", "i2v_s_fast_portrait_fl"),
+    (3, "ReferenceImages", "r2v_fast_portrait"),
+])  # fmt: skip
+async def test_the_number_of_pictures_decides_what_they_are(world, how, count, endpoint, key):
+    w = await world(video_seconds=600)
+    w.fault = named_uploads
+    given = {"json": {"prompt": "a", "input_reference": list(map(data_url, PICTURES[:count]))}}
+    if how != "JSON":
+        given = {"data": multipart(*((how, picture) for picture in PICTURES[:count]), prompt="a")}
+    video_of(await w.call("POST", "/v1/videos", **given))
+    await running(w)
+    assert made_calls(w) == {"a": expected_calls(endpoint, count, "PORTRAIT", f"veo_3_1_{key}")}
+
+
+WIDE, TALL = ("LANDSCAPE", "1280x720", "8"), ("PORTRAIT", "720x1280", "8")
+ASKED = (  # what is asked, the ratio at Flow, size and seconds as they are told, the key's length
+    *((TALL, fields) for fields in ({}, {"orientation": "portrait"}, {"aspect_ratio": "9:16"})),
+    *((TALL, {"size": size}) for size in ("", "auto", "720x1280", "1024x1792", "9:16")),
+    *((WIDE, {"size": size}) for size in ("1280x720", "1920x1080", "16:9", "1000x999")),
+    *((WIDE, fields) for fields in ({"orientation": "landscape"}, {"aspect_ratio": "16:9"})),
+    (WIDE, {"model": "veo_3_1-landscape-fast"}),
+    (("PORTRAIT", "1080x1920", "8"), {"model": "veo_3_1-fast-1080p"}),
+    *((TALL, {"seconds": seconds}) for seconds in (8, "8", None, "")),
+    (("PORTRAIT", "720x1280", "6"), {"model": "omni_flash", "seconds": 6}),
+    (("PORTRAIT", "720x1280", "10"), {"model": "omni_flash-10s", "seconds": "10"}),
+)
+
+
+@pytest.mark.parametrize(("expected", "fields"), ASKED, ids=str)
+async def test_shape_and_length_reach_flow_and_are_told(world, expected, fields):
+    w = await world(video_seconds=600)
+    video = video_of(await ask(w, **fields))
+    await running(w)
+    ((_, wanted),) = submits(w)
+    assert (wanted["aspectRatio"][19:], video["size"], video["seconds"]) == expected
+    short = "omni" in video["model"]
+    assert wanted["videoModelKey"].endswith(f"_{expected[2]}s") is short and "notes" not in video
+
+
+@pytest.mark.parametrize("model", ["sora-2", "sora-2-pro", "", None])
+@pytest.mark.parametrize(
+    ("default", "seconds", "near"),
+    [("veo_3_1-fast", 10, "8"), ("omni_flash", "15", "10"), ("omni_flash-10s", "4", "10")],
+)
+async def test_a_client_of_sora_gets_the_nearest_length(world, model, default, seconds, near):
+    w = await world(video_seconds=600, **{"videos.default_model": default})
+    video = video_of(await ask(w, model=model, seconds=seconds))
+    assert (video["model"], video["seconds"]) == (default, near)
+    assert re.search(rf"\b{near} s\b.*\b{seconds}\b", *video["notes"])
+
+
+async def test_metadata_comes_back_as_an_object(world):
+    w, known = await world(video_seconds=600), {"a": {"b": [1, "ü", None]}}
+    ids = [await begun(w, metadata=given) for given in (known, json.dumps(known))]
+    for text in (json.dumps(known), ""):
+        reply = await w.call("POST", "/v1/videos", data=multipart(prompt="x", metadata=text))
+        ids.append(video_of(reply)["id"])
+    await w.stop_gateway()
+    await w.start_gateway()
+    listed_ = (await w.call("GET", "/v1/videos", params={"order": "asc"}))[2]["data"]
+    for videos in (listed_, [await shown(w, video) for video in ids]):
+        assert [video.get("metadata") for video in videos] == [known, known, known, None]
+
+
+@pytest.mark.parametrize("no", [False, 0, "false", "0"])
+async def test_without_async_mode_the_call_waits_for_the_end(world, no):
+    w = await world(**QUICK)
+    for prompt in ("a boat", "unsafe"):
+        body = {"prompt": prompt, "async_mode": no}
+        given = {"data": multipart(**body)} if isinstance(no, str) else {"json": body}
+        status, headers, body = reply = await w.call("POST", "/v1/videos", **given)
+        known = await shown(w, headers["X-Job-Id"], "completed", "failed")
+        assert headers["x-should-retry"] == "false"
+        assert known == body or told(w, reply, "content_policy_violation")
+        assert known["status"] == ("failed" if prompt == "unsafe" else "completed")
+
+
+# ---- Videos API: the files ----
+
+RANGES = (  # the Range header, the status, the part
+    ("", 200, slice(None)), ("bytes=0-", 206, slice(None)), ("bytes=3-9", 206, slice(3, 10)),
+    ("bytes=0-0", 206, slice(1)), ("bytes=100-", 206, slice(100, None)), ("bytes=9999999-", 416, 0),
+    ("bytes=-7", 206, slice(-7, None)), ("bytes=5-99999999", 206, slice(5, None)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "status", "part"), RANGES)
+@pytest.mark.parametrize("kept", [False, True])
+async def test_the_content_comes_whole_and_in_ranges(world, kept, asked, status, part):
+    w = await world(**QUICK, **{"cache.enabled": kept})
+    video, headers = (await made(w))["id"], {"Range": asked} if asked else {}
+    data = file_of(w, video)
+    w.fault = fault("^/media/", refusal(500)) if kept else None
+    given, known, body = await download(w, video, **headers)
+    assert given == status
+    if status == 416:
+        assert known["Content-Range"] == f"bytes */{len(data)}"
+        return
+    start, end, _ = part.indices(len(data))
+    assert body == data[part] and known["Accept-Ranges"] == "bytes"
+    assert known.get("Content-Range", "") == (asked and f"bytes {start}-{end - 1}/{len(data)}")
+    head = await w.call("HEAD", f"/v1/videos/{video}/content", headers=headers)
+    assert (head[0], head[2]) == (status, b"")
+    for name, value in (("Content-Type", "video/mp4"), ("Content-Length", str(end - start))):
+        assert known[name] == value == head[1][name]
+
+
+@pytest.mark.parametrize(("on", "answer", "times", "code"), [
+    *(("^/media/", refusal(status), 1, "") for status in (403, 404, 410)),
+    *(("^/media/", refusal(status), 2, "content_not_found") for status in (403, 404, 410)),
+    ("^/media/|UrlRedirect", refusal(404, message="NOT_FOUND"), 2, "content_not_found"),
+    ("^/media/", dropped, TIMES, "upstream_unreachable"),
+])  # fmt: skip
+async def test_a_dead_link_is_asked_for_anew_once(world, on, answer, times, code):
+    w = await world(**QUICK)
+    video = (await made(w))["id"]
+    w.fault = fault(on, answer, times=times)
+    reply = await download(w, video)
+    assert told(w, reply, code) if code else reply[2] == file_of(w, video)
+    assert len(w.fault.seen) == times or answer is dropped
+    anew = on == "^/media/" and answer is not dropped
+    assert len(w.asked("UrlRedirect")) == (2 if anew else 1)
+    w.fault = None
+    assert (await download(w, video))[2] == file_of(w, video)
+
+
+async def test_a_link_that_has_expired_is_not_even_tried(world, clock):
+    w = await world(**QUICK)
+    video = (await made(w))["id"]
+    w.demo.calls.clear()
+    clock.ahead = 18_000 - 30
+    for _ in range(2):  # the second time the new one is known
+        assert (await download(w, video))[2] == file_of(w, video)
+    assert [path[:7] for path, _ in w.demo.calls] == ["/fx/api", "/media/", "/media/"]
+
+
+@pytest.mark.parametrize("sent", [0, 5, 300_000])
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": "1000000"}])
+async def test_a_file_that_breaks_off_is_a_broken_answer_and_no_second_one(world, sent, headers):
+    w = await world(**QUICK)
+    video = (await made(w))["id"]
+
+    async def broken(request, handler):
+        reply = web.StreamResponse(headers=headers)
+        await reply.prepare(request)
+        await reply.write(b"x" * sent)
+        request.transport.close()
+        return reply
+
+    w.fault = broken
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(w.url.rpartition(":")[2]))
+    head = f"GET /v1/videos/{video}/content HTTP/1.1\r\nHost: x\r\nAuthorization: {w.key}\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(10):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")  # until the gateway closes
+    writer.close()
+    if sent or head.startswith(b"HTTP/1.1 200"):
+        assert head.startswith(b"HTTP/1.1 200") and body.count(b"x") == sent
+        assert b"HTTP/1.1" not in body and not body.endswith(b"0\r\n\r\n")
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await download(w, video)
+    else:  # nothing had been passed on yet
+        assert head.startswith(b"HTTP/1.1 502") and b"upstream_unreachable" in body
+
+
+async def test_the_setting_redirect_sends_clients_to_a_live_link(world, clock):
+    w = await world(**QUICK, **{"videos.content": "redirect"})
+    video = await made(w)
+    for clock.ahead in (0, 20_000):
+        for path in (f"/v1/videos/{video['id']}/content", video["url"].removeprefix(w.url)):
+            status, headers, _ = await w.call("GET", path, allow_redirects=False)
+            assert status == 302 and headers["Location"].startswith(w.demo.address)
+            assert int(headers["Location"].partition("Expires=")[2]) > flow2api.now() + 60
+            assert (await fetched(w, headers["Location"]))[2] == file_of(w, video["id"])
+    assert (await download(w, video["id"], "?variant=thumbnail"))[::2] == (200, PNG)
+
+
+async def test_a_redirect_without_an_address_is_an_error_with_words(world, impatient):
+    w = await world(**QUICK, **{"videos.content": "redirect"})
+    w.fault = fault("UrlRedirect", refusal(404, message="NOT_FOUND"))
+    video = (await made(w))["id"]
+    told(w, await download(w, video), "content_not_found")
+    await w.pool.remove(only(w))
+    told(w, await download(w, video), "content_not_found")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_thumbnail_is_a_picture(world, kept):
+    w = await world(**QUICK, **{"cache.enabled": kept})
+    video = (await made(w))["id"]
+    status, headers, body = await download(w, video, "?variant=thumbnail")
+    assert (status, headers["Content-Type"], body) == (200, "image/png", PNG)
+    assert (await download(w, video, "?variant=video"))[2] == file_of(w, video)
+    reply = await download(w, video, "?variant=spritesheet")
+    assert told(w, reply, "invalid_request")["param"] == "variant"
+    await w.pool.remove(only(w))  # nobody can be asked for it any more, and the clip is no picture
+    told(w, await download(w, video, "?variant=thumbnail"), "content_not_found")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_each_of_several_clips_has_its_index_and_its_url(world, kept):
+    """Also where one of them has failed."""
+    w = await world(video_seconds=0.3, **{"cache.enabled": kept})
+    client = asyncio.create_task(w.chat(n=3))
+    await until(lambda: len(w.demo.media) == 3)
+    first, *others = w.demo.media
+    w.demo.media[first] = w.demo.media[first]._replace(prompt="unsafe")
+    video = await shown(w, (await client)[1]["X-Job-Id"], "completed")
+    files = [w.demo.media[name].file() for name in others]
+    assert [(await fetched(w, url))[2] for url in video["urls"]] == files
+    assert video["url"] == video["urls"][0] != video["urls"][1]
+    for query, file in (("", files[0]), ("?index=0", files[0]), ("?index=1", files[1])):
+        assert (await download(w, video["id"], query))[2] == file
+    for index in ("2", "-1", "x", "²", "9" * 99):
+        told(w, await download(w, video["id"], f"?index={index}"), "invalid_request")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_the_url_of_a_video_needs_no_key_and_can_not_be_guessed(world, kept):
+    w = await world(**QUICK, **{"cache.enabled": kept})
+    video = await made(w)
+    url, data = video["url"], file_of(w, video["id"])
+    assert re.fullmatch(rf"{w.url}/tmp/[\w-]{{30,}}\.mp4", url) and video["video_url"] == url
+    status, headers, body = await fetched(w, url)
+    assert (status, headers["Content-Type"], body) == (200, "video/mp4", data)
+    assert (await fetched(w, url, Range="bytes=2-5"))[::2] == (206, data[2:6])
+    for file in (w.data / "tmp").iterdir():
+        file.unlink()  # it has expired: from now on the clip comes from Google
+    url = (await shown(w, video["id"]))["url"]
+    assert (await fetched(w, url))[2] == data == (await download(w, video["id"]))[2]
+    secret = url.split("_")[-2]
+    for wrong in (secret[::-1], "0" * len(secret), secret[:-1], ""):
+        assert (await fetched(w, url.replace(secret, wrong)))[0] == 404
+    await w.call("DELETE", f"/v1/videos/{video['id']}")
+    assert (await fetched(w, url))[0] == 404
+
+
+@pytest.fixture
+def huge(tmp_path):
+    """A file of 200 MB, most of it zeros."""
+    with (tmp_path / "huge.mp4").open("w+b") as file:
+        for number in range(200):
+            file.seek(number << 20)
+            file.write(bytes([number]) * 9)
+        file.truncate(200 << 20)
+        file.seek(0)
+        yield file
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="no /proc here")
+@pytest.mark.parametrize("keyless", [False, True])
+async def test_a_clip_of_200_mb_passes_in_constant_memory(world, huge, keyless):
+    def resident():
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    w = await world(**QUICK)
+    video, w.fault = await made(w), fault("^/media/", lambda r: web.FileResponse(huge.name))
+    url = video["url"] if keyless else f"{w.url}/v1/videos/{video['id']}/content"
+    peak, before = 0, resident()
+    async with w.http.get(url, headers={"Authorization": f"Bearer {w.key}"}) as reply:
+        async for chunk in reply.content.iter_chunked(1 << 18):
+            assert chunk == huge.read(len(chunk))
+            peak = max(peak, resident() - before)
+    assert huge.tell() == 200 << 20 == int(reply.headers["Content-Length"]) and peak < 30 << 20
+
+
+async def test_ranges_at_the_same_time_do_not_mix(world, huge):
+    w = await world(**QUICK)
+    video, w.fault = await made(w), fault("^/media/", lambda r: web.FileResponse(huge.name))
+    spans = ((0, 5), ((1 << 20) - 3, (1 << 20) + 7), (150 << 20, 158 << 20), (9, 3 << 20))
+    asks = (download(w, video["id"], Range=f"bytes={a}-{b - 1}") for a, b in spans)
+    for (a, b), (status, headers, body) in zip(spans, await asyncio.gather(*asks), strict=True):
+        huge.seek(a)
+        assert (status, body == huge.read(b - a)) == (206, True)
+        assert headers["Content-Range"] == f"bytes {a}-{b - 1}/{200 << 20}"
+
+
+# ---- Videos API: lists, deletes, clips from clips ----
+
+
+async def walked(w, **query):
+    """The ids on all pages, in order."""
+    ids, more = [], True
+    while more:
+        status, _, page = await w.call("GET", "/v1/videos", params=query)
+        assert (status, page.pop("object")) == (200, "list"), page
+        found = [strict(video)["id"] for video in page.pop("data")]
+        first, last = (found[0], found[-1]) if found else (None, None)
+        assert len(found) <= int(query.get("limit", 20))
+        more, ids, query["after"] = page.pop("has_more"), ids + found, last
+        assert type(more) is bool and page == {"first_id": first, "last_id": last}
+    return ids
+
+
+async def test_the_list_walks_over_all_clips_exactly_once(world, monkeypatch):
+    """Also where many have been created in the same instant."""
+    w = await world(((PRO, 10_000),), video_seconds=600)
+    assert await walked(w) == []
+    at = time.time()
+    monkeypatch.setattr(flow2api, "now", lambda: at)
+    early = {await begun(w) for _ in range(12)}
+    at += 1
+    late = {await begun(w) for _ in range(13)}
+    for limit in ("1", "3", "25", "100"):
+        up = await walked(w, limit=limit, order="asc")
+        assert (set(up[:12]), set(up[12:]), len(up)) == (early, late, 25)
+        assert await walked(w, limit=limit, order="desc") == up[::-1] == await walked(w)
+    assert await walked(w, after=up[3], order="asc") == up[4:]
+    assert await walked(w, after=up[0]) == []
+
+
+async def test_a_list_that_can_not_be_given_is_refused(world):
+    w, values = await world(()), {"limit": ("0", "101", "x", "-1", "²"), "order": ("up", "1")}
+    for name, value in ((key, value) for key in values for value in values[key]):
+        reply = await w.call("GET", "/v1/videos", params={name: value})
+        assert told(w, reply, "invalid_request")["param"] == name
+    told(w, await w.call("GET", "/v1/videos?after=video_0123"), "task_not_found")
+
+
+@pytest.mark.parametrize("prompt", ["a boat", "unsafe"])
+async def test_an_ended_video_is_deleted_with_its_file(world, prompt):
+    w = await world(**QUICK, **{"cache.enabled": True})
+    other, video = await made(w), await begun(w, prompt=prompt)
+    await end_of(w, video)
+    assert len(list((w.data / "tmp").iterdir())) == (2 if prompt == "a boat" else 1)
+    status, _, body = await w.call("DELETE", f"/v1/videos/{video}")
+    assert (status, body) == (200, {"id": video, "object": "video.deleted", "deleted": True})
+    for method, part in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+        told(w, await w.call(method, f"/v1/videos/{video}{part}"), "task_not_found")
+    await w.stop_gateway()
+    await w.start_gateway()
+    assert await walked(w) == [other["id"]] and len(list((w.data / "tmp").iterdir())) == 1
+    assert (await download(w, other["id"]))[2] == file_of(w, other["id"])
+
+
+async def test_what_is_paid_for_is_not_deleted_and_what_waits_is_cancelled(world):
+    w = await world(video_seconds=600)
+    only(w).video_concurrency = 1
+    first, second = [await begun(w, images=[DATA]) for _ in range(2)]
+    await running(w)
+    told(w, await w.call("DELETE", f"/v1/videos/{first}"), "conflict")
+    assert (await w.call("DELETE", f"/v1/videos/{second}"))[2]["deleted"] is True
+    told(w, await w.call("GET", f"/v1/videos/{second}"), "task_not_found")
+    assert list(w.jobs.open) == [first] == await walked(w) and not w.pool.waiting
+    assert (len(submits(w)), only(w).credits, only(w).reserved) == (1, 980, 0)
+    assert not list((w.data / "inputs").iterdir())
+    for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/remix")):
+        for video in ("video_0123", "..%2f", "x" * 300):
+            told(w, await w.call(method, f"/v1/videos/{video}{end}", BOAT), "task_not_found")
+
+
+REMIX, CLIP_EDITS, EXTEND = "/v1/videos/ID/remix", "/v1/videos/edits", "/v1/videos/extensions"
+SOURCES = (  # path, then the body, or the parts of a form; ID is the source
+    (REMIX, {}), (REMIX, {"model": "sora-2"}), (CLIP_EDITS, {"video": {"id": "ID"}}),
+    *((path, given) for path in (CLIP_EDITS, EXTEND) for given in (
+        {"video": "ID"}, [("video[id]", "ID")])),
+    ("/v1/videos", {"remix_target_id": "ID"}), ("/v1/videos", [("remix_target_id", "ID")]),
+    (EXTEND, {"video": {"id": "ID"}, "seconds": "8"}),
+    (EXTEND, {"video": "ID", "model": "veo_3_1-fast"}),
+)  # fmt: skip
+
+
+async def derive(w, path, given, source, **more):
+    """Asks for a clip from a clip -> the answer."""
+    path, more = path.replace("ID", source), {"prompt": "at night"} | more
+    if isinstance(given, list):
+        parts = [(name, source if value == "ID" else value) for name, value in given]
+        return await w.call("POST", path, data=multipart(*parts, **more))
+    return await w.call("POST", path, more | json.loads(json.dumps(given).replace("ID", source)))
+
+
+@pytest.mark.parametrize(("path", "given"), SOURCES)
+@pytest.mark.parametrize(("tier", "ratio"), [(PRO, "portrait"), (ULTRA, "landscape")])
+async def test_a_clip_from_a_clip_is_made_where_that_is(world, tier, ratio, path, given):
+    w = await world(((tier, 500), (tier, 1000), (tier, 600)), **QUICK)
+    source, (one, owner, other) = await made(w, orientation=ratio), tokens_of(w)
+    one.credits, owner.credits, other.credits = 900, 20, 900  # another would be first now
+    project, owner.project_id = owner.project_id, str(uuid.uuid4())
+    bearers = []
+
+    async def listen(request, handler):
+        bearers.extend([flow2api.bearer(request)] if re.search(PAID, request.path) else [])
+        return await handler(request)
+
+    w.fault = listen
+    video = video_of(await derive(w, path, given, source["id"], async_mode="false"), "completed")
+    assert (video["remixed_from_video_id"], video["prompt"]) == (source["id"], "at night")
+    assert (video["size"], video["seconds"]) == (source["size"], source["seconds"])
+    mode, key = "EditVideo", "abra_edit"
+    if path == EXTEND:
+        ultra = "_ultra" if tier == ULTRA else ""
+        mode, key = "ExtendVideo", f"veo_3_1_extend_fast_{ratio}{ultra}"
+    (body,) = w.asked(mode)
+    assert (body["clientContext"]["projectId"], bearers) == (project, [owner.at])
+    (wanted,) = body["requests"]
+    assert wanted["videoInput"] == {"mediaId": w.store.job(source["id"]).outputs[0].media}
+    assert (wanted["videoModelKey"], wanted["aspectRatio"][19:].lower()) == (key, ratio)
+    assert prompt_of(w) == "at night"
+    assert (await download(w, video["id"]))[2] == file_of(w, video["id"])
+
+
+async def test_clips_of_chats_and_remixes_stand_in_the_list_and_can_be_remixed(world):
+    w = await world(**QUICK)
+    asks = ({"model": "nano_banana_pro"}, {"text": "unsafe"}, {})
+    _, failed, source = ids = [(await w.chat(**fields))[1]["X-Job-Id"] for fields in asks]
+    assert await walked(w) == [source, failed]  # and no pictures
+    for _ in range(2):
+        video = video_of(await derive(w, REMIX, {"metadata": {"a": 1}}, source), *STATES[:2])
+        assert (video["remixed_from_video_id"], video["metadata"]) == (source, {"a": 1})
+        await end_of(w, source := video["id"])
+        ids.append(source)
+    assert await walked(w, order="asc") == ids[1:]
+    await shown(w, source, "completed")
+
+
+async def test_what_can_be_extended(world):
+    w = await world(((ULTRA, 1000),), **QUICK)
+    short, omni = [(await made(w, model=m))["id"] for m in ("veo_3_1-fast-4s", "omni_flash")]
+    assert video_of(await derive(w, EXTEND, {"video": "ID"}, short))["seconds"] == "8"
+    error = told(w, await derive(w, EXTEND, {"video": "ID"}, omni), "mode_not_available")
+    assert "extension" in error["message"]
+
+
+# fmt: off
+NOT_MADE = (  # code, param, path, body or form: refused before anything is sent
+    ("invalid_request", "prompt", REMIX, {"prompt": ""}),
+    *(("invalid_request", "video", path, given) for path in (CLIP_EDITS, EXTEND) for given in (
+        {}, {"video": ""}, {"video": {}}, {"video": {"id": 5}}, {"video": ["ID"]},
+        [("video", demo_flow2api.CLIP)])),
+    ("task_not_found", None, REMIX.replace("ID", "video_0123"), {}),
+    ("task_not_found", None, CLIP_EDITS, {"video": {"id": "video_0123"}}),
+    ("task_not_found", None, "/v1/videos", {"remix_target_id": "video_0123"}),
+    ("invalid_request", "size", REMIX, {"size": "1280x720"}),
+    ("invalid_request", "seconds", REMIX, {"seconds": "10"}),
+    ("invalid_request", "n", REMIX, {"n": 2}), ("invalid_image", "image", REMIX, {"image": DATA}),
+    ("unsupported_parameter", "style_id", REMIX, {"style_id": "anime"}),
+    ("mode_not_available", "model", EXTEND, {"video": "ID", "model": "omni_flash"}),
+    ("invalid_request", "model", EXTEND, {"video": "ID", "model": "nano_banana_pro"}),
+    ("model_not_found", "model", EXTEND, {"video": "ID", "model": "veo_9"}),
+    *(("invalid_request", "model", "/v1/videos", {"default": "nano_banana_pro", "seconds": seconds})
+      for seconds in ("", 8)),
+    *(("invalid_request", "seconds", "/v1/videos", {"model": "veo_3_1-fast", "seconds": seconds})
+      for seconds in (7, "10")),
+    ("mode_not_available", "model", "/v1/videos", {"model": "veo_3_1", "images": [DATA] * 3}),
+)
+BAD_FIELDS = (  # code, param, field, values: refused before anything is sent
+    ("invalid_request", "prompt", "prompt", (None, "", "  ", 5, ["a"])),
+    ("invalid_request", "n", "n", (2, "2", 0, [1])),
+    ("invalid_request", "seconds", "seconds", ("x", -4, 8.5, [8], "9" * 9)),
+    ("invalid_request", "size", "size", ("wide", "0x1", 5, {"a": 1})),
+    ("invalid_request", "metadata", "metadata", ("no JSON", "[1]", [1], 5, "[" * 99_999,
+     '{"a":' * 99_999, {"a": "x" * 20_000}, '{"a": NaN}', {"a": float("nan")})),
+    ("invalid_request", "model", "model", ("nano_banana_pro", "veo_3_1_extend_fast_portrait", 5)),
+    ("model_not_found", "model", "model", ("veo_9", "gpt-4o")),
+    ("tier_required", None, "model", ("veo_3_1-4k",)),
+    *(("unsupported_parameter", name, name, ("x",)) for name in flow2api.SORA_ONLY
+      if name != "remix_target_id"),
+    ("invalid_image", "image", "image", ("****", 5, data_url(b"text"), [DATA] * 4)),
+    ("invalid_image", "input_reference", "input_reference", ({"file_id": "file-1"},)),
+)
+NOT_MADE += tuple((*r[:2], "/v1/videos", {r[2]: value}) for r in BAD_FIELDS for value in r[3])
+# fmt: on
+
+
+@pytest.mark.parametrize(("code", "param", "path", "given"), NOT_MADE, ids=lambda x: f"{x}"[:40])
+async def test_what_can_not_be_made_is_refused_unsent(world, code, param, path, given):
+    w = await world(**QUICK)
+    source = (await made(w))["id"]
+    w.live.layers["file"]["videos.default_model"] = dict(given).get("default", "veo_3_1-fast")
+    w.demo.calls.clear()
+    reply = await derive(w, path, given, source)
+    error = told(w, reply, code)
+    assert error["param"] == param and len(error["message"]) < 400
+    assert "x-should-retry" not in reply[1]
+    assert not w.demo.calls and not w.jobs.open and await walked(w) == [source]
+
+
+@pytest.mark.parametrize(("path", "given"), [(REMIX, {}), (CLIP_EDITS, {"video": "ID"})])
+async def test_a_source_that_is_no_finished_clip_is_refused(world, path, given):
+    w = await world(**QUICK)
+    picture = (await w.chat("nano_banana_pro"))[1]["X-Job-Id"]
+    await end_of(w, failed := await begun(w, prompt="unsafe"))
+    w.demo.video_seconds = 600
+    going = await begun(w)
+    await running(w)
+    told(w, await derive(w, path, given, going), "task_not_completed")
+    assert told(w, await derive(w, path, given, picture), "invalid_request")["param"] == "video"
+    status, _, body = await derive(w, path, given, failed)
+    assert (status, body["error"]["code"]) == (400, "generation_failed")
+    assert len(submits(w)) == 2 and list(w.jobs.open) == [going]
+
+
+async def test_without_the_account_of_its_source_a_clip_can_not_be_made(world):
+    """Its file is there as long as its link lives."""
+    w = await world(((PRO, 1000), (PRO, 100)), **QUICK)
+    source, admin = (await made(w))["id"], await w.admin()
+    assert (await w.call("DELETE", "/api/tokens/1", key=admin))[0] == 200
+    error = told(w, await derive(w, REMIX, {}, source), "no_accounts")
+    assert "account that made this clip" in error["message"] and not w.jobs.open
+    await shown(w, source, "completed")
+    assert (await download(w, source))[2] == file_of(w, source)
+
+
+# ---- Videos API: what lasts, and what is told of it ----
+
+
+async def test_asynchronous_jobs_survive_a_restart(world, clock):
+    w = await world(video_seconds=600)
+    only(w).video_concurrency = 1
+    ids = [await begun(w, images=[DATA]) for _ in range(3)]
+    await running(w)
+    await w.stop_gateway()
+    await w.start_gateway()
+    assert [(await shown(w, i))["status"] for i in ids] == ["in_progress", "queued", "queued"]
+    w.demo.video_seconds, clock.ahead = 0.01, 700
+    assert [(await end_of(w, video)).state for video in ids] == ["completed"] * 3
+    assert [mode for mode, _ in submits(w)] == ["StartImage"] * 3
+    await w.stop_gateway()
+    await w.start_gateway()
+    for video in ids:
+        await shown(w, video, "completed")
+        assert (await download(w, video))[2] == file_of(w, video)
+
+
+async def test_no_look_at_a_video_is_a_call_to_flow(world, clock):
+    w = await world(video_seconds=0.01, **{"generation.video_timeout": 86400})
+    done, failed = (await made(w))["id"], await begun(w, prompt="unsafe")
+    await end_of(w, failed)
+    w.demo.video_seconds = 10**6
+    going = await begun(w)
+    await running(w)
+    clock.ahead = 20_000  # the links have expired; the open clip is polled all the time
+    w.fault = fault("^(?!.*(batchCheck|auth/session))", dropped)
+    for video, state in ((done, "completed"), (failed, "failed"), (going, "in_progress")):
+        await shown(w, video, state)
+    assert len(await walked(w)) == 3
+    for part in ("pending-tasks", "pending-tasks-v2", "profile-feed", f"tasks/{done}"):
+        assert (await w.call("GET", f"/v1/tokens/1/{part}"))[0] == 200
+    assert not w.fault.seen
+
+
+async def test_the_statistics_are_eight_counters(world):
+    w = await world(((PRO, 1000), (PRO, 0)), **QUICK)
+    await w.chat("nano_banana_pro", n=2)
+    await made(w)
+    w.fault = fault(PAID, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY"), times=1)
+    await w.chat()
+    await w.pool.update(tokens_of(w)[1], is_active=False)
+    counts = {"total_tokens": 2, "active_tokens": 1}
+    for day in ("total", "today"):
+        counts |= {f"{day}_images": 2, f"{day}_videos": 1, f"{day}_errors": 1}
+    assert (await w.call("GET", "/v1/stats"))[2] == {"success": True, "stats": counts}
+
+
+async def test_the_tasks_of_an_account(world):
+    w = await world(((PRO, 1000), (PRO, 30)), **QUICK)
+    done, picture = (await made(w))["id"], (await w.chat("nano_banana_pro"))[1]["X-Job-Id"]
+    w.demo.video_seconds = 600
+    going = await begun(w, prompt="a lake")
+    await running(w)
+
+    async def get(path):
+        status, _, body = await w.call("GET", f"/v1/tokens/{path}")
+        assert (status, body["success"]) == (200, True), body
+        return body
+
+    async def feed(path):
+        return [item["id"] for item in (await get(path))["items"]]
+
+    for path in ("pending-tasks", "pending-tasks-v2"):
+        answer = await get(f"1/{path}")
+        ((task,), told_) = answer["tasks"], (answer["token_id"], answer["count"])
+        assert told_ == (1, 1) and 0 <= task["progress_pct"] < 1
+        assert (task["id"], task["status"], task["prompt"]) == (going, "in_progress", "a lake")
+        assert (await get(f"2/{path}"))["tasks"] == []
+    assert await feed("1/profile-feed") == [picture, done] and await feed("2/profile-feed") == []
+    assert await feed("1/profile-feed?limit=1") == [picture]
+    task = (await get(f"1/tasks/{done}"))["task"]
+    assert {"id", "status", "prompt", "title", "progress_pct", "generations"} == set(task)
+    assert (task["status"], task["progress_pct"]) == ("completed", 1)
+    assert (await fetched(w, task["generations"][0]["url"]))[2] == file_of(w, done)
+    for path in (f"2/tasks/{done}", "1/tasks/video_0123"):
+        told(w, await w.call("GET", f"/v1/tokens/{path}"), "task_not_found")
+    for path in ("pending-tasks", "pending-tasks-v2", "profile-feed", f"tasks/{going}"):
+        told(w, await w.call("GET", f"/v1/tokens/9/{path}"), "not_found")
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "", "/flow/v1", "/v1/v1"])
+async def test_the_videos_api_under_each_of_its_addresses(world, prefix):
+    w = await world(**QUICK)
+    video = video_of(await ask(w, f"{prefix}/videos", async_mode=False), "completed")
+    path = f"{prefix}/videos/{video['id']}"
+    assert video_of(await w.call("GET", path)) == video
+    assert (await w.call("GET", f"{path}/content"))[2] == file_of(w, video["id"])
+    for part in (f"{video['id']}/remix", "edits", "extensions"):
+        video_of(await ask(w, f"{prefix}/videos/{part}", video=video["id"], async_mode=False))
+    assert [mode for mode, _ in submits(w)] == ["Text", "EditVideo", "EditVideo", "ExtendVideo"]
+    assert len((await w.call("GET", f"{prefix}/videos"))[2]["data"]) == 4
+    assert (await w.call("DELETE", path))[2]["deleted"] is True
+    assert (await w.call("GET", f"{prefix}/stats"))[2]["stats"]["total_videos"] == 4
+    assert len((await w.call("GET", f"{prefix}/tokens/1/profile-feed"))[2]["items"]) == 3
+    for method, end in (("POST", ""), ("GET", ""), ("GET", "/x"), ("GET", "/x/content")):
+        reply = await w.call(method, f"{prefix}/videos{end}", key="sk-wrong")
+        told(w, reply, "invalid_api_key")
+
+
+# ---- OpenAI's own client: pictures and videos ----
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
+
+
+@pytest.fixture
+async def sdk(openai):
+    """OpenAI's client of a world: `sdk(w, **options)`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def client(w, **options):
+            made = openai.AsyncOpenAI(base_url=w.url + "/v1", api_key=w.key, **options)
+            stack.push_async_callback(made.close)
+            return made
+
+        yield client
+
+
+def files_of(w, prompt):
+    """What the simulated Flow has made of a prompt, sorted."""
+    return sorted(medium.file() for medium in w.demo.media.values() if medium.prompt == prompt)
+
+
+def pictures_in(items):
+    return sorted(base64.b64decode(item.b64_json) for item in items)
+
+
+async def finished(client, prompt="a boat", **options):
+    """A clip, once it is done."""
+    video = await client.videos.create(prompt=prompt, **options)
+    return await client.videos.poll(video.id, poll_interval_ms=20)
+
+
+async def test_openais_client_finds_each_model_of_the_list(world, sdk, openai):
+    client = sdk(await world())
+    listed = [model async for model in client.models.list()]
+    assert {"veo_3_1", "omni_flash", "imagen_4", "nano_banana_pro-4K"} <= {m.id for m in listed}
+    for model in listed[::20]:
+        assert await client.models.retrieve(model.id) == model
+        assert (model.object, type(model.created)) == ("model", int) and model.owned_by
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("veo_9")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_openais_client_makes_pictures(world, sdk):
+    w = await world()
+    generate, boat = sdk(w).images.generate, {"prompt": "a boat", "model": "nano_banana_pro"}
+    [made] = (await generate(**boat)).data
+    assert pictures_in([made]) == files_of(w, "a boat") and made.url is None
+    answer = await generate(prompt="two boats", model="gpt-image-1", n=2, size="1536x1024")
+    assert pictures_in(answer.data) == files_of(w, "two boats") and len(answer.data) == 2
+    [made] = (await generate(**boat, response_format="url")).data
+    assert made.b64_json is None
+    async with w.http.get(made.url) as reply:
+        assert await reply.read() in files_of(w, "a boat")
+
+
+async def test_openais_client_makes_pictures_in_a_stream(world, sdk, openai):
+    w = await world()
+    asked, images = {"prompt": "ships", "n": 2, "stream": True}, sdk(w).images
+    edit = functools.partial(images.edit, image=PNG)
+    for kind, make in ("generation", images.generate), ("edit", edit):
+        events = [event async for event in await make(**asked)]
+        assert [event.type for event in events] == [f"image_{kind}.completed"] * 2
+        assert pictures_in(events) == files_of(w, "ships")
+        assert events[0].usage.total_tokens == 0 and type(events[0].created_at) is int
+        with pytest.raises(openai.APIError, match="content policy"):
+            await anext(aiter(await make(prompt="unsafe", stream=True)))
+        w.demo.media.clear()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("form", ["bytes", "file", "named"])
+async def test_openais_client_edits_pictures(world, sdk, tmp_path, form, count):
+    w = await world()
+    (tmp_path / "a.png").write_bytes(PNG)
+    with (tmp_path / "a.png").open("rb") as one, (tmp_path / "a.png").open("rb") as other:
+        named = ("b.jpg", PNG, "image/jpeg")
+        given = {"bytes": [PNG, PNG], "file": [one, other], "named": [named, named]}[form]
+        given = given[0] if count == 1 else given
+        answer = await sdk(w).images.edit(image=given, prompt="a boat", model="nano_banana_2")
+    assert pictures_in(answer.data) == files_of(w, "a boat") != []
+    [asked] = w.asked("batchGenerateImages")
+    assert len(asked["requests"][0]["imageInputs"]) == count == len(w.asked("uploadImage"))
+
+
+async def test_openais_client_follows_a_clip_from_its_order_to_its_file(world, sdk):
+    w = await world()
+    videos = sdk(w).videos
+    raw = await videos.with_raw_response.create(prompt="a boat")
+    video = raw.parse()
+    assert raw.headers["openai-poll-after-ms"] == "5000"
+    assert (video.object, video.status, video.progress) == ("video", "queued", 0)
+    assert (video.seconds, video.size, video.prompt) == ("8", "720x1280", "a boat")
+    assert (await videos.retrieve(video.id)).status in ("queued", "in_progress")
+    video = await videos.poll(video.id, poll_interval_ms=20)
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    assert type(video.created_at) is type(video.completed_at) is int
+    clip = await videos.download_content(video.id)
+    assert clip.response.headers["Content-Type"] == "video/mp4"
+    assert [clip.read()] == files_of(w, "a boat")
+    assert (await videos.download_content(video.id, variant="thumbnail")).read() == PNG
+
+
+@pytest.mark.parametrize("form", ["bytes", "named", "url"])
+async def test_openais_client_makes_a_clip_from_a_picture(world, sdk, form):
+    w = await world()
+    given = {"input_reference": PNG if form == "bytes" else ("a.png", PNG, "image/png")}
+    if form == "url":
+        given = {"extra_body": {"input_reference": {"image_url": data_url(PNG)}}}
+    wanted = {"model": "omni_flash", "seconds": "4", "size": "1280x720"}
+    given |= wanted | {"prompt": "a boat", "poll_interval_ms": 20}
+    video = await sdk(w).videos.create_and_poll(**given)
+    assert {name: getattr(video, name) for name in wanted} == wanted
+    assert video.status == "completed" and len(w.asked("uploadImage")) == 1
+    [asked] = w.asked("batchAsyncGenerateVideo")
+    assert asked["requests"][0]["videoModelKey"] == "abra_i2v_4s"
+    assert asked["requests"][0]["aspectRatio"].endswith("LANDSCAPE")
+
+
+async def test_openais_client_turns_the_pages_of_the_list(world, sdk):
+    videos = sdk(await world()).videos
+    made = [(await videos.create(prompt=f"boat {number}")).id for number in range(5)]
+    page = await videos.list(limit=2)
+    assert [len(one.data) async for one in page.iter_pages()] == [2, 2, 1]
+    assert [video.id async for video in videos.list(limit=2)] == made[::-1]
+    assert [video.id async for video in videos.list(limit=3, order="asc")] == made
+    assert [video.id async for video in videos.list(after=made[2])] == made[1::-1]
+
+
+async def test_openais_client_makes_clips_from_a_clip(world, sdk, openai):
+    w = await world()
+    videos = (client := sdk(w)).videos
+    clip = await finished(client, size="1280x720")
+    by_id = {"video": openai.omit, "extra_body": {"video": {"id": clip.id}}}
+    made = [
+        await videos.remix(clip.id, prompt="remix"),
+        await videos.remix(clip.id, prompt="named", extra_body={"model": "veo_3_1"}),
+        await videos.edit(prompt="edit", **by_id),
+        await videos.extend(prompt="longer", seconds="8", **by_id),
+    ]
+    for prompt, video in zip(("remix", "named", "edit", "longer"), made, strict=True):
+        assert video.remixed_from_video_id == clip.id
+        video = await videos.poll(video.id, poll_interval_ms=20)
+        assert (video.status, video.size, video.prompt) == ("completed", "1280x720", prompt)
+        assert [(await videos.download_content(video.id)).read()] == files_of(w, prompt)
+    keys = {body["requests"][0]["videoModelKey"] for body in w.asked("AsyncGenerateVideo")[1:]}
+    assert keys == {"abra_edit", "veo_3_1_extend_fast_landscape"}
+
+
+async def test_openais_client_deletes_a_clip(world, sdk, openai):
+    videos = (client := sdk(await world())).videos
+    video = await finished(client)
+    deleted = await videos.delete(video.id)
+    assert (deleted.id, deleted.deleted, deleted.object) == (video.id, True, "video.deleted")
+    for call in (videos.retrieve, videos.download_content, videos.delete):
+        with pytest.raises(openai.NotFoundError, match="There is no video") as caught:
+            await call(video.id)
+        assert caught.value.code == "task_not_found"
+
+
+async def test_openais_client_tells_why_a_clip_has_failed(world, sdk, openai):
+    w = await world()
+    video = await finished(client := sdk(w), "unsafe")
+    assert (video.status, video.error.code) == ("failed", "content_policy_violation")
+    assert "content policy" in video.error.message
+    with pytest.raises(openai.BadRequestError, match="content policy") as caught:
+        await client.videos.download_content(video.id)
+    assert caught.value.code == "generation_failed"
+    assert len(w.asked("batchAsyncGenerateVideo")) == 1
+
+
+async def test_openais_client_raises_the_right_error_for_a_mistake(world, sdk, openai):
+    client = sdk(await world(), max_retries=0)
+    create, edit = client.videos.create, functools.partial(client.images.edit, image=PNG)
+    other, change = client.with_options(api_key="sk-wrong").videos.create, client.videos.edit
+    for error, code, call, given in (
+        (openai.AuthenticationError, "invalid_api_key", other, {}),
+        (openai.NotFoundError, "model_not_found", create, {"model": "veo_9"}),
+        (openai.BadRequestError, "invalid_request", create, {"model": "veo_3_1", "seconds": "5"}),
+        (openai.BadRequestError, "invalid_image", create, {"input_reference": b"no picture"}),
+        (openai.BadRequestError, "unsupported_parameter", edit, {"mask": PNG}),
+        (openai.BadRequestError, "invalid_request", change, {"video": b"an upload"}),
+    ):
+        with pytest.raises(error) as caught:
+            await call(prompt="a boat", **given)
+        assert caught.value.code == code
+
+
+async def test_openais_client_hears_of_a_full_queue_and_of_what_is_too_early(world, sdk, openai):
+    w = await world(video_seconds=600, **{"limits.queue": 1})
+    videos = sdk(w, max_retries=0).videos
+    await w.pool.update(only(w), video_concurrency=1)
+    video = await videos.create(prompt="a boat")
+    await running(w)
+    await videos.create(prompt="a boat that waits")
+    await until(lambda: w.pool.waiting)
+    with pytest.raises(openai.RateLimitError) as caught:
+        await videos.create(prompt="a boat too many")
+    assert caught.value.code == "queue_full"
+    assert int(caught.value.response.headers["Retry-After"]) > 0
+    with pytest.raises(openai.BadRequestError, match="not completed"):
+        await videos.download_content(video.id)
+    with pytest.raises(openai.ConflictError):
+        await videos.delete(video.id)
+
+
+async def test_openais_client_posts_once_what_has_failed_at_flow(world, sdk, openai, looks):
+    """A failure after which the account goes on, so that a second POST would pay again."""
+    w, posts = await world(), []
+    client, waits = sdk(w), {"extra_body": {"async_mode": "false"}}
+    w.fault = fault(PAID, dropped)
+    for create in (
+        lambda: client.images.generate(prompt="a boat"),
+        lambda: client.images.edit(prompt="a boat", image=PNG),
+        lambda: client.videos.create(prompt="a boat", **waits),
+        lambda: client.chat.completions.create(**chat_body("imagen_4", "a boat")),
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await create()
+        assert caught.value.code == "submit_unknown"
+        posts.append(len(w.fault.seen))
+    assert posts == [1, 2, 3, 4] and len(w.store.jobs()) == 4
+
+
+async def test_openais_client_puts_a_streamed_chat_together(world, sdk):
+    w = await world(**{"cache.enabled": True})
+    chat, asked = sdk(w).chat.completions, chat_body("omni_flash-4s", "a boat")
+    whole = await chat.create(**asked)
+    assert (whole.model, whole.choices[0].finish_reason) == ("omni_flash-4s", "stop")
+    async with chat.stream(**asked, stream_options={"include_usage": True}) as events:
+        chunks = [event.chunk async for event in events if event.type == "chunk"]
+        streamed = await events.get_final_completion()
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    thoughts = "".join(getattr(delta, "reasoning_content", "") for delta in deltas)
+    assert "generating" in thoughts and streamed.usage.total_tokens == 0
+    for answer in (whole, streamed):
+        async with w.http.get(links_in(answer.choices[0].message.content)[0]) as reply:
+            assert await reply.read() in files_of(w, "a boat")
+
+
+# Each curl command of the documents that Flow2API was made from, word for word but for line breaks,
+# addresses, keys, ids and pictures; before it the status, and what the answer holds.
+OLD_CURL_LINES = r"""
+= 200 [DONE] = curl --location --request POST 'HOST/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: KEY' --data-raw '{"messages":
+    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'
+= 200 [DONE] = curl --location --request POST 'HOST/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: KEY' --data-raw '{"messages":
+    [{"role": "user", "content": [{"type": "text", "text": "根据两张图片生成一个完全的过渡视频"},
+    {"type": "image_url", "image_url": {"url": "DATA"}}, {"type": "image_url", "image_url": {"url":
+    "DATA"}}]}], "model": "veo_3_1-fl-fast", "stream": true, "n": 2}'
+= 200 "status": "queued" = curl --location --request POST 'HOST/flow/v1/videos' \
+--header 'Authorization: KEY' --header 'Content-Type: application/json' --data-raw '{"prompt":
+    "画小猫", "model": "veo_3_1"}'
+= 200 "status": "completed" = curl --location --request GET 'HOST/flow/v1/videos/ID' \
+--header 'Authorization: KEY' \
+= 200 "remixed_from_video_id": "video_ = curl --location --request POST \
+'HOST/flow/v1/videos/ID/remix' --header 'Authorization: KEY' \
+--header 'Content-Type: application/json' --data-raw '{"prompt": "再加一只小狗", "model":
+    "veo_3_1"}'
+= 200 ftyp = curl --location --request GET 'HOST/flow/v1/videos/ID/content' \
+--header 'Authorization: KEY' \
+= 200 [DONE] = curl -X POST 'HOST/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: Bearer KEY' --data '{"messages":
+    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'
+= 200 [DONE] = curl -X POST 'HOST/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: Bearer KEY' --data '{"messages":
+    [{"role": "user", "content": [{"type": "text", "text": "根据两张图片生成一个完整的过渡视频"},
+    {"type": "image_url", "image_url": {"url": "DATA"}}, {"type": "image_url", "image_url": {"url":
+    "DATA"}}]}], "model": "veo_3_1-fl-fast", "stream": true, "n": 2}'
+= 200 b64_json = curl -X POST 'HOST/flow/v1/images/generations' \
+--header 'Authorization: Bearer KEY' --header 'Content-Type: multipart/form-data' \
+--form 'prompt="画小猫"' --form 'model="nano_banana"'
+= 200 b64_json = curl -X POST 'HOST/flow/v1/images/edits' --header 'Authorization: Bearer KEY' \
+--header 'Content-Type: multipart/form-data' --form 'image[]=@"example.jpg"' \
+--form 'prompt="换一个风格"' --form 'model="nano_banana"'
+= 200 "status": "queued" = curl -X POST 'HOST/flow/v1/videos' --header 'Authorization: Bearer KEY' \
+--header 'Content-Type: application/json' --data '{"prompt": "画小猫", "model": "veo_3_1"}'
+= 200 "status": "queued" = curl -X POST 'HOST/flow/v1/videos' --header 'Authorization: Bearer KEY' \
+--header 'Content-Type: application/json' --data '{"prompt": "画小猫", "model": "veo_3_1",
+    "input_reference": ["DATA", "DATA"]}'
+= 200 "status": "completed" = curl -X GET 'HOST/flow/v1/videos/ID' \
+--header 'Authorization: Bearer KEY'
+= 200 ftyp = curl -X GET 'HOST/flow/v1/videos/ID/content' --header 'Authorization: Bearer KEY'
+= 200 [DONE] = curl --location --request POST 'HOST/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: KEY' --data-raw '{"messages":
+    [{"role": "user", "content": [{"type": "text", "text": "根据两张图片生成一个完整的过渡视频"},
+    {"type": "image_url", "image_url": {"url": "DATA"}}, {"type": "image_url", "image_url": {"url":
+    "DATA"}}]}], "model": "veo_3_1-fl-fast", "stream": true, "n": 2}'
+= 200 "data" = curl -X GET "HOST/v1/models" -H "Authorization: Bearer KEY"
+= 404 model_not_found = curl -X POST "HOST/v1/chat/completions" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "sora-video-landscape-10s", "messages": [{"role":
+    "user", "content": "A beautiful sunset over the ocean"}], "stream": true}'
+= 404 model_not_found = curl -X POST "HOST/v1/chat/completions" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "sora-video-landscape-10s", "messages": [{"role":
+    "user", "content": "Make this image come alive"}], "image": "BASE64", "stream": true}'
+= 200 "size": "1280x720" = curl -X POST "HOST/v1/videos" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"prompt": "A cat playing with a ball", "model": "sora-2",
+    "seconds": "10", "size": "1280x720"}'
+= 200 "seconds": "8" = curl -X POST "HOST/v1/videos" -H "Authorization: Bearer KEY" \
+-F "prompt=A cat playing with a ball" -F "model=sora-2" -F "seconds=10" \
+-F "input_reference=@reference.jpg;type=image/jpeg"
+= 200 "status": "completed" = curl -X GET "HOST/v1/videos/ID" -H "Authorization: Bearer KEY"
+= 200 = curl -X GET "HOST/v1/videos/ID/content" -H "Authorization: Bearer KEY" -L -o video.mp4
+= 200 Content-Type: video/mp4 = curl -X GET "HOST/v1/videos/ID/content" \
+-H "Authorization: Bearer KEY" -I
+= 200 "remixed_from_video_id": "video_ = curl -X POST "HOST/v1/videos/ID/remix" \
+-H "Authorization: Bearer KEY" -H "Content-Type: application/json" -d '{"prompt":
+    "Make it more colorful and vibrant"}'
+= 200 b64_json = curl -X POST "HOST/v1/images/generations" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "gpt-image-2", "prompt":
+    "A 16:9 cinematic cyberpunk city poster", "size": "16:9", "n": 1}'
+= 200 b64_json = curl -X POST "HOST/v1/images/generations" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "gpt-image-2", "prompt":
+    "Use this reference and turn it into a vintage movie poster", "size": "3:2", "image": "LINK"}'
+= 200 b64_json = curl -X POST "HOST/v1/images/generations" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "gpt-image-2", "prompt":
+    "Blend the subjects and colors from these references into a product key visual", "size": "1:1",
+    "image": ["LINK", "data:image/png;base64,BASE64", {"url": "LINK"}]}'
+= 200 b64_json = curl -X POST "HOST/v1/images/edits" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "gpt-image-2", "prompt":
+    "Use the first image as the subject and the second image as the color reference", "size": "1:1",
+    "image": ["LINK", "data:image/png;base64,BASE64"]}'
+= 200 b64_json = curl -X POST "HOST/v1/images/edits" -H "Authorization: Bearer KEY" \
+-F "model=gpt-image-2" -F "prompt=Blend these references into one consistent poster style" \
+-F "size=3:2" -F "image[]=@./subject.png" -F "image[]=@./style.png"
+= 501 not_implemented = curl -X POST "HOST/v1/characters" -H "Authorization: Bearer KEY" \
+-F "model=sora-video-10s" -F "video=@character_video.mp4;type=video/mp4" -F "timestamps=0,3" \
+-F "username=my_character" -F "display_name=My Character" \
+-F "instruction_set=Always speak politely." -F "safety_instruction_set=Avoid unsafe content."
+= 501 not_implemented = curl -X POST "HOST/v1/characters" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"model": "sora-video-10s", "video":
+    "base64_encoded_video_data", "timestamps": "0,3", "username": "my_character", "display_name":
+    "My Character", "instruction_set": "Always speak politely.", "safety_instruction_set":
+    "Avoid unsafe content."}'
+= 200 "total_videos" = curl -X GET "HOST/v1/stats" -H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X GET "HOST/v1/invite-codes" -H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X GET "HOST/v1/profiles/john_doe" -H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X GET "HOST/v1/users/user-xxx/feed?limit=10" \
+-H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X GET "HOST/v1/characters/search?username=john&intent=cameo&limit=5" \
+-H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X GET "HOST/v1/feed?limit=10&cut=nf2_top" \
+-H "Authorization: Bearer KEY"
+= 501 not_implemented = curl -X POST "HOST/v1/enhance_prompt" -H "Authorization: Bearer KEY" \
+-H "Content-Type: application/json" -d '{"prompt": "多镜头多角度拍摄...", "expansion_level": "long",
+    "duration_s": 15}'
+= 200 "tasks" = curl -X GET "HOST/v1/tokens/1/pending-tasks" -H "Authorization: Bearer KEY"
+= 200 "tasks" = curl -X GET "HOST/v1/tokens/1/pending-tasks-v2" -H "Authorization: Bearer KEY"
+= 404 task_not_found = curl -X GET "HOST/v1/tokens/1/tasks/task_xxx" \
+-H "Authorization: Bearer KEY"
+= 200 "items" = curl -X GET "HOST/v1/tokens/1/profile-feed?limit=10" \
+-H "Authorization: Bearer KEY"
+"""
+
+
+async def test_old_curl_lines_work_as_they_stand(flow2, tmp_path):
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed: the old curl lines were NOT tried")
+    quick = {"FLOW2API_DEMO_VIDEO_SECONDS": "0", "FLOW2API_DEMO_IMAGE_SECONDS": "0"}
+    program = await flow2("--demo", FLOW2API_SERVER_ALLOW_PRIVATE_URLS="true", **quick)
+    real = {"HOST": program.url, "KEY": program.said("api_key"), "DATA": data_url(PNG)}
+    real["BASE64"] = base64.b64encode(PNG).decode()
+    async with aiohttp.ClientSession(headers={"Authorization": real["KEY"]}) as http:
+        body = {"prompt": "a boat", "async_mode": False, "response_format": "url"}
+        async with http.post(program.url + "/v1/videos", json=body) as reply:
+            real["ID"] = (await reply.json())["id"]
+        async with http.post(program.url + "/v1/images/generations", json=body) as reply:
+            real["LINK"] = (await reply.json())["data"][0]["url"]
+    for name in re.findall(r"@[./\"]*(\w+\.\w+)", OLD_CURL_LINES):
+        (tmp_path / name).write_bytes(PNG)
+    (tmp_path / ".curlrc").write_text('silent\nwrite-out = "\\n%{http_code}"\n')
+    options = {"cwd": tmp_path, "env": environment(CURL_HOME=str(tmp_path))}
+
+    async def tried(line):
+        expected, _, text = line.partition(" = ")
+        text = re.sub(rf"\b({'|'.join(real)})\b", lambda match: real[match[1]], text) + "\n"
+        pipe = asyncio.subprocess.PIPE
+        curl = await asyncio.create_subprocess_exec("bash", "-ec", text, stdout=pipe, **options)
+        answer, _, status = (await curl.communicate())[0].rpartition(b"\n")
+        known, _, part = expected.partition(" ")
+        assert (curl.returncode, status.decode()) == (0, known), (text, answer)
+        assert part.encode() in answer, (text, answer)
+
+    await asyncio.gather(*map(tried, OLD_CURL_LINES.split("\n= ")[1:]))
+    assert b"ftyp" in (tmp_path / "video.mp4").read_bytes()[:12]
+
+
 # ---- What a review found ----
 
 
@@ -3146,6 +5175,7 @@ async def test_a_client_in_the_queue_is_told_that_nothing_was_sent(world):
     await w.pool.update(only(w), video_concurrency=1)
     clients = [asyncio.create_task(w.chat()) for _ in range(2)]
     await until(lambda: len(w.pool.waiting) == 1 and len(w.jobs.open) == 2)
+    await running(w)
     await w.stop_gateway()
     told = [reply[2]["error"]["message"] for reply in await asyncio.gather(*clients)]
     assert sorted(("was not sent" in words, "goes on" in words) for words in told) == [
@@ -3195,7 +5225,7 @@ async def test_progress_never_goes_back(world):
     w = await world()
     plan = flow2api.resolve("veo_3_1-fast")
     job = flow2api.Job(plan=plan, submitted_at=flow2api.now() - 50)
-    known = w.jobs.durations[flow2api._family(plan)]
+    known = w.jobs.durations[plan.pace]
     known.append(60)
     before, _ = w.jobs.progress(job)
     known.extend([200, 200])
@@ -3205,21 +5235,22 @@ async def test_progress_never_goes_back(world):
 async def test_a_client_that_never_learnt_its_job_does_not_pay_after_a_restart(world):
     """It leaves an asynchronous API while the job is being written."""
     w = await world()
-    put, writing = w.store.put, asyncio.Event()
+    put, writing = w.store.put_rows, asyncio.Event()
 
     async def slow(*records):
         writing.set()
         await asyncio.shield(put(*records))
         await asyncio.sleep(0.2)
 
-    w.store.put = slow
+    w.store.put_rows = slow
     generation = flow2api.Generation(flow2api.resolve("veo_3_1-fast"), "x")
-    create = asyncio.create_task(w.jobs.create(generation, "videos", True))
+    mark = {"key": "body x", "request": "x"}
+    create = asyncio.create_task(w.jobs.create(generation, "videos", mark, detached=True))
     await writing.wait()
     create.cancel()
     await asyncio.wait([create])
-    w.store.put = put
-    await until(lambda: not w.store.open_jobs())
+    w.store.put_rows = put
+    await until(lambda: not w.store.jobs(states=flow2api.OPEN, oldest_first=True))
     await w.stop_gateway()
     await w.start_gateway()
     assert not w.jobs.open and not w.asked("AsyncGenerate")
@@ -3560,12 +5591,15 @@ def parsed_curl(line):
     return url, headers, data
 
 
-async def test_the_demo_works_as_pasted_and_keeps_nothing(flow2, tmp_path):
-    """In an empty folder, with flow2api.py alone."""
+async def test_the_demo_works_as_pasted_and_keeps_nothing(run, flow2, tmp_path):
+    """In an empty folder, with the two files that it needs."""
     folder, temporary = tmp_path / "empty", tmp_path / "temporary"
     folder.mkdir()
     temporary.mkdir()
     script = shutil.copy(REPOSITORY / "flow2api.py", folder)
+    alone = await run(sys.executable, script, "--demo", env=environment())
+    assert await alone.end() == 2 and "needs demo_flow2api.py beside" in alone.log[-1]
+    shutil.copy(REPOSITORY / "demo_flow2api.py", folder)
     quick = {"FLOW2API_DEMO_VIDEO_SECONDS": "0.5", "TMPDIR": str(temporary)}
     program = await flow2("--demo", script=script, **quick)
     assert any("simulated Flow" in line for line in program.out)
@@ -3580,7 +5614,8 @@ async def test_the_demo_works_as_pasted_and_keeps_nothing(flow2, tmp_path):
     assert len(list(temporary.iterdir())) == 1
     assert await program.stop() == 0
     assert not list(temporary.iterdir())
-    assert [path.name for path in folder.iterdir()] == ["flow2api.py"]
+    kept = {path.name for path in folder.iterdir()} - {"__pycache__"}
+    assert kept == {"flow2api.py", "demo_flow2api.py"}
     kept = "\n".join(program.log)
     assert program.said("api_key") not in kept and program.said("admin_password") not in kept
 
@@ -3604,7 +5639,8 @@ async def test_the_curl_lines_of_the_readme_work_as_pasted(run, flow2, tmp_path)
         return "\n".join(done.out)
 
     shutil.copy(REPOSITORY / "flow2api.py", tmp_path)
-    [pictures] = bash_blocks("flow2api.picture")
+    shutil.copy(REPOSITORY / "demo_flow2api.py", tmp_path)
+    [pictures] = bash_blocks("demo_flow2api.picture")
     await pasted(pictures)
     blocks = bash_blocks("/v1/chat/completions")
     assert len(blocks) >= 10
@@ -3614,6 +5650,16 @@ async def test_the_curl_lines_of_the_readme_work_as_pasted(run, flow2, tmp_path)
         kind = "image/png" if "banana" in block else "video/mp4"
         assert {await downloaded(link) for link in links} == {kind}
         assert ("[DONE]" in out) == ('"stream": true' in block)
+    blocks = bash_blocks("/v1/images/") + bash_blocks("/v1/videos")
+    outs = await asyncio.gather(*map(pasted, blocks))
+    counts = []
+    for out in outs:
+        links = set(KEPT_LINK.findall(out))
+        counts.append(len(links))
+        assert {await downloaded(link) for link in links} <= {"image/png", "video/mp4"}, out
+    assert counts == [1, 0, 1, 0, 1, 2, 0], outs
+    for name, kind in (("boat.png", "image/png"), ("boat.mp4", "video/mp4")):
+        assert flow2api.sniff((tmp_path / name).read_bytes())[0] == kind
 
 
 async def test_the_python_lines_of_the_readme_work(run, flow2):
