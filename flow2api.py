@@ -13,9 +13,11 @@ A chapter uses only what stands above it:
      7  Media             finished files, and the pictures that users send
      8  Jobs              the state machine: submit, poll, settle, resume
      9  Reading requests  a client's body -> Generation
-    10  Client API        /v1: a job rendered as chat
-    11  Admin API         /api, /health, the page
-    12  Main              the application and the command line
+    10  Client API        /v1: a job rendered as chat, pictures and videos
+    11  Main              the application and the command line
+
+Two files build on this one, which works without them: admin_flow2api.py is its owner's side (/api
+and the page), demo_flow2api.py the simulated Flow of --demo.
 
 Needs Python 3.11+ and aiohttp; aiohttp-socks only where a SOCKS proxy is set.
 """
@@ -31,8 +33,10 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import hmac
+import importlib
 import ipaddress
 import itertools
 import json
@@ -56,6 +60,7 @@ import weakref
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -71,6 +76,10 @@ NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 def now() -> float:
     """Unix seconds: the only clock that decisions read, so that tests can drive it."""
     return time.time()
+
+
+def today() -> str:
+    return datetime.date.fromtimestamp(now()).isoformat()
 
 
 # ---- 1. Settings ----------------------------------------------------------------------------
@@ -99,10 +108,12 @@ SETTINGS = (
     Setting("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
     Setting("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
     Setting("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
+    Setting("admin.debug", False, "Log each call to Google, too."),
     Setting("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
     Setting("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
     Setting("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
     Setting("cache.base_url", "", "Public address in media links. Empty: what the client used."),
+    Setting("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
     Setting("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
     Setting("chat.video_content", "both", "A clip in an answer.", choices=("both", "html", "link")),
     Setting("chat.answer_side_prompts", True, "Answer title and tag prompts without generating."),
@@ -113,13 +124,18 @@ SETTINGS = (
     Setting("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
     Setting("videos.content", "stream", "How /content answers.", choices=("stream", "redirect")),
     Setting("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
+    Setting("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
+    Setting("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     Setting("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     Setting("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
+    Setting("plugin.connection_token", "", "Key of the companion extension. Empty: it may not."),
+    Setting("plugin.auto_enable_on_update", True, "A new session enables its account."),
     Setting("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     Setting("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
 )
 SETTING = {setting.name: setting for setting in SETTINGS}
-SECRETS = ("global.api_key", "global.admin_password")
+SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
+HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
 class Settings:
@@ -204,7 +220,7 @@ ERROR_ROWS = (  # HTTP status, what the failure does (final: none of these), cod
     (405, "request", "method_not_allowed"),
     (409, "request", "conflict cancelled idempotency_conflict"),
     (413, "request", "request_too_large"),
-    (429, "final", "queue_full"),
+    (429, "final", "queue_full too_many_logins"),
     (500, "final", "internal_error"),
     (501, "request", "not_implemented"),
     (424, "final", "generation_failed generation_timeout"),  # clients repeat 5xx by themselves
@@ -239,7 +255,8 @@ REASONS = (
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
     ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
-     "content_policy_violation", 0, "Google's content policy refused this prompt or picture"),
+     "content_policy_violation", 0,
+     "Google's content policy refused this prompt or picture; change it and try again"),
     ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
     ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
     ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
@@ -557,6 +574,7 @@ class Token(Record):
     def live(self) -> None:
         self.busy, self.reserved, self.lock = Counter(), 0, asyncio.Lock()
         self.paused_until, self.paused_for, self.pause = 0.0, None, 0.0
+        self.seen: dict[str, tuple[int, float]] = {}  # kind -> jobs at once that Google took, until
 
 
 class Output(Record):
@@ -581,7 +599,7 @@ class Job(Record):
     FIELDS = {"id": "", "state": "queued", "plan": None, "prompt": "", "n": 1, "inputs": []}
     FIELDS |= {"origin": "", "detached": False, "token_id": None, "project": "", "batch": ""}
     FIELDS |= {"created_at": 0.0, "submitted_at": 0.0, "completed_at": 0.0, "deadline": 0.0}
-    FIELDS |= {"error": {}, "notes": [], "source": {}, "metadata": None}
+    FIELDS |= {"error": {}, "notes": [], "source": {}, "metadata": None, "median": []}
 
     def live(self) -> None:
         if isinstance(self.plan, dict):  # as JSON keeps it
@@ -635,6 +653,16 @@ class Store:
             words = f": {err}; nothing was changed, restore a backup"
             words = " is in use by another Flow2API" if "locked" in str(err) else words
             raise StoreError(f"{self.path}{words}") from None
+
+    def copy(self, target: Path) -> None:
+        """Writes a consistent copy, also while another process is at work. Raises StoreError."""
+        try:
+            source = sqlite3.connect(f"{self.path.as_uri()}?mode=rw", uri=True)  # none is made
+            target.touch(0o600, exist_ok=False)
+            with contextlib.closing(source), contextlib.closing(sqlite3.connect(target)) as copy:
+                source.backup(copy)
+        except (OSError, sqlite3.Error) as err:
+            raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
     def close(self) -> None:
         self._thread.shutdown()  # once all is written
@@ -694,11 +722,14 @@ class Store:
     def job(self, job_id: str) -> Job | None:
         return next(iter(self._jobs("WHERE id = ?", job_id)), None)
 
-    def jobs(self, kind="", states=(), token_id=None, after="", oldest_first=False, limit=-1):
+    def jobs(
+        self, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
+    ):
         """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
         page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
         tests = {"substr(id, 1, 5) = ?": [kind], "token_id = ?": [token_id], page: [after]}
+        tests["json_extract(data, '$.plan.model') = ?"] = [model]
         tests[f"state IN ({', '.join('?' * len(states))})"] = states
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = f"WHERE {' AND '.join(tests) or 'TRUE'} ORDER BY created_at {order}, id {order}"
@@ -835,6 +866,9 @@ def read_statuses(body: dict, code="upstream_changed") -> Reply:
         for item in items if isinstance(items, list) else [items]:
             try:
                 status = read(item)
+                if {type(text) for text in status[:6]} != {str}:
+                    raise TypeError("a name or an address that is no text")
+                read_link(status.url)  # a ValueError where it is no address
                 found.setdefault(status.name, status)
             except (KeyError, TypeError, AttributeError, ValueError) as err:
                 if code:
@@ -855,10 +889,11 @@ def why(err: Exception) -> str:
 
 
 def good_proxy(url: str) -> bool:
+    """Whether it is a proxy's address, or none."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         schemes = ("http", "https", "socks4", "socks5", "socks5h")
-        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        return not url or (parts.scheme in schemes and bool(parts.hostname) and parts.port != 0)
     return False
 
 
@@ -875,7 +910,7 @@ class Wire:
         """aiohttp's request context manager. proxy: an address, "" for that of the settings."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
             proxy = self.settings["proxy.proxy_url"]
-        if proxy and not good_proxy(proxy):
+        if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", "A proxy must look like socks5://host:port")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
         if (socks, fresh) not in self.sessions:
@@ -915,6 +950,8 @@ class RestFlow:
         options |= {"headers": own, "timeout": timeout, "fresh": spends, "proxy": token.proxy_url}
         try:
             async with self.wire.request(method, f"{base}/{path}", **options) as reply:
+                if self.settings["admin.debug"]:
+                    log.info("%s %s for %s: HTTP %s", method, path, token.email, reply.status)
                 return reply, await reply.read()
         except (*self.wire.not_sent, *NETWORK_ERRORS) as err:
             lost = spends and not isinstance(err, self.wire.not_sent)
@@ -929,8 +966,9 @@ class RestFlow:
         if isinstance(body, dict) and status < 300:
             return body
         error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-        reasons = (dig(item, "reason") for item in dig(error, "details", default=[]))
-        reason = next(filter(None, reasons), "")
+        details = dig(error, "details")
+        reasons = (dig(item, "reason") for item in (details if isinstance(details, list) else ()))
+        reason = str(next(filter(None, reasons), ""))
         refused = 400 <= status < 500 and status not in (408, 499)
         if spends and not refused and "PUBLIC_ERROR" not in reason:
             raise GatewayError("submit_unknown", f"Google's answer can't be read (HTTP {status})")
@@ -945,8 +983,9 @@ class RestFlow:
         if reply.status == 401:
             raise GatewayError("account_session_ended", "Google refused the session token")
         body = dig(self._read(reply, raw), "result", "data", "json", default={})
-        if (inner := dig(body, "status", default=200)) != 200:
-            raise google_error(int(inner), "", str(dig(body, "statusText")))
+        inner = dig(body, "status", default=200)
+        if isinstance(inner, int) and inner != 200:
+            raise google_error(inner, "", str(dig(body, "statusText")))
         return body
 
     async def _api(self, token: Token, method: str, path: str, *, spends=False, **options) -> dict:
@@ -1015,6 +1054,8 @@ class RestFlow:
         """What a submit whose answer was lost has made, by its batch id. Costs nothing."""
         query = quote(to_json({"json": {"projectId": job.project}}))
         body = await self._trpc(token, "GET", f"flow.projectInitialData?input={query}")
+        if not isinstance(dig(body, "projectContents"), dict):  # no proof that nothing was made
+            raise GatewayError("upstream_changed", "Google lists the project in an unknown form")
         flows = dig(body, "projectContents", "workflows", default=[])
         ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
         names = {dig(flow, "name") for flow in ours}
@@ -1091,6 +1132,7 @@ class RestFlow:
 
 
 # ---- 6. Pool --------------------------------------------------------------------------------
+AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
 
 
 class Pool:
@@ -1117,8 +1159,7 @@ class Pool:
         known = (token for token in self.tokens.values() if token.email == session["email"])
         token = next(known, draft)
         self.tokens[token.id] = token
-        fields |= session | {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
-        await self.update(token, **fields)
+        await self.update(token, **session | AWAKE | fields)
         try:
             await self.check(token)
             await self.project(token)
@@ -1163,7 +1204,8 @@ class Pool:
     async def keep_fresh(self) -> None:
         """For ever: checks the active accounts, by `token_refresh.interval` and by their expiry."""
         while True:
-            await asyncio.gather(*map(self._check_if_due, list(self.tokens.values())))
+            if self.settings["token_refresh.enabled"]:
+                await asyncio.gather(*map(self._check_if_due, list(self.tokens.values())))
             await asyncio.sleep(30)
 
     async def _check_if_due(self, token: Token) -> None:
@@ -1187,10 +1229,11 @@ class Pool:
         twice as long, and is disabled when its session is dead or its failures are too many."""
         if now() >= token.paused_until:  # else it is one burst: several jobs met the same refusal
             again = token.paused_for is not None and token.paused_for.code == err.code
-            token.pause = max(token.pause * 2 if again else err.pause, err.retry_after)
-            length = min(token.pause, 3600) * random.uniform(0.9, 1.1)
+            token.pause = min(token.pause * 2 if again else err.pause, 3600)
+            length = token.pause * random.uniform(0.9, 1.1)
             token.paused_until, token.paused_for = now() + length, err
             token.failures += err.does == "banning"
+        token.paused_until = max(token.paused_until, now() + min(err.retry_after, 86400))
         if err.code == "account_no_credits":
             token.credits = 0
         if err.does == "session" or token.failures >= self.settings["admin.error_ban_threshold"]:
@@ -1202,7 +1245,7 @@ class Pool:
     def _count(self, token: Token, what: str, number: int) -> None:
         """Counts, for ever and for today; a new day drops all of yesterday's counters at once."""
         vars(token)[f"{what}_count"] += number
-        if token.day != (day := datetime.date.today().isoformat()):
+        if token.day != (day := today()):
             token.day, token.today = day, {}
         token.today[what] = token.today.get(what, 0) + number
         if self.tokens.get(token.id) is token:
@@ -1243,12 +1286,22 @@ class Pool:
         """Of those that can take the job now: fewest leases first, then most credits."""
         free, kind = [], job.plan.kind
         for token in self.able(job.plan, job.n, tried, job.source):
-            limit = getattr(token, f"{kind}_concurrency")
-            if token.paused_until <= now() and (limit < 1 or token.busy[kind] < limit):
+            if token.paused_until <= now() and token.busy[kind] < self.limit(token, kind):
                 credits = token.reserved - (token.credits or 0)
                 load = (token.id in job.shunned, token.busy.total(), credits)
                 free.append((load, token.last_used_at, token.id, token))
         return min(free)[-1] if free else None
+
+    def limit(self, token: Token, kind: str) -> float:
+        """How many jobs of a kind it takes at once: as is set, or as Google has shown of late."""
+        own, (seen, until) = getattr(token, f"{kind}_concurrency"), token.seen.get(kind, (0, 0.0))
+        return min(own if own > 0 else math.inf, seen if now() < until else math.inf)
+
+    def narrow(self, token: Token, kind: str) -> bool:
+        """Google takes no more than the other ones: so it is for an hour -> are there others?"""
+        if others := token.busy[kind] - 1:
+            token.seen[kind] = others, now() + 3600
+        return others > 0
 
     def take(self, token: Token, job: Job) -> None:
         """Leases without a question: also for a job that is found running at start."""
@@ -1286,11 +1339,16 @@ class Pool:
     def wake(self) -> None:
         """Serves whoever waits, the first first; one who can't be served yet holds up nobody who
         can. Called when a slot, credits or the state of a token change, and each second."""
+        full = []  # what finds no free account: nor do those behind that want the same
         for turn, (job, tried) in list(self.waiting.items()):
+            wanted = job.plan, job.n, tried, job.source
             try:
-                if not turn.done() and (token := self._free(job, tried)):
-                    self.take(token, job)
-                    turn.set_result(token)
+                if not turn.done() and wanted not in full:
+                    if token := self._free(job, tried):
+                        self.take(token, job)
+                        turn.set_result(token)
+                    else:
+                        full.append(wanted)
             except GatewayError as err:
                 turn.set_exception(err)
             if turn.done():
@@ -1357,12 +1415,20 @@ class Media:
         """Removes kept files older than `cache.timeout`."""
         while True:
             lifetime = self.settings["cache.timeout"] or math.inf
-            for path in await asyncio.to_thread(lambda: list(self.kept.iterdir())):
-                longest = min(lifetime, 86400) if path.suffix == ".part" else lifetime
-                with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-                    if path.stat().st_mtime < now() - longest:
-                        path.unlink()
+            await asyncio.to_thread(self.expire, lifetime)
             await asyncio.sleep(min(60, max(1, lifetime / 4)))
+
+    def expire(self, lifetime: float) -> int:
+        """Removes the kept files that are older -> the bytes that stay."""
+        stay = 0
+        for path in list(self.kept.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                known = path.stat()
+                if known.st_mtime < now() - (86400 if path.suffix == ".part" else lifetime):
+                    path.unlink()
+                else:
+                    stay += known.st_size
+        return stay
 
     def save_inputs(self, job_id: str, images: list[bytes]) -> list[str]:
         names = [f"{job_id}_{number}" for number in range(len(images))]
@@ -1483,16 +1549,27 @@ class Jobs:
             return job if given or (job and job.state != "cancelled") else None
         raise GatewayError("task_not_found", "The job of this Idempotency-Key has been deleted")
 
-    async def delete(self, job: Job) -> None:
-        """Forgets an ended job, and a queued one; what is under way is paid for: conflict."""
+    async def cancel(self, job: Job) -> None:
+        """Ends a queued job; what is under way is paid for, what has ended stays: conflict."""
         if job.state == "queued" and job.id in self.open:
             job.detached = False
             await self.abandon(job)
+        if job.state != "cancelled":
+            raise bad(f"{job.id} is {job.state}: only a queued job can be stopped", code="conflict")
+
+    async def delete(self, job: Job) -> None:
+        """Forgets an ended job, and a queued one; what is under way is paid for: conflict."""
         if not job.ended:
-            raise bad(f"{job.id} is {job.state}: delete it when it has ended", code="conflict")
+            await self.cancel(job)
         for path in filter(None, [self.media.path(output.file) for output in job.outputs]):
             await asyncio.to_thread(path.unlink, missing_ok=True)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
+
+    async def page(self, *kind: str, **given: Any) -> list[Job]:
+        """As Store.jobs, the open ones as they are in memory."""
+        known = self.open.copy()  # before the read: what ends meanwhile is newer in memory
+        jobs = await asyncio.to_thread(self.store.jobs, *kind, **given)
+        return [known.get(job.id, job) for job in jobs]
 
     async def get(self, job_id: str) -> Job | None:
         return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
@@ -1500,7 +1577,7 @@ class Jobs:
     async def watch(self, job: Job) -> AsyncIterator[None]:
         """Yields at once, at each change and each HEARTBEAT seconds until the job is completed.
         Raises why it is not."""
-        while not (job.ended or job.task.done() or self.stopping):
+        while job.id in self.open and not job.task.done() and not self.stopping:
             changed = job.changed
             yield
             with contextlib.suppress(TimeoutError):
@@ -1522,17 +1599,16 @@ class Jobs:
             if job.id in self.open:
                 job.task.cancel()
             gone = GatewayError("cancelled", "The client left before anything was sent or spent")
-            await self._step(job, "cancelled", error=gone.record())
+            await self._step(job, "cancelled", error=gone.record(), completed_at=now())
 
     def progress(self, job: Job) -> tuple[int, int]:
         """(percent, by the median time of earlier jobs; their number); (0, 0): not known."""
-        known = self.durations[job.plan.pace]
-        if not known or not job.submitted_at:
+        if not job.median:
             return 0, 0
-        elapsed = (job.completed_at or now()) - job.submitted_at
-        share = elapsed / max(sorted(known)[len(known) // 2], 1)
-        job.percent = max(job.percent, min(99, int(share * 100)))  # it never goes back
-        return job.percent, len(known)
+        seconds, known = job.median
+        share = ((job.completed_at or now()) - job.submitted_at) / seconds
+        job.percent = max(job.percent, min(99, int(share * 100)))  # clocks can go back
+        return job.percent, known
 
     async def link(self, job: Job, output: Output, anew=False, thumbnail=False) -> str:
         """A live URL at Google of a finished output, asked for anew where the old one has ended."""
@@ -1659,9 +1735,12 @@ class Jobs:
             if last.does == "unknown":
                 log.warning("%s: %s; looking for it at Google", job.id, last)
                 return await self._step(job, "unknown")
+            full = last.code == "account_busy" and self.pool.narrow(token, job.plan.kind)
             self.pool.release(job)
             if job.state == "submitting":
                 await self._step(job, "queued", submitted_at=0.0)
+            if full:
+                continue  # in the queue
             if last.does in ("account", "banning", "session"):
                 self.pool.blame(token, last)
                 tried.add(token.id)
@@ -1697,6 +1776,8 @@ class Jobs:
         if job.token_id in self.pool.tokens and reply.credits is not None:
             await self.pool.update(self.pool.tokens[job.token_id], credits=reply.credits)
         deadline = now() + self.settings[f"generation.{job.plan.kind}_timeout"]
+        if known := sorted(self.durations[job.plan.pace]):
+            job.median = [max(known[len(known) // 2], 1), len(known)]
         await self._step(job, "running", *job.outputs, deadline=deadline)
         self.media.drop_inputs(job.inputs)
 
@@ -1754,8 +1835,10 @@ class Jobs:
                 output.answers += 1
                 await self._take(output, status)
                 if output.state != "pending" or output.answers >= most:
-                    await self.store.put(output)
-                    self._tell(job, job.stage)
+                    try:
+                        await self.store.put(output)
+                    finally:  # on a full disk, too: nobody else would wake the job
+                        self._tell(job, job.stage)
 
     async def _take(self, output: Output, status: Status) -> None:
         """Notes what Google says of an output."""
@@ -2138,6 +2221,20 @@ STREAM_END = b"data: [DONE]\n\n"
 API_PREFIX = re.compile(r"^(/flow)?(/v1)*/")
 
 
+def bearer(request: web.Request) -> str:
+    """The key of a request: `Bearer K`, or the bare key that older clients send."""
+    return re.sub(r"^Bearer\s+", "", request.headers.get("Authorization", ""), flags=re.I).strip()
+
+
+def same(given: str, known: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="backslashreplace"), known.encode())
+
+
+def digest(secret: str | bytes) -> str:
+    data = secret.encode(errors="backslashreplace") if isinstance(secret, str) else secret
+    return hashlib.sha256(data).hexdigest()
+
+
 def sse(data: dict, event="") -> bytes:
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {json.dumps(data)}\n\n".encode()
@@ -2174,7 +2271,7 @@ def model_object(model: str) -> dict:
     endpoint = "image-generation" if plan.kind == "image" else "openai-video"
     head = {"id": model, "object": "model", "created": 1764547200, "owned_by": "flow2api"}
     head["description"] = f"{plan.kind.capitalize()} generation - {plan.describe()}"
-    return head | {"supported_endpoint_types": ["openai", endpoint]}
+    return head | {"supported_endpoint_types": ["openai", endpoint], "pictures": plan.images}
 
 
 def fingerprint(request: Any) -> str:
@@ -2198,8 +2295,12 @@ class Gateway:
         self.pool = Pool(settings, store, adapter(settings, self.wire))
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
-        self.sessions: dict[str, float] = {}  # SHA-256 of an admin session -> its end
+        self.requests = self.bodies = 0  # under way: their number, the bytes of their bodies
         self.keyed = weakref.WeakValueDictionary()  # Idempotency-Key -> lock, while one is read
+
+    def logged_in(self, request: web.Request) -> bool:
+        """Whether its owner asks: admin_flow2api.py can tell."""
+        return False
 
     async def close(self) -> None:
         await self.jobs.stop()
@@ -2410,9 +2511,8 @@ class Gateway:
         if after := query.get("after", ""):
             await self.known_job(after)
         given = {"after": after, "oldest_first": oldest_first, "limit": limit + 1}
-        jobs = await asyncio.to_thread(self.store.jobs, "video", **given)
-        known = [self.jobs.open.get(job.id, job) for job in jobs[:limit]]
-        data = [self.video_object(request, job) for job in known]
+        jobs = await self.jobs.page("video", **given)
+        data = [self.video_object(request, job) for job in jobs[:limit]]
         shown = {"object": "list", "data": data, "has_more": len(jobs) > limit}
         ids = [video["id"] for video in data] or [None]
         return web.json_response(shown | {"first_id": ids[0], "last_id": ids[-1]})
@@ -2441,14 +2541,17 @@ class Gateway:
         return await self.send_output(request, job, {"index": match[3]})
 
     async def stats(self, request: web.Request) -> web.Response:
-        """GET /v1/stats: eight counters."""
+        """GET /v1/stats, /api/stats: eight counters."""
+        return web.json_response({"success": True, "stats": self.counters()} | self.counters())
+
+    def counters(self) -> dict[str, int]:
         tokens = self.pool.tokens.values()
         shown = {"total_tokens": len(tokens), "active_tokens": sum(t.is_active for t in tokens)}
-        today = datetime.date.today().isoformat()
+        day = today()
         for what in ("image", "video", "error"):
             shown[f"total_{what}s"] = sum(getattr(token, f"{what}_count") for token in tokens)
-            shown[f"today_{what}s"] = sum(t.today.get(what, 0) for t in tokens if t.day == today)
-        return web.json_response({"success": True, "stats": shown})
+            shown[f"today_{what}s"] = sum(t.today.get(what, 0) for t in tokens if t.day == day)
+        return shown
 
     async def token_tasks(self, request: web.Request) -> web.Response:
         """GET /v1/tokens/{id}/…: open jobs of a token, finished ones (profile-feed), or one job."""
@@ -2462,7 +2565,7 @@ class Gateway:
         if request.path.endswith("feed"):
             limit = one_of(request.query, "limit", range(1, 101), 8)
             given = {"token_id": token.id, "states": ("completed",), "limit": limit}
-            name, jobs = "items", await asyncio.to_thread(self.store.jobs, **given)
+            name, jobs = "items", await self.jobs.page(**given)
         shown = {"success": True, "token_id": token.id, "count": len(jobs)}
         return web.json_response(shown | {name: [self.task_object(request, job) for job in jobs]})
 
@@ -2478,6 +2581,10 @@ class Gateway:
         if token := self.pool.tokens.get(int(request.match_info["id"])):
             return token
         raise GatewayError("not_found", "There is no such token")
+
+    async def health(self, request: web.Request) -> web.Response:
+        """GET /health: that the process serves, and no details."""
+        return web.json_response({"status": "ok"})
 
     async def absent(self, request: web.Request) -> web.Response:
         raise GatewayError("not_implemented", f"{request.path[:80]}: Flow has nothing like it")
@@ -2557,134 +2664,15 @@ def progress_line(jobs: Jobs, job: Job) -> str:
     return f"{ready}generating for {int(now() - job.submitted_at)} s{guess}\n"
 
 
-# ---- 11. Admin API --------------------------------------------------------------------------
-SESSION_SECONDS = 7 * 86400
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY + "; frame-ancestors 'none'"}
-PAGE_HEADERS |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-TOKEN_FIELDS = ("project_id", "project_name", "remark", "proxy_url")  # that a request may set
-TOKEN_FIELDS += ("image_enabled", "video_enabled", "image_concurrency", "video_concurrency")
-
-
-def bearer(request: web.Request) -> str:
-    """The key of a request: `Bearer K`, or the bare key that older clients send."""
-    return re.sub(r"^Bearer\s+", "", request.headers.get("Authorization", ""), flags=re.I).strip()
-
-
-def same(given: str, known: str) -> bool:
-    return hmac.compare_digest(given.encode(errors="backslashreplace"), known.encode())
-
-
-def digest(secret: str | bytes) -> str:
-    data = secret.encode(errors="backslashreplace") if isinstance(secret, str) else secret
-    return hashlib.sha256(data).hexdigest()
-
-
-def hash_password(password: str, salt: bytes) -> str:
-    key = hashlib.scrypt(password.encode(errors="replace"), salt=salt, n=1 << 14, r=8, p=1)
-    return f"scrypt${salt.hex()}${key.hex()}"
-
-
-def same_password(password: str, known: str) -> bool:
-    """`known`: a hash, or the text that stands in setting.toml."""
-    hashed = re.match(r"scrypt\$([0-9a-f]+)\$", known)
-    given = hash_password(password, bytes.fromhex(hashed[1])) if hashed else password
-    return known != "" and same(given, known)
-
-
-def ok(message: str, **more: Any) -> web.Response:
-    return web.json_response({"success": True, "message": message, **more})
-
-
-def iso(seconds: float) -> str | None:
-    """RFC 3339 in UTC; None for never."""
-    at = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return at.isoformat() if seconds else None
-
-
-def token_object(token: Token) -> dict:
-    """As GET /api/tokens gives it, with session and access token in clear."""
-    names = "id st at email name remark is_active use_count image_enabled video_enabled reason"
-    names += " image_concurrency video_concurrency image_count video_count error_count"
-    shown = {name: getattr(token, name) for name in names.split()}
-    times = ("at_expires", "created_at", "last_used_at")
-    shown |= {name: iso(getattr(token, name)) for name in times}
-    shown |= {"token": token.at, "credits": token.credits or 0}
-    shown["user_paygate_tier"] = token.tier or None
-    shown["current_project_id"] = token.project_id or None
-    return shown | {"current_project_name": token.project_name or None}
-
-
-def token_fields(body: dict) -> dict:
-    """The fields that a request sets; null keeps what is there."""
-    fields = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
-    for name, value in fields.items():
-        if type(value) is not (kind := type(Token.FIELDS[name])):
-            raise bad(f"{name} must be of type {kind.__name__}", name)
-    if fields.get("proxy_url") and not good_proxy(fields["proxy_url"]):
-        raise bad("proxy_url must look like http://host:port or socks5://host:port", "proxy_url")
-    return fields
-
-
-class AdminApi(Gateway):
-    """The handlers of /api, of /health and of the page."""
-
-    async def login(self, request: web.Request) -> web.Response:
-        """POST /api/login -> a session token for /api, good for seven days after its last use."""
-        small = request.clone(client_max_size=1 << 16)  # whoever asks has shown no key yet
-        body, known = await read_json(small), self.settings["global.admin_password"]
-        name, password = str(body.get("username")), str(body.get("password"))
-        good = await asyncio.to_thread(same_password, password, known)
-        if not good or not same(name, self.settings["global.admin_username"]):
-            raise GatewayError("invalid_api_key", "Invalid credentials")
-        self.sessions = {key: end for key, end in self.sessions.items() if end >= now()}
-        session = "admin-" + secrets.token_urlsafe(32)
-        self.sessions[digest(session)] = now() + SESSION_SECONDS
-        return ok("Login successful", token=session, username=name)
-
-    async def list_tokens(self, request: web.Request) -> web.Response:
-        return web.json_response([token_object(t) for t in reversed(self.pool.tokens.values())])
-
-    async def add_token(self, request: web.Request) -> web.Response:
-        """POST /api/tokens: a new account, or a new session of a known one."""
-        body = await read_json(request)
-        st = clean_session_token(body["st"]) if isinstance(body.get("st"), str) else ""
-        if not st or not st.isascii() or not st.isprintable():
-            raise bad("st, the session token, is missing or not one", "st")
-        fields = token_fields(body)
-        if any(token.st == st and token.is_active for token in self.pool.tokens.values()):
-            raise bad("This session token is in the pool already", "st", "conflict")
-        token, new = await self.pool.add(st, **fields)
-        names = ("id", "email", "credits", "project_id", "project_name")
-        words = "Token added" if new else "This account was known; its session is updated"
-        return ok(words, token={name: getattr(token, name) for name in names})
-
-    async def delete_token(self, request: web.Request) -> web.Response:
-        await self.pool.remove(self.token(request))
-        return ok("Token deleted")
-
-    async def health(self, request: web.Request) -> web.Response:
-        """GET /health: that the process serves, and no details."""
-        return web.json_response({"status": "ok"})
-
-    async def page(self, request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(Path(__file__).with_name("admin.html"), headers=PAGE_HEADERS)
-
-
-# ---- 12. Main -------------------------------------------------------------------------------
-GATEWAY = web.AppKey("gateway", AdminApi)
-PUBLIC, KEY, ADMIN = "public", "key", "admin"
+# ---- 11. Main -------------------------------------------------------------------------------
+GATEWAY = web.AppKey("gateway", Gateway)
+PUBLIC, KEY, ADMIN, EITHER = "public", "key", "admin", "either"
 SORA_PATHS = ("characters", "characters/search", "videos/characters", "videos/characters/{name}")
 SORA_PATHS += ("invite-codes", "profiles/{name}", "users/{name}/feed", "feed", "enhance_prompt")
 TOKEN_PATH = r"/v1/tokens/{id:\d{1,18}}"
-ROUTES = (  # method, path, handler, who may call it
-    ("GET", "/", AdminApi.page, PUBLIC),
-    ("GET", "/health", AdminApi.health, PUBLIC),
+ROUTES = (  # methods, path, handler, who may call it
+    ("GET", "/health", Gateway.health, PUBLIC),
     ("GET", "/tmp/{name}", Gateway.serve_media, PUBLIC),
-    ("POST", "/api/{_:(admin/)?}login", AdminApi.login, PUBLIC),
-    ("GET", "/api/tokens", AdminApi.list_tokens, ADMIN),
-    ("POST", "/api/tokens", AdminApi.add_token, ADMIN),
-    ("DELETE", r"/api/tokens/{id:\d{1,18}}", AdminApi.delete_token, ADMIN),
     ("GET", "/v1/models", Gateway.list_models, KEY),
     ("GET", "/v1/models/{model}", Gateway.get_model, KEY),
     ("POST", "/v1/chat/completions", Gateway.chat_completions, KEY),
@@ -2710,16 +2698,24 @@ PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Contro
 
 
 async def admit(handler: Callable, role: str, request: web.Request) -> web.StreamResponse:
-    """Calls the handler, for those who may."""
+    """Calls the handler, for those who may, as far as there is room."""
     gateway, given = request.app[GATEWAY], bearer(request)
-    key, sessions = gateway.settings["global.api_key"], gateway.sessions
-    if role == KEY and not (key and same(given, key)):
-        raise GatewayError("invalid_api_key", "No valid API key: send Authorization: Bearer <key>")
-    if role == ADMIN:
-        if sessions.get(digest(given), 0) < now():
+    key, owner = gateway.settings["global.api_key"], role in (ADMIN, EITHER)
+    if not (role == PUBLIC or (owner and gateway.logged_in(request))):
+        if role == ADMIN:
             raise GatewayError("invalid_api_key", "Invalid or expired admin token")
-        sessions[digest(given)] = now() + SESSION_SECONDS
-    return await handler(gateway, request)
+        if not key or not same(given, key):
+            words = "No valid API key: send Authorization: Bearer <key>"
+            raise GatewayError("invalid_api_key", words)
+    most, room = gateway.settings["limits.requests"], gateway.settings["limits.bodies_mb"] << 20
+    size = (request.content_length or request.client_max_size) if request.can_read_body else 0
+    if role == KEY and (gateway.requests >= most or gateway.bodies + size > room):
+        raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
+    gateway.requests, gateway.bodies = gateway.requests + 1, gateway.bodies + size
+    try:
+        return await handler(gateway, request)
+    finally:
+        gateway.requests, gateway.bodies = gateway.requests - 1, gateway.bodies - size
 
 
 @web.middleware
@@ -2774,15 +2770,25 @@ async def for_ever(loop: Awaitable) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def beside(name: str) -> ModuleType | None:
+    """A file of ours that builds on this one; None where it is not there."""
+    sys.modules.setdefault("flow2api", sys.modules[__name__])  # one copy, even if it is __main__
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        return None
+    return importlib.import_module(name)
+
+
 def make_app(settings: Settings, store: Store, adapter=RestFlow) -> web.Application:
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
     app = web.Application(middlewares=[tell_errors], client_max_size=limit)
-    app[GATEWAY] = AdminApi(settings, store, adapter)
-    for method, path, handler, role in ROUTES:
+    owners = beside("admin_flow2api")
+    app[GATEWAY] = (owners.AdminApi if owners else Gateway)(settings, store, adapter)
+    for methods, path, handler, role in ROUTES + (owners.ROUTES if owners else ()):
         admitted = functools.partial(admit, handler, role)
         for prefix in ALIASES if path.startswith("/v1/") else ("",):
-            app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), admitted)])
+            for method in methods.split():
+                app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), admitted)])
     app.on_response_prepare.append(expose)
     app.on_shutdown.append(app[GATEWAY].jobs.interrupt)
     app.cleanup_ctx.append(workings)
@@ -2795,9 +2801,14 @@ def open_store(settings: Settings) -> Store:
     store.open()
     for key, value in store.settings().items():
         layer, _, name = key.partition(":")
-        if name in SETTING and layer in Settings.LAYERS:
+        if name in SETTING and layer in Settings.LAYERS and value is not None:
             settings.layers[layer][name] = value
     return store
+
+
+def hash_password(password: str, salt: bytes) -> str:
+    key = hashlib.scrypt(password.encode(errors="replace"), salt=salt, n=1 << 14, r=8, p=1)
+    return f"scrypt${salt.hex()}${key.hex()}"
 
 
 async def make_secrets(settings: Settings, store: Store) -> dict[str, str]:
@@ -2832,11 +2843,8 @@ async def serve(settings: Settings, demo: bool) -> None:
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     store, adapter, accounts = open_store(settings), RestFlow, ()
     if demo:
-        sys.modules["flow2api"] = sys.modules[__name__]  # which is __main__: one copy is enough
-        try:
-            import demo_flow2api as simulated
-        except ImportError:
-            raise SettingError("--demo needs demo_flow2api.py beside flow2api.py") from None
+        if not (simulated := beside("demo_flow2api")):
+            raise SettingError("--demo needs demo_flow2api.py beside flow2api.py")
         adapter, accounts = simulated.Demo, simulated.ACCOUNTS
         settings.layers["command line"] |= {"flow.poll_interval": 1.0, "cache.timeout": 0}
     app = make_app(settings, store, adapter)
@@ -2847,6 +2855,7 @@ async def serve(settings: Settings, demo: bool) -> None:
         for st in accounts:
             await app[GATEWAY].pool.add(st)
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
+        gc.freeze()  # what is imported stays: no need to look at it again and again
         done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises by itself
@@ -2855,6 +2864,12 @@ async def serve(settings: Settings, demo: bool) -> None:
         log.info("stopping")
     finally:
         await runner.cleanup()
+
+
+def iso(seconds: float) -> str | None:
+    """RFC 3339 in UTC; None for never."""
+    at = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return at.isoformat() if seconds else None
 
 
 async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
@@ -2893,7 +2908,7 @@ async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
 async def check(settings: Settings) -> bool:
     """--check: the settings in force, then the findings -> whether all is well."""
     for name in SETTING:
-        secret = settings[name] and name in (*SECRETS, "proxy.proxy_url")
+        secret = settings[name] and name in HIDDEN
         value = "(set)" if secret else repr(settings[name])
         print(f"      {name} = {value}  ({settings.source(name)})")
     found = [found async for found in findings(settings)]
@@ -2915,6 +2930,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--demo", action="store_true", help="run on a simulated Flow; nothing is kept")
     instead("--check", action="store_true", help="say what is wrong, spend nothing, and exit")
+    instead("--backup", type=Path, metavar="FILE", help="copy the database, even in use, and exit")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
@@ -2939,6 +2955,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         if arguments.check:
             return 0 if asyncio.run(check(settings)) else 1
+        if arguments.backup:
+            Store(settings.data).copy(arguments.backup)
+            return 0
         for warning in settings.warnings:
             log.warning(warning)
         with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:

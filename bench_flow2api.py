@@ -1,0 +1,346 @@
+"""Flow2API under load: `python bench_flow2api.py [name …]`; --help lists the names.
+
+The gateway runs in a process of its own, with a probe in it; the simulated Flow of the tests and
+the clients run in this one. A third process idles: as late as its event loop is at some moment,
+the machine is to blame. Machines differ and are shared: the figures to compare are the ratios.
+Memory is read from /proc, so it needs Linux.
+"""
+
+import argparse
+import asyncio
+import functools
+import inspect
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import asynccontextmanager
+
+import aiohttp
+from aiohttp import web
+
+import flow2api
+import test_flow2api as tests
+
+clock, CLIP = time.perf_counter, {"model": "veo_3_1-fast", "prompt": "a boat"}
+
+
+def probe():
+    """Its source runs by `python -c`: with arguments as the gateway, without them as the process
+    that idles. A line on stdin is answered with what has happened since the last one."""
+    import asyncio
+    import gc
+    import json
+    import os
+    import pathlib
+    import sys
+    import threading
+    import time
+    import traceback
+
+    now, slow, lags, pauses = time.monotonic, [], [], [0.0]
+    began, seen, run = [0.0], [""], asyncio.Handle._run  # of the callback that runs
+
+    def timed(handle):
+        began[0], seen[0], cpu = now(), "", time.thread_time()
+        run(handle)
+        if (took := now() - began[0]) > 0.02:
+            slow.append((took, time.thread_time() - cpu, seen[0] or repr(handle)[:99]))
+        began[0] = 0.0
+
+    def watch():  # notes where the threads are while a callback is slow
+        while True:
+            time.sleep(0.01)
+            if began[0] and now() - began[0] > 0.02:
+                stacks = [[*traceback.walk_stack(f)] for f in sys._current_frames().values()]
+                codes = [[(f.f_code, line) for f, line in stack] for stack in stacks]
+                ours = [[at for at in x if at is x[0] or "flow2api" in str(at)] for x in codes]
+                words = (" < ".join(f"{at.co_name}:{n}" for at, n in x[:3]) for x in ours if x[1:])
+                seen[0] = " | ".join(words)
+
+    def answer():
+        for _ in sys.stdin:
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            told = {"mb": pages * os.sysconf("SC_PAGE_SIZE") / 2**20, "cpu": time.process_time()}
+            told |= {"lags": lags[:], "gc": max(pauses), "slow": sorted(slow, reverse=True)[:3]}
+            lags[:], slow[:], pauses[:] = [], [], [0.0]
+            print(json.dumps(told), flush=True)
+        os._exit(0)  # whoever asks has gone
+
+    def tick(due):
+        lags.append((now(), now() - due))
+        asyncio.get_running_loop().call_at(now() + 0.01, tick, now() + 0.01)
+
+    def collecting(phase, about):
+        pauses.append(now()) if phase == "start" else pauses.append(now() - pauses.pop())
+
+    async def serve(*arguments):
+        tick(now())
+        await (serve_gateway(*arguments) if arguments else asyncio.Event().wait())
+
+    threading.Thread(target=answer, daemon=True).start()
+    if not sys.argv[1:]:
+        asyncio.run(serve())
+    import flow2api
+
+    serve_gateway, flow2api.serve, asyncio.Handle._run = flow2api.serve, serve, timed
+    gc.callbacks.append(collecting)
+    threading.Thread(target=watch, daemon=True).start()
+    flow2api.main(sys.argv[1:])
+
+
+class Bench(tests.World):
+    """A world whose gateway is a process of its own."""
+
+    async def start_gateway(self):
+        address = self.demo.address
+        values = {"flow.labs_base_url": f"{address}/fx/api", "flow.api_base_url": f"{address}/v1"}
+        values |= {"global.api_key": self.key, "global.admin_password": self.password}
+        values |= {"server.data_dir": self.data / "data", "limits.queue": 1000} | self.settings
+        own = {"FLOW2API_" + k.replace(".", "_").upper(): str(v) for k, v in values.items()}
+        options = dict.fromkeys(("stdin", "stdout"), asyncio.subprocess.PIPE)
+        options |= {"env": os.environ | own, "limit": 1 << 26, "cwd": pathlib.Path(__file__).parent}
+        options["stderr"] = (self.data / "log").open("wb")
+        code = inspect.getsource(probe) + "\nprobe()"
+        start = functools.partial(asyncio.create_subprocess_exec, sys.executable, "-c", code)
+        arguments = "--config", str(self.data / "none"), "--host", "127.0.0.1", "--port", "0"
+        self.process, self.idle = await start(*arguments, **options), await start(**options)
+        self.url = (await self.process.stdout.readline()).split()[-1].decode()
+        await self.http.close()  # that one opens 100 connections at most
+        self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self.operator = {"key": await self.admin()}
+
+    async def stop_gateway(self):
+        for process in (self.process, self.idle):
+            process.terminate()
+            await process.communicate()
+
+    async def add_account(self, **fields):
+        st = self.demo.account(f"user{len(self.demo.accounts)}@example.com", tests.PRO, 10**9)
+        body = {"st": st} | fields
+        status, _, body = await self.call("POST", "/api/tokens", body, **self.operator)
+        assert status == 200, body
+
+    async def told(self):
+        """What the probe tells. own: by how much the loop was late, less what the idle one was."""
+        both = []
+        for process in (self.process, self.idle):
+            process.stdin.write(b"\n")
+            while not (line := await process.stdout.readline()).startswith(b"{"):
+                assert line, (self.data / "log").read_text()
+            both.append(json.loads(line))
+        found, idle, found["own"] = both[0], both[1]["lags"], [0.0]
+        for at, lag in found["lags"]:
+            late = idle if lag > 0.005 else ()
+            there = (x for end, x in late if end > at - lag - 0.01 and end - x < at)
+            found["own"].append(max(0, lag - max(there, default=0)))
+        return found
+
+    async def report(self, title):
+        found = await self.told()
+        own, gc = sorted(1e3 * lag for lag in found["own"]), 1e3 * found["gc"]
+        print(f"  {title}: the loop is late by {own[-1]:.0f} ms at most,", end=" ")
+        print(f"p99.9 {own[int(len(own) * 0.999)]:.0f} ms; garbage collection {gc:.0f} ms at most")
+        for took, cpu, where in found["slow"]:
+            print(f"    a callback of {1e3 * took:.0f} ms ({1e3 * cpu:.0f} ms CPU): {where}")
+        return found
+
+    def accepted(self):
+        return sum(bool(tests.re.search(tests.PAID, path)) for path, _ in self.demo.calls)
+
+
+@asynccontextmanager
+async def bench(accounts=5, interval=1.0, file=b"", limits=None, **options):
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        b = Bench(pathlib.Path(folder), **{"flow.poll_interval": interval}, **options)
+        if file:
+            b.demo.file = functools.partial(send, file)
+        await b.start()
+        try:
+            await asyncio.gather(*(b.add_account(**limits or {}) for _ in range(accounts)))
+            await b.told()
+            yield b
+        finally:
+            await b.stop()
+
+
+async def send(data, request, body, account):
+    return web.Response(body=data, content_type=flow2api.sniff(data)[0])
+
+
+async def timed(awaitable):
+    start = clock()
+    result = await awaitable
+    return clock() - start, result
+
+
+async def streams(options):
+    """500 streamed chats at a time: memory, signs of life, the event loop"""
+    silences, mb, rounds = [], [], 3
+    async with bench(video_seconds=options.seconds / rounds) as b:
+
+        async def listen(number):
+            await asyncio.sleep(number / 100)  # people don't come all at once
+            body = tests.chat_body("veo_3_1-fast", "a boat") | {"stream": True}
+            options = {"json": body, "headers": {"Authorization": f"Bearer {b.key}"}}
+            for _ in range(rounds):
+                last, lines = clock(), []
+                async with b.http.post(b.url + "/v1/chat/completions", **options) as reply:
+                    async for line in reply.content:
+                        silences.append(clock() - last)
+                        last, lines = clock(), [*lines, line]
+                assert b"data: [DONE]\n" in lines, lines
+
+        mb.append((await b.told())["mb"])
+        listening = asyncio.gather(*map(listen, range(500)))
+        while not listening.done():
+            await asyncio.wait([listening], timeout=10)
+            mb.append((await b.report(f"{len(mb)}0 s"))["mb"])
+        await listening
+        print(f"  {500 * rounds} streams ended well, {b.accepted()} submits accepted;", end=" ")
+        print(f"longest silence {max(silences):.1f} s (HEARTBEAT: {flow2api.HEARTBEAT:.0f} s)")
+        print("  memory before, and each 10 s:", *map(round, mb), "MB")
+
+
+async def burst(options):
+    """200 requests at once by chat, images and videos, against one alone"""
+    async with bench(video_seconds=2) as b:
+        calls = (
+            functools.partial(b.chat, "veo_3_1-fast"),
+            functools.partial(b.call, "POST", "/v1/images/generations", {"prompt": "a boat"}),
+            functools.partial(b.call, "POST", "/v1/videos", CLIP | {"async_mode": False}),
+        )
+        alone = max([(await timed(call()))[0] for call in calls])
+        seconds, answers = await timed(asyncio.gather(*(calls[i % 3]() for i in range(200))))
+        await b.report("200 at once")
+        good, accepted = sum(answer[0] == 200 for answer in answers), b.accepted() - 3
+        print(f"  {good} ended well, {accepted} submits accepted;", end=" ")
+        print(f"{seconds:.1f} s, {seconds / alone:.2f} x the slowest one alone")
+
+
+async def clips(number, **options):
+    asked, gate = [], asyncio.Semaphore(20)
+
+    async def note(request, handler):
+        asked.extend([clock()] * ("batchCheck" in request.path))
+        return await handler(request)
+
+    async with bench(**options) as b:
+
+        async def make():
+            async with gate:
+                assert (await b.call("POST", "/v1/videos", CLIP))[0] == 200
+
+        start, b.fault = (await b.told())["cpu"], note
+        for _ in range(500):
+            await b.call("GET", "/health")
+        ready = (await b.told())["cpu"]
+        await asyncio.gather(*(make() for _ in range(number)))
+        while (await b.call("GET", "/v1/stats"))[2]["stats"]["total_videos"] < number:
+            await asyncio.sleep(0.5)
+        cpu, unit = (await b.report("clips"))["cpu"] - ready, (ready - start) / 500
+        tick = options["interval"] / 2
+        most = max(sum(at <= other < at + tick for other in asked) for at in asked)
+        print(f"  {b.accepted()} submits accepted; at most {most} status calls a tick;", end=" ")
+        print(f"{1e3 * cpu / number:.1f} ms CPU a job, {cpu / number / unit:.0f} x GET /health")
+
+
+async def jobs(options):
+    """1,000 clips on 5 accounts: status calls a tick, CPU for each"""
+    await clips(1000, interval=2.0, video_seconds=20)
+
+
+async def queue(options):
+    """700 clips on 500 accounts of one clip at a time: what waiting costs"""
+    limits = {"video_concurrency": 1}
+    await clips(700, accounts=500, limits=limits, interval=1.0, video_seconds=5)
+
+
+async def clip(options):
+    """200 MB through /v1/videos/{id}/content: memory, speed against a direct download"""
+    size, speeds, mb = 200 << 20, [], []
+    async with bench(1, file=tests.demo_flow2api.CLIP.ljust(size, b"\0"), video_seconds=0) as b:
+        video = (await b.call("POST", "/v1/videos", CLIP | {"async_mode": False}))[2]["id"]
+        (medium,) = b.demo.media.values()
+
+        async def fetch(url):
+            async with b.http.get(url, headers={"Authorization": f"Bearer {b.key}"}) as reply:
+                assert sum([len(part) async for part in reply.content.iter_any()]) == size
+
+        for url in [b.demo.url(medium), f"{b.url}/v1/videos/{video}/content"] * 3:
+            mb.append((await b.told())["mb"])
+            fetching = asyncio.create_task(timed(fetch(url)))
+            while not fetching.done():
+                await asyncio.sleep(0.05)
+                mb.append((await b.told())["mb"])
+            speeds.append(200 / fetching.result()[0])
+    direct, through = statistics.median(speeds[::2]), statistics.median(speeds[1::2])
+    print(f"  memory grows by {max(mb) - mb[0]:.1f} MB; {through:.0f} MB/s,", end=" ")
+    print(f"{through / direct:.2f} x a direct download")
+
+
+async def pictures(options):
+    """Pictures of 15 MB in and out: the event loop"""
+    big, body = tests.PNG + os.urandom(15 << 20), {"prompt": "a boat"}
+    async with bench(1, file=big) as b:
+        edit = functools.partial(b.call, "POST", "/v1/images/edits")
+        data, link = {"image": tests.data_url(big)}, {"response_format": "url"}
+        form = aiohttp.FormData(body | link)
+        form.add_field("image", big, filename="a.png", content_type="image/png")
+        ways = {
+            "out": b.call("POST", "/v1/images/generations", body),
+            "in by form": edit(data=form),
+            "in by JSON": edit(body | link | data),
+            "in by chat": b.chat("nano_banana_pro", pictures=[data["image"]]),
+        }
+        for title, way in ways.items():
+            assert (await way)[0] == 200
+            await b.report(title)
+
+
+async def tokens(options):
+    """GET /api/tokens of 500 accounts against GET /health"""
+    async with bench(500) as b:
+        ways, taken = ("/api/tokens", "/health"), []
+        for path in ways * 50:
+            taken.append(1e3 * (await timed(b.call("GET", path, **b.operator)))[0])
+    slow, fast = statistics.median(taken[::2]), statistics.median(taken[1::2])
+    print(f"  {slow:.1f} ms, {slow / fast:.1f} x GET /health")
+
+
+async def store(options):
+    """Writes a second: committed in groups against one by one"""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        db, records = flow2api.Store(pathlib.Path(folder)), []
+        db.open()
+        records = [flow2api.Output(job_id="video_1", number=number) for number in range(4000)]
+        start = clock()
+        await asyncio.gather(*map(db.put, records))
+        middle = clock()
+        for record in records[:400]:
+            await db.put(record)
+        grouped, single = 4000 / (middle - start), 400 / (clock() - middle)
+        await asyncio.to_thread(db.close)
+    print(f"  {grouped:.0f} in groups, {grouped / single:.0f} x the {single:.0f} one by one")
+
+
+def main():
+    benches = {f.__name__: f for f in (streams, burst, jobs, queue, clip, pictures, tokens, store)}
+    rows = "\n".join(f"  {name:9} {bench.__doc__}" for name, bench in benches.items())
+    kind, words = argparse.RawDescriptionHelpFormatter, f"Benchmarks, all if none is named:\n{rows}"
+    parser = argparse.ArgumentParser(description=words, formatter_class=kind)
+    parser.add_argument("name", nargs="*", help="a benchmark")
+    parser.add_argument("--seconds", type=float, default=60, help="length of streams")
+    options = parser.parse_args()
+    for name in options.name or benches:
+        if name not in benches:
+            parser.error(f"there is no benchmark {name}")
+        print(f"{name}: {benches[name].__doc__}", flush=True)
+        asyncio.run(benches[name](options))
+
+
+if __name__ == "__main__":
+    main()
