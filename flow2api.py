@@ -605,7 +605,7 @@ class Job(Record):
         if isinstance(self.plan, dict):  # as JSON keeps it
             self.plan = Plan(**self.plan)
         self.outputs, self.shunned, self.changed = [], set(), asyncio.Event()
-        self.stage, self.task, self.percent = "", None, 0
+        self.stage, self.task, self.percent, self.clients = "", None, 0, 0
 
     @property
     def ended(self) -> bool:
@@ -718,6 +718,11 @@ class Store:
 
     def tokens(self) -> list[Token]:
         return [Token(**row) for row in self._rows("SELECT * FROM tokens ORDER BY id")]
+
+    def last_token(self) -> int:
+        """The highest id of the accounts, and of deleted ones that have jobs."""
+        sql = "SELECT max(id) FROM (SELECT id FROM tokens UNION SELECT token_id FROM jobs)"
+        return self._rows(sql)[0][0] or 0
 
     def job(self, job_id: str) -> Job | None:
         return next(iter(self._jobs("WHERE id = ?", job_id)), None)
@@ -1094,10 +1099,10 @@ class RestFlow:
             wanted = {"mediaId": output.media, "clientContext": context}
             wanted["targetResolution"] = f"UPSAMPLE_IMAGE_RESOLUTION_{size}"
             body = await self._api(token, "POST", "flow/upsampleImage", json=wanted)
-            data = await asyncio.to_thread(base64.b64decode, dig(body, "encodedImage"))
-            if not data:
-                raise GatewayError("upstream_changed", "Google sent no larger picture")
-            return Status(output.name, "done", output.media, data=data)
+            with contextlib.suppress(TypeError, ValueError):
+                if data := await asyncio.to_thread(base64.b64decode, dig(body, "encodedImage")):
+                    return Status(output.name, "done", output.media, data=data)
+            raise GatewayError("upstream_changed", "Google sent no larger picture")
         ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
         clip = {"videoInput": {"mediaId": output.media}, "metadata": {"sceneId": scene}}
         clip |= {"videoModelKey": f"veo_3_1_upsampler_{size}", "seed": random.randrange(99999)}
@@ -1144,7 +1149,7 @@ class Pool:
     def __init__(self, settings: Settings, store: Store, upstream: RestFlow):
         self.settings, self.store, self.upstream = settings, store, upstream
         upstream.authorise = self.access_token
-        self.tokens = {token.id: token for token in store.tokens()}
+        self.tokens, self.last = {token.id: token for token in store.tokens()}, store.last_token()
         self.leases: dict[str, tuple[Token, int]] = {}  # job id -> token, credits reserved
         self.waiting: dict[asyncio.Future, tuple[Job, set[int]]] = {}
         self._alarm: asyncio.TimerHandle | None = None
@@ -1155,10 +1160,10 @@ class Pool:
         session = await self.upstream.session(draft)
         if not session["email"]:
             raise GatewayError("upstream_changed", "Google's session names no e-mail address")
-        draft.id = max(self.tokens, default=0) + 1
+        draft.id = self.last + 1  # never a deleted one's: its clips would change hands
         known = (token for token in self.tokens.values() if token.email == session["email"])
         token = next(known, draft)
-        self.tokens[token.id] = token
+        self.tokens[token.id], self.last = token, max(self.last, token.id)
         await self.update(token, **session | AWAKE | fields)
         try:
             await self.check(token)
@@ -1214,10 +1219,10 @@ class Pool:
         try:
             if token.is_active and now() - token.checked_at > rest:
                 await self.check(token)
-        except GatewayError as err:
+        except (GatewayError, StoreError) as err:  # a full disk ends no loop
             log.warning("check of %s: %s", token.email, err)
             token.checked_at = now() - interval + 60
-            if err.does == "session":
+            if isinstance(err, GatewayError) and err.does == "session":
                 self.blame(token, err)
 
     def praise(self, token: Token, kind: str, outputs: int) -> None:
@@ -1422,7 +1427,7 @@ class Media:
         """Removes the kept files that are older -> the bytes that stay."""
         stay = 0
         for path in list(self.kept.iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            with contextlib.suppress(OSError):  # removed meanwhile, or not ours (lost+found)
                 known = path.stat()
                 if known.st_mtime < now() - (86400 if path.suffix == ".part" else lifetime):
                     path.unlink()
@@ -1581,7 +1586,8 @@ class Jobs:
             changed = job.changed
             yield
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), HEARTBEAT)
+                async with asyncio.timeout(HEARTBEAT):  # wait_for of 3.11 can lose a cancel
+                    await changed.wait()
         if job.error:
             raise GatewayError(**job.error)
         if job.state != "completed":
@@ -1687,8 +1693,9 @@ class Jobs:
             await self._step(job, "failed", error=err.record(), completed_at=now())
         except Exception:
             log.critical("%s stands still until the next start", job.id, exc_info=True)
+        finally:  # on a full disk, too, which refuses the last step
             self.pool.release(job)
-        self._tell(job)
+            self._tell(job)
 
     async def _step(self, job: Job, state: str, *records: Record, **changes: Any) -> None:
         """The one place that changes a job's state; returns when that is on disk."""
@@ -1871,6 +1878,7 @@ class Jobs:
         token = self.pool.tokens.get(job.token_id)
         if token and job.plan.upscale and not output.upscaled:
             await self._upscale(job, token, output)
+            await self.store.put(job, output)  # what failed is not waited for after a restart
         try:
             if not self.media.path(output.file):
                 await self._patiently(self._keep, job, output)
@@ -1890,7 +1898,7 @@ class Jobs:
     async def _upscale(self, job: Job, token: Token, output: Output) -> None:
         """The second step: its result takes the place of the output, its failure leaves that as it
         was. What is sent is on disk first, so a restart polls for it and never sends it again."""
-        names = ("name", "media", "url", "url_expires")
+        names = ("name", "media", "url", "url_expires", "file")
         self._tell(job, f"Upscaling to {job.plan.upscale}")
         try:
             if not output.made or job.plan.kind == "image":
@@ -1901,7 +1909,8 @@ class Jobs:
                 status = self.upstream.upscaled(output)
             else:
                 status = Status(output.name, media=output.media)
-            output.name, output.url, output.url_expires, output.answers = status.name, "", 0.0, 0
+            output.name, output.url, output.file = status.name, "", ""
+            output.url_expires, output.answers = 0.0, 0
             await self._take(output, status)
             if status.data and not output.file:
                 raise GatewayError("internal_error", "the disk is full")
@@ -2284,7 +2293,9 @@ def fingerprint(request: Any) -> str:
             return list(map(shorter, value))
         return digest(value) if isinstance(value, str | bytes) and len(value) > 999 else value
 
-    return digest(json.dumps(shorter(request), sort_keys=True, default=repr))
+    with contextlib.suppress(RecursionError):
+        return digest(json.dumps(shorter(request), sort_keys=True, default=repr))
+    raise bad("The body is nested too deeply")
 
 
 class Gateway:
@@ -2323,8 +2334,15 @@ class Gateway:
             if (given or again) and (job := await self.jobs.repeated(mark, bool(given))):
                 headers = {"Idempotent-Replayed": "true"}
             keep = detached or bool(given)
-            job = job or await self.jobs.create(await read(), path.split("/")[0], mark, keep)
+            try:
+                job = job or await self.jobs.create(await read(), path.split("/")[0], mark, keep)
+            except GatewayError:  # sent again, it is not the earlier request that was like it
+                earlier = None if given or again else await self.jobs.repeated(mark, False)
+                if earlier and earlier.ended:
+                    await self.store.delete(("keys", "key", mark["key"]))
+                raise
         headers |= {"X-Job-Id": job.id, "x-should-retry": "false"}  # a retry would pay twice
+        job.clients += 1
         try:
             outputs = job.done() if "Idempotent-Replayed" in headers else []
             gone = (output for output in outputs if not self.media.path(output.file))
@@ -2336,7 +2354,9 @@ class Gateway:
                 err.status = 424  # which no client repeats by itself
             raise
         finally:
-            await asyncio.shield(self.jobs.abandon(job))
+            job.clients -= 1
+            if not job.clients:
+                await asyncio.shield(self.jobs.abandon(job))
 
     def expect_done(self, job: Job) -> None:
         """Raises task_not_completed, or generation_failed with the job's own reason."""
@@ -2350,10 +2370,10 @@ class Gateway:
 
     def output_url(self, request: web.Request, job: Job, output: Output, file=False) -> str:
         """Where a client gets an output without a key: here while it is kept, else at Google.
-        `file`: in any case an address of ours with a file's name, that serves it from Google."""
+        `file`, or none known: an address of ours with a file's name, that serves it from there."""
         if self.media.path(output.file):
             name = output.file
-        elif file:
+        elif file or not output.url:
             ending = "mp4" if job.plan.kind == "video" else "png"
             name = f"{job.id}_{self.link_secret(job)}_{job.done().index(output)}.{ending}"
         else:
@@ -2709,6 +2729,8 @@ async def admit(handler: Callable, role: str, request: web.Request) -> web.Strea
             raise GatewayError("invalid_api_key", words)
     most, room = gateway.settings["limits.requests"], gateway.settings["limits.bodies_mb"] << 20
     size = (request.content_length or request.client_max_size) if request.can_read_body else 0
+    if size > request.client_max_size:  # later would not help
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
     if role == KEY and (gateway.requests >= most or gateway.bodies + size > room):
         raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
     gateway.requests, gateway.bodies = gateway.requests + 1, gateway.bodies + size

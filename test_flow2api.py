@@ -7460,3 +7460,217 @@ async def test_a_disk_that_is_full_from_a_write_on_is_told_and_loses_nothing(apa
     await w.restart()
     assert [await ask_as(client, w) for client in clients] == ["", "", ""]
     assert {job.state for job in await audit(w, clients)} == {"completed"}
+
+
+# ---- What another review found ----
+
+
+def full_disk(w, monkeypatch, *states):
+    """The database refuses jobs of these states; without any, all records."""
+    real = w.store.put
+
+    def put(*records):
+        if states and not any(getattr(record, "state", "") in states for record in records):
+            return real(*records)
+        refused = asyncio.get_running_loop().create_future()
+        refused.set_exception(flow2api.StoreError("full"))
+        refused.exception()
+        return refused
+
+    monkeypatch.setattr(w.store, "put", put)
+
+
+async def test_a_job_whose_failure_cannot_be_written_gives_its_slot_back(world, monkeypatch):
+    w = await world()
+    full_disk(w, monkeypatch, "failed")
+    told(w, await w.chat(text="unsafe"), "content_policy_violation")
+    await until(lambda: not only(w).busy.total() and not w.pool.leases)
+
+
+async def test_a_full_disk_does_not_end_the_checks_of_the_accounts(world, monkeypatch):
+    w = await world()
+    only(w).checked_at = 0
+    full_disk(w, monkeypatch)
+    await w.pool._check_if_due(only(w))
+    assert only(w).checked_at
+
+
+async def test_a_client_that_leaves_does_not_cancel_what_its_repeat_waits_for(world):
+    w = await world()
+    only(w).paused_until = flow2api.now() + 30
+    again = {"headers": {"x-stainless-retry-count": "1"}}
+    first = asyncio.create_task(images(w))
+    await until(lambda: w.pool.waiting)
+    (job,) = w.jobs.open.values()
+    second = asyncio.create_task(w.call("POST", IMAGES, {"prompt": "a boat"}, **again))
+    await until(lambda: job.clients == 2)
+    first.cancel()
+    await until(lambda: job.clients == 1)
+    only(w).paused_until = 0
+    assert len(pictures(await second)) == len(paid(w)) == 1
+
+
+async def test_a_refused_request_that_is_sent_again_does_not_get_an_earlier_one(world):
+    """OpenAI's packages send again what was answered by 429 or 503."""
+    w = await world()
+    old = await images(w)
+    only(w).is_active = False
+    told(w, await images(w), "no_accounts")
+    only(w).is_active = True
+    again = {"headers": {"x-stainless-retry-count": "1"}}
+    new = await w.call("POST", IMAGES, {"prompt": "a boat"}, **again)
+    assert new[1]["X-Job-Id"] != old[1]["X-Job-Id"] and len(paid(w)) == 2
+
+
+async def test_a_refused_request_does_not_hide_one_like_it_that_is_under_way(world):
+    w = await world()
+    w.fault = hold(PAID)
+    first = asyncio.create_task(images(w))
+    await w.fault.seen.wait()
+    only(w).is_active = False
+    told(w, await images(w), "no_accounts")
+    again = {"headers": {"x-stainless-retry-count": "1"}}
+    second = asyncio.create_task(w.call("POST", IMAGES, {"prompt": "a boat"}, **again))
+    w.fault.release.set()
+    one_job(w, await first, await second)
+
+
+async def test_an_upscaled_clip_takes_the_place_of_one_that_came_as_data(world):
+    w = await world([(ULTRA, 1000)], video_seconds=0.05)
+    real = w.demo.medium
+
+    def inline(medium):
+        item = real(medium)
+        if medium.state().endswith("SUCCESSFUL") and not medium.name.endswith("_upsampled"):
+            item["video"]["encodedVideo"] = base64.b64encode(medium.file()).decode()
+        return item
+
+    w.demo.medium = inline
+    job = (await w.chat("veo_3_1-fast-1080p"))[1]["X-Job-Id"]
+    assert b"_upsampled" in (await w.call("GET", f"/v1/videos/{job}/content"))[2]
+
+
+async def test_the_clip_that_came_as_data_stays_where_upscaling_fails(world):
+    w = await world([(ULTRA, 1000)], video_seconds=0.05)
+    real, w.fault = w.demo.medium, fault("Upsample", refusal(403))
+
+    def inline(medium):
+        item = real(medium)
+        if medium.state().endswith("SUCCESSFUL"):
+            item["video"]["encodedVideo"] = base64.b64encode(medium.file()).decode()
+        return item
+
+    w.demo.medium = inline
+    job = w.store.job((await w.chat("veo_3_1-fast-1080p"))[1]["X-Job-Id"])
+    assert w.gateway.media.path(job.outputs[0].file)
+
+
+@pytest.mark.parametrize("name", ["picture", "clip"])
+async def test_an_output_whose_address_google_does_not_tell_now_has_one_of_ours(
+    world, impatient, name
+):
+    w = await world(video_seconds=0.05)
+    real, w.fault = w.demo.medium, fault("UrlRedirect", refusal(503))
+
+    def nameless(medium):
+        item = real(medium)
+        item.get("image", {}).get("generatedImage", {}).pop("fifeUrl", None)
+        return item
+
+    w.demo.medium = nameless
+    if name == "clip":
+        url = links_in(content(await w.chat()))[0]
+    else:
+        reply = await w.call("POST", IMAGES, {"prompt": "a boat", "response_format": "url"})
+        url = reply[2]["data"][0]["url"]
+    w.fault = None
+    async with w.http.get(url) as reply:
+        assert reply.status == 200 and flow2api.sniff(await reply.read())[1] in ("png", "mp4")
+
+
+@pytest.mark.parametrize("sent", [5, {"a": 1}, "a", "é"])
+async def test_a_larger_picture_that_cannot_be_read_leaves_the_original(world, sent):
+    w = await world([(ULTRA, 100)])
+    w.fault = fault("upsampleImage", lambda request: web.json_response({"encodedImage": sent}))
+    body = {"prompt": "a boat", "model": "nano_banana_pro-2K"}
+    assert len(pictures(await w.call("POST", IMAGES, body))) == 1 and not w.jobs.open
+
+
+async def test_after_a_restart_a_refused_upscale_is_not_waited_for(world):
+    w = await world([(ULTRA, 1000)], video_seconds=0.05)
+    asleep = hold("UrlRedirect")
+    refused = fault("Upsample", refusal(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED"))
+
+    async def both(request, handler):
+        return await refused(request, functools.partial(asleep, handler=handler))
+
+    w.fault = both
+    body = {"prompt": "a boat", "model": "veo_3_1-fast-1080p"}
+    video = (await w.call("POST", "/v1/videos", body))[2]["id"]
+    await asleep.seen.wait()
+    await w.stop_gateway()
+    asleep.release.set()
+    w.fault = None
+    await w.start_gateway()
+    job = await end_of(w, video)
+    assert job.state == "completed" and "Upscaling" in job.notes[0]
+
+
+async def test_the_id_of_a_deleted_account_is_not_given_away_with_its_clips(world):
+    w = await world(video_seconds=0.05)
+    job = w.store.job((await w.chat())[1]["X-Job-Id"])
+    await w.pool.remove(only(w))
+    first = await w.account()
+    await w.pool.remove(first)
+    await w.stop_gateway()
+    await w.start_gateway()
+    assert (await w.account()).id != job.token_id != first.id
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_whoever_watches_a_job_can_be_cancelled_at_a_change(world, turns):
+    """wait_for of Python 3.11 lost it: the job of a client that had left was sent."""
+    w = await world()
+    only(w).paused_until = flow2api.now() + 30
+    client = asyncio.create_task(images(w))
+    await until(lambda: w.pool.waiting)
+    (job,) = w.jobs.open.values()
+    watcher = asyncio.create_task(w.jobs.completed(job))
+    await asyncio.sleep(0.02)
+    w.jobs._tell(job)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    watcher.cancel()
+    done, _ = await asyncio.wait([watcher], timeout=0.2)
+    client.cancel()
+    assert done
+
+
+@pytest.mark.parametrize("opening, end", ["[]", ('{"a":', "}")])
+async def test_a_body_that_is_nested_too_deeply_is_refused(world, opening, end):
+    w = await world()
+    for depth in (300, 600, 700, 900, 5000):
+        data = f'{{"prompt": "a boat", "x": {opening * depth}1{end * depth}}}'
+        status, _, body = await w.call("POST", IMAGES, data=data.encode())
+        assert status in (200, 400), body
+    assert status == 400
+
+
+async def test_a_body_that_is_too_large_for_ever_is_not_called_busy(world):
+    w = await world()
+    head = f"Authorization: Bearer {w.key}\r\nContent-Length: 600000000"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(w.url.rpartition(":")[2]))
+    writer.write(f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{{".encode())
+    line = await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+    assert b" 413 " in line
+
+
+async def test_a_folder_among_the_kept_files_stops_nothing(world):
+    """lost+found, where data/tmp is a volume."""
+    w = await world()
+    folder = w.gateway.media.kept / "lost+found"
+    folder.mkdir()
+    os.utime(folder, (0, 0))
+    w.gateway.media.expire(10)
+    assert folder.exists()
