@@ -1149,7 +1149,7 @@ class Pool:
     def __init__(self, settings: Settings, store: Store, upstream: RestFlow):
         self.settings, self.store, self.upstream = settings, store, upstream
         upstream.authorise = self.access_token
-        self.tokens, self.last = {token.id: token for token in store.tokens()}, store.last_token()
+        self.tokens = {token.id: token for token in store.tokens()}
         self.leases: dict[str, tuple[Token, int]] = {}  # job id -> token, credits reserved
         self.waiting: dict[asyncio.Future, tuple[Job, set[int]]] = {}
         self._alarm: asyncio.TimerHandle | None = None
@@ -1160,10 +1160,11 @@ class Pool:
         session = await self.upstream.session(draft)
         if not session["email"]:
             raise GatewayError("upstream_changed", "Google's session names no e-mail address")
-        draft.id = self.last + 1  # never a deleted one's: its clips would change hands
+        last = await asyncio.to_thread(self.store.last_token)  # deleted ones keep clips
+        draft.id = max([last, *self.tokens]) + 1
         known = (token for token in self.tokens.values() if token.email == session["email"])
         token = next(known, draft)
-        self.tokens[token.id], self.last = token, max(self.last, token.id)
+        self.tokens[token.id] = token
         await self.update(token, **session | AWAKE | fields)
         try:
             await self.check(token)
