@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from flow2api import (
     NETWORK_ERRORS,
     OPEN,
     PUBLIC,
+    SETTING,
     SETTINGS,
     TIERS,
     VIDEO_STATES,
@@ -104,8 +105,14 @@ def now() -> float:
 
 def session_of(request: web.Request) -> str:
     """The admin session of a request: a Bearer, or the cookie, which counts for our page alone."""
-    own = request.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    return bearer(request) or (request.cookies.get(SESSION, "") if own else "")
+    given, site = bearer(request), request.headers.get("Sec-Fetch-Site", "")
+    own = site in ("none", "same-origin")
+    if not site:  # plain http: a page of another port can POST, but not JSON
+        own = request.method != "POST" or "Origin" not in request.headers
+        own = own or request.content_type == "application/json"
+    if given and not given.lower().startswith("basic "):  # that is a proxy's before us
+        return given
+    return request.cookies.get(SESSION, "") if own else ""
 
 
 def same_password(password: str, known: str) -> bool:
@@ -206,16 +213,17 @@ class AdminApi(Gateway):
         """A session's hash. It changes with the password, which ends them all."""
         return digest(f"{session} {self.settings['global.admin_password']}")
 
-    async def keep_sessions(self, sessions: dict[str, float]) -> None:
+    def keep_sessions(self, sessions: dict[str, float]) -> Awaitable[None]:
         self.sessions = {key: end for key, end in sessions.items() if end > now()}
         row = {"name": "sessions", "data": to_json(self.sessions)}
-        await self.store.put_rows(("settings", row))
+        return self.store.put_rows(("settings", row))
 
     def logged_in(self, request: web.Request) -> bool:
         key = self.session_key(session_of(request))
-        if live := self.sessions.get(key, 0) > now():
-            self.sessions[key] = now() + SESSION_SECONDS
-        return live
+        end, later = self.sessions.get(key, 0), now() + SESSION_SECONDS
+        if now() < end < later - 3600:  # at most once an hour: a restart shall know it, too
+            self.keep_sessions(self.sessions | {key: later})
+        return end > now()
 
     async def logout(self, request: web.Request) -> web.Response:
         del self.sessions[self.session_key(session_of(request))]
@@ -238,13 +246,13 @@ class AdminApi(Gateway):
     async def change(self, values: dict) -> None:
         """Sets settings, all or none, at once and for good; None goes back to what stands behind,
         a masked secret stays. Raises invalid_request, conflict."""
-        masked = {name for name in HIDDEN if "…" in str(values.get(name))}
+        masked = {name for name in HIDDEN if values.get(name) == mask(self.settings[name])}
         values = {name: value for name, value in values.items() if name not in masked}
         draft = Settings()
         for name, value in values.items():
             if (source := self.settings.source(name)) in Settings.LAYERS[:2]:
                 raise bad(f"{name} is set by the {source}; change it there", name, "conflict")
-            if value is None:
+            if value is None and name in SETTING:
                 continue
             try:
                 draft.put("admin page", name, value, "the new value")
@@ -252,7 +260,7 @@ class AdminApi(Gateway):
                 raise bad(str(err), name) from None
             if name in FORMS and not re.fullmatch(FORMS[name][0], value):
                 raise bad(f"{name} {FORMS[name][1]}", name)
-            if name == "proxy.proxy_url" and not good_proxy(value):
+            if name == "proxy.proxy_url" and (not good_proxy(value) or "…" in value):
                 raise bad(f"{name} {PROXY}", name)
         if draft.warnings:
             raise bad(draft.warnings[0])
@@ -293,6 +301,8 @@ class AdminApi(Gateway):
             body = await read_json(request)
             for name in set(elsewhere) & set(body):
                 raise bad(f"{name} is not changed here", name)
+            for name in filter(body.get, ("server.host", "server.port")):  # can stop the next start
+                raise bad(f"{name} is read at the start only: set it in setting.toml", name)
             await self.change(body)
             return ok("Saved")
         rows = [setting._asdict() for setting in SETTINGS if setting.name not in elsewhere]
@@ -323,6 +333,8 @@ class AdminApi(Gateway):
         """PUT /api/tokens/{id}: sets what is named; Google is asked about a new session only."""
         token, body = self.token(request), await read_json(request)
         fields, given = token_fields(body), body.get("st")
+        if "…" in str(proxy := body.get("proxy_url")) and proxy != mask(token.proxy_url):
+            raise bad("proxy_url is masked in part: write it out, with its password", "proxy_url")
         masked = isinstance(given, str) and "…" in given
         if given and not masked and (st := session_token(body)) != token.st:
             draft = Token(**{"proxy_url": token.proxy_url} | fields | {"st": st})
@@ -490,7 +502,8 @@ class AdminApi(Gateway):
             await self.store.put_rows(("settings", {"name": "log", "data": to_json(now())}))
             return ok("Cleared")
         limit = one_of(request.query, "limit", range(1, 1001), 100)
-        jobs, start = await self.jobs.page(limit=limit), self.store.settings().get("log", 0)
+        jobs = await self.jobs.page(limit=limit)
+        start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
         new = (job for job in jobs if job.created_at > start)
         return web.json_response([self.log_object(request, job) for job in new])
 

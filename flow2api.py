@@ -70,7 +70,7 @@ from aiohttp.http import HttpProcessingError
 
 __version__ = "0.1.0"
 log = logging.getLogger("flow2api")
-NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
+NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)  # of odd addresses
 
 
 def now() -> float:
@@ -716,13 +716,11 @@ class Store:
     def settings(self) -> dict[str, Any]:
         return {r["name"]: json.loads(r["data"]) for r in self._rows("SELECT * FROM settings")}
 
+    def last_owner(self) -> int:
+        return self._rows("SELECT max(token_id) FROM jobs")[0][0] or 0
+
     def tokens(self) -> list[Token]:
         return [Token(**row) for row in self._rows("SELECT * FROM tokens ORDER BY id")]
-
-    def last_token(self) -> int:
-        """The highest id of the accounts, and of deleted ones that have jobs."""
-        sql = "SELECT max(id) FROM (SELECT id FROM tokens UNION SELECT token_id FROM jobs)"
-        return self._rows(sql)[0][0] or 0
 
     def job(self, job_id: str) -> Job | None:
         return next(iter(self._jobs("WHERE id = ?", job_id)), None)
@@ -896,9 +894,9 @@ def why(err: Exception) -> str:
 def good_proxy(url: str) -> bool:
     """Whether it is a proxy's address, or none."""
     with contextlib.suppress(ValueError):
-        parts = urlsplit(url)
-        schemes = ("http", "https", "socks4", "socks5", "socks5h")
-        return not url or (parts.scheme in schemes and bool(parts.hostname) and parts.port != 0)
+        parts, schemes = urlsplit(url), ("http", "https", "socks4", "socks5", "socks5h")
+        known = url.partition("://")[0] in schemes and (parts.hostname or "").encode("idna")
+        return not url or bool(known and (parts.port or (url[0] == "h" and parts.port is None)))
     return False
 
 
@@ -909,7 +907,7 @@ class Wire:
     def __init__(self, settings: Settings):
         self.settings, self.sessions = settings, {}
         refused = (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL)
-        self.not_sent: tuple[type[Exception], ...] = (*refused, aiohttp.ConnectionTimeoutError)
+        self.not_sent: tuple[type, ...] = (*refused, aiohttp.ConnectionTimeoutError, UnicodeError)
 
     def request(self, method: str, url: str, *, proxy="", fresh=False, **options):
         """aiohttp's request context manager. proxy: an address, "" for that of the settings."""
@@ -961,7 +959,7 @@ class RestFlow:
         except (*self.wire.not_sent, *NETWORK_ERRORS) as err:
             lost = spends and not isinstance(err, self.wire.not_sent)
             code = "submit_unknown" if lost else "upstream_unreachable"
-            raise GatewayError(code, f"No reply of {urlsplit(base).hostname}: {why(err)}") from None
+            raise GatewayError(code, f"No reply of {base.rpartition('@')[2]}: {why(err)}") from None
 
     def _read(self, reply: aiohttp.ClientResponse, raw: bytes, spends=False) -> dict:
         """A reply's JSON object, else google_error. Another answer to a submit may hide success."""
@@ -1150,6 +1148,7 @@ class Pool:
         self.settings, self.store, self.upstream = settings, store, upstream
         upstream.authorise = self.access_token
         self.tokens = {token.id: token for token in store.tokens()}
+        self.last_id = max([*self.tokens, store.last_owner()])  # old jobs keep their account's
         self.leases: dict[str, tuple[Token, int]] = {}  # job id -> token, credits reserved
         self.waiting: dict[asyncio.Future, tuple[Job, set[int]]] = {}
         self._alarm: asyncio.TimerHandle | None = None
@@ -1160,11 +1159,10 @@ class Pool:
         session = await self.upstream.session(draft)
         if not session["email"]:
             raise GatewayError("upstream_changed", "Google's session names no e-mail address")
-        last = await asyncio.to_thread(self.store.last_token)  # deleted ones keep clips
-        draft.id = max([last, *self.tokens]) + 1
+        draft.id = self.last_id + 1
         known = (token for token in self.tokens.values() if token.email == session["email"])
         token = next(known, draft)
-        self.tokens[token.id] = token
+        self.tokens[token.id], self.last_id = token, max(self.last_id, token.id)
         await self.update(token, **session | AWAKE | fields)
         try:
             await self.check(token)
@@ -1182,7 +1180,7 @@ class Pool:
     async def remove(self, token: Token) -> None:
         if token.busy.total():
             raise bad(f"{token.email} has jobs under way: disable it first", code="conflict")
-        del self.tokens[token.id]
+        self.tokens.pop(token.id, None)  # somebody else may have deleted it just now
         await self.store.delete(("tokens", "id", token.id))
 
     async def access_token(self, token: Token, stale: str = "") -> str:
@@ -1427,8 +1425,8 @@ class Media:
     def expire(self, lifetime: float) -> int:
         """Removes the kept files that are older -> the bytes that stay."""
         stay = 0
-        for path in list(self.kept.iterdir()):
-            with contextlib.suppress(OSError):  # removed meanwhile, or not ours (lost+found)
+        for path in list(self.kept.glob("*")):
+            with contextlib.suppress(OSError):  # somebody else has removed it; it is a folder
                 known = path.stat()
                 if known.st_mtime < now() - (86400 if path.suffix == ".part" else lifetime):
                     path.unlink()
@@ -2730,6 +2728,7 @@ async def admit(handler: Callable, role: str, request: web.Request) -> web.Strea
             raise GatewayError("invalid_api_key", words)
     most, room = gateway.settings["limits.requests"], gateway.settings["limits.bodies_mb"] << 20
     size = (request.content_length or request.client_max_size) if request.can_read_body else 0
+    size *= role != PUBLIC  # whoever asks has shown no key: what is announced may never come
     if size > request.client_max_size:  # later would not help
         raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
     if role == KEY and (gateway.requests >= most or gateway.bodies + size > room):

@@ -3538,7 +3538,7 @@ async def test_what_is_exported_is_imported_without_loss(world):
     given = {"tokens": [rows[0]["st"], w.demo.account("new@example.com", PRO, 1)]}
     body = (await ask("POST", "/api/tokens/batch-add", given))[2]
     assert [row["status"] for row in body["details"]] == ["updated", "added"]
-    assert body["details"][1]["token_id"] == max(w.pool.tokens)
+    assert body["details"][1]["token_id"] == 7  # an id is never given twice
 
 
 async def test_all_accounts_at_once(world):
@@ -6471,6 +6471,125 @@ async def test_a_login_of_many_megabytes_is_refused_unread(world):
     w = await world()
     status, _, _ = await w.call("POST", "/api/login", data=b'{"a":[' + b"0," * 100_000 + b"0]}")
     assert status == 413
+
+
+async def test_a_login_that_never_comes_whole_takes_no_room_from_clients(world):
+    w = await world()
+    _, writer = await asyncio.open_connection("127.0.0.1", w.runner.addresses[0][1])
+    writer.write(b"POST /api/login HTTP/1.1\r\nHost: x\r\nContent-Length: 536870912\r\n\r\n{")
+    await until(lambda: w.gateway.requests)
+    assert (await w.chat("nano_banana_pro"))[0] == 200
+    writer.close()
+
+
+async def test_the_cookie_counts_behind_basic_auth_and_for_no_page_of_another_port(world):
+    w = await world()
+    cookie = {"Cookie": f"flow2api_session={await w.admin()}"}
+    path = f"{w.url}/api/tokens/{only(w).id}/disable"
+
+    async def status(site, kind, method="POST", url=path, **more):
+        headers = cookie | {"Content-Type": kind, "Origin": "http://127.0.0.1:1"}
+        headers |= {"Sec-Fetch-Site": site} if site else {}
+        async with w.http.request(method, url, headers=headers | more, data="{}") as reply:
+            return reply.status
+
+    for site in ("same-site", "cross-site"):
+        assert await status(site, "application/json") == 401
+    assert await status("", "text/plain") == 401  # plain http: no such header, and no preflight
+    assert only(w).is_active
+    assert await status("", "application/json") == await status("none", "text/plain") == 200
+    for given, wanted in (("Basic eDp5", 200), ("Bearer admin-x", 401), (w.key, 401)):
+        asked = {"method": "GET", "url": f"{w.url}/api/stats", "Authorization": given}
+        assert await status("same-origin", "text/plain", **asked) == wanted
+
+
+async def test_a_session_in_use_outlives_a_restart_after_seven_days(world, clock):
+    w = await world()
+    ask = await asker(w)
+    for days in (5, 10):
+        clock.ahead = days * 86400
+        assert (await ask("GET", "/api/stats"))[0] == 200
+        await w.stop_gateway()
+        await w.start_gateway()
+    assert (await ask("GET", "/api/stats"))[0] == 200
+
+
+async def test_no_address_stops_flow2api_for_good(world, impatient):
+    w = await world()
+    ask = await asker(w)
+    for proxy in (
+        "socks5://host",
+        "socks5://a..b:1",
+        "SOCKS5://h:1",
+        " socks5://h:1",
+        "http://a..b",
+    ):
+        refused(await ask("POST", "/api/settings", {"proxy.proxy_url": proxy}))
+        refused(await ask("PUT", f"/api/tokens/{only(w).id}", {"proxy_url": proxy}))
+        refused(await ask("POST", "/api/proxy/test", {"proxy_url": proxy}))
+    for proxy in ("http://host", "socks5://[::1]:1080", "socks5h://u:p@host:1"):
+        assert flow2api.good_proxy(proxy)
+    for url in ("http://[", "http://a..b", "http://x:99999"):
+        w.live.layers["admin page"] |= dict.fromkeys(
+            ("flow.labs_base_url", "flow.api_base_url"), url
+        )
+        only(w).checked_at = 0.0
+        await w.pool._check_if_due(only(w))  # what it raises ends the process
+        refused(await ask("POST", f"/api/tokens/{only(w).id}/test"), 502)
+        told(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
+    for value in ({"server.host": "nonsense!"}, {"server.port": 1}):
+        refused(await ask("POST", "/api/settings", value))  # the next start would fail
+    assert (await ask("POST", "/api/settings", {"server.host": None}))[0] == 200
+    refused(await ask("POST", "/api/settings", {"no.such": None}))
+
+
+async def test_a_masked_secret_that_was_edited_is_not_saved_in_silence(world):
+    w = await world()
+    ask, proxy = await asker(w), "http://user:canary@host:1"
+    await ask("POST", "/api/settings", {"proxy.proxy_url": proxy})
+    await ask("PUT", f"/api/tokens/{only(w).id}", {"proxy_url": proxy})
+    masked, path = "http://…@host:1", f"/api/tokens/{only(w).id}"
+    assert (await ask("POST", "/api/settings", {"proxy.proxy_url": masked}))[0] == 200
+    assert (await ask("PUT", path, {"proxy_url": masked}))[0] == 200
+    refused(await ask("POST", "/api/settings", {"proxy.proxy_url": "http://…@other:1"}))
+    refused(await ask("PUT", path, {"proxy_url": "http://…@other:1"}))
+    refused(await ask("POST", "/api/admin/apikey", {"new_api_key": "a…secret"}))
+    assert (w.live["proxy.proxy_url"], only(w).proxy_url) == (proxy, proxy)
+    assert w.live["global.api_key"] == w.key
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_the_jobs_of_a_deleted_account_are_never_those_of_the_next_one(world, restart):
+    w = await world()
+    ask = await asker(w)
+    job = (await w.call("POST", "/v1/videos", {"prompt": "x", "async_mode": False}))[2]["id"]
+    token = only(w)
+    assert (await ask("DELETE", f"/api/tokens/{token.id}"))[0] == 200
+    if restart:
+        await w.stop_gateway()
+        await w.start_gateway()
+    assert (await w.account()).id != token.id
+    assert (await ask("GET", f"/api/jobs/{job}"))[2]["job"]["account"] == ""
+
+
+async def test_two_admins_may_delete_the_same_accounts_at_once(world):
+    w = await world(((PRO, 1),) * 4)
+    ask, tokens = await asker(w), list(w.pool.tokens.values())
+    for token in tokens:
+        await w.pool.update(token, is_active=False)
+    batch = "/api/tokens/batch-delete-disabled"
+    replies = await asyncio.gather(*(ask("DELETE", batch) for _ in range(3)))
+    assert [reply[0] for reply in replies] == [200] * 3 and not w.pool.tokens
+
+
+async def test_a_kept_folder_that_is_gone_or_holds_a_folder_stops_nothing(world, impatient):
+    w = await world(**{"cache.enabled": True})
+    ask, kept = await asker(w), w.gateway.media.kept
+    (kept / "lost+found").mkdir()
+    assert (await ask("DELETE", "/api/cache"))[0] == 200
+    shutil.rmtree(kept)
+    assert (await ask("GET", "/api/system/info"))[2]["cache_bytes"] == 0
+    assert links_in(content(await w.chat("nano_banana_pro")))  # Google's own
 
 
 async def test_a_client_in_the_queue_is_told_that_nothing_was_sent(world):
