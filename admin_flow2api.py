@@ -301,7 +301,8 @@ class AdminApi(Gateway):
             body = await read_json(request)
             for name in set(elsewhere) & set(body):
                 raise bad(f"{name} is not changed here", name)
-            for name in filter(body.get, ("server.host", "server.port")):  # can stop the next start
+            given = {name for name, value in body.items() if value is not None}
+            for name in given & {"server.host", "server.port"}:  # these can stop the next start
                 raise bad(f"{name} is read at the start only: set it in setting.toml", name)
             await self.change(body)
             return ok("Saved")

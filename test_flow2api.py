@@ -6537,7 +6537,7 @@ async def test_no_address_stops_flow2api_for_good(world, impatient):
         await w.pool._check_if_due(only(w))  # what it raises ends the process
         refused(await ask("POST", f"/api/tokens/{only(w).id}/test"), 502)
         told(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
-    for value in ({"server.host": "nonsense!"}, {"server.port": 1}):
+    for value in ({"server.host": "nonsense!"}, {"server.host": ""}, {"server.port": 0}):
         refused(await ask("POST", "/api/settings", value))  # the next start would fail
     assert (await ask("POST", "/api/settings", {"server.host": None}))[0] == 200
     refused(await ask("POST", "/api/settings", {"no.such": None}))
