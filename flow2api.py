@@ -1555,7 +1555,7 @@ class Jobs:
 
     async def cancel(self, job: Job) -> None:
         """Ends a queued job; what is under way is paid for, what has ended stays: conflict."""
-        if job.state == "queued" and job.id in self.open:
+        if (job := self.open.get(job.id, job)).state == "queued" and job.id in self.open:
             job.detached = False
             await self.abandon(job)
         if job.state != "cancelled":

@@ -6572,6 +6572,19 @@ async def test_the_jobs_of_a_deleted_account_are_never_those_of_the_next_one(wor
     assert (await ask("GET", f"/api/jobs/{job}"))[2]["job"]["account"] == ""
 
 
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+async def test_a_job_read_from_the_disk_just_before_it_starts_can_be_cancelled(world, end):
+    w = await world()
+    await w.pool.update(only(w), video_concurrency=1)
+    clients = [asyncio.create_task(w.chat()) for _ in range(2)]
+    await until(lambda: len(w.pool.waiting) == 1 and len(w.jobs.open) == 2)
+    ((waiting, _),) = w.pool.waiting.values()
+    copy = w.store.job(waiting.id)  # as Jobs.get has it, when it reads before create goes on
+    await getattr(w.jobs, end)(copy)
+    assert waiting.state == "cancelled"
+    assert sorted(reply[0] for reply in await asyncio.gather(*clients)) == [200, 409]
+
+
 async def test_two_admins_may_delete_the_same_accounts_at_once(world):
     w = await world(((PRO, 1),) * 4)
     ask, tokens = await asker(w), list(w.pool.tokens.values())
