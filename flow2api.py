@@ -1127,7 +1127,8 @@ class RestFlow:
         path = f"trpc/media.getMediaUrlRedirect?{query}&mediaUrlType=MEDIA_URL_TYPE_{form}"
         reply, raw = await self._send(token, "GET", path, allow_redirects=False)
         if 300 <= reply.status < 400 and "Location" in reply.headers:
-            return read_link(reply.headers["Location"])
+            with contextlib.suppress(ValueError):
+                return read_link(reply.headers["Location"])
         if reply.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
         self._read(reply, raw)

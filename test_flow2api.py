@@ -2719,6 +2719,17 @@ async def test_a_download_that_breaks_off_leaves_no_file_and_the_link_to_google(
     assert (await w.jobs.get(headers["X-Job-Id"])).state == "completed"
 
 
+async def test_a_clip_whose_address_is_none_is_completed_all_the_same(world, impatient):
+    w = await world()
+    odd = {"status": 307, "headers": {"Location": "http://["}}
+    w.fault = fault("UrlRedirect", lambda request: web.Response(**odd))
+    job_id = (await w.chat())[1]["X-Job-Id"]
+    job = await w.jobs.get(job_id)
+    assert job.state == "completed" and "kept at Flow" in job.notes[0]
+    w.fault = None
+    assert (await w.call("GET", f"/v1/videos/{job_id}/content"))[0] == 200
+
+
 async def test_a_clip_without_an_address_is_completed_all_the_same(world, impatient):
     w = await world(**{"cache.enabled": True})
     w.fault = fault("getMediaUrlRedirect", refusal(404, message="NOT_FOUND"))
