@@ -1,4 +1,4 @@
-"""Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
+"""Flow2API: your own Google Flow accounts as an OpenAI-compatible API. The gateway, in one file.
 
     client -> Generation -> Job(queued) -> a leased token -> upload -> submit -> Job(running)
     client <- rendered answer <- Job(completed | failed) <- settle <- one batched poll per token
@@ -16,8 +16,8 @@ A chapter uses only what stands above it:
     10  Client API        /v1: a job rendered as chat, pictures and videos
     11  Main              the application and the command line
 
-Two files build on this one, which works without them: admin_flow2api.py is its owner's side (/api
-and the page), demo_flow2api.py the simulated Flow of --demo.
+Two files build on this one, which serves its clients without them: admin_flow2api.py is its owner's
+side (/api, where accounts are added, and the page), demo_flow2api.py the simulated Flow of --demo.
 
 Needs Python 3.11+ and aiohttp; aiohttp-socks only where a SOCKS proxy is set.
 """
@@ -60,7 +60,6 @@ import weakref
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -1535,7 +1534,7 @@ class Jobs:
             await asyncio.shield(writing)
         except asyncio.CancelledError:  # the client left in this very moment
             await writing
-            job.detached &= not mark["key"].startswith("body ")  # else it never learnt the id
+            job.detached &= not mark["key"].startswith("\n")  # else it never learnt the id
             self._start(job)
             await self.abandon(job)
             raise
@@ -1550,9 +1549,9 @@ class Jobs:
         if known and known[0] != mark["request"]:
             raise GatewayError("idempotency_conflict", "A new request needs a new Idempotency-Key")
         job = await self.get(known[1]) if known else None
-        if not known or job or not given:
-            return job if given or (job and job.state != "cancelled") else None
-        raise GatewayError("task_not_found", "The job of this Idempotency-Key has been deleted")
+        if given and known and not job:
+            raise GatewayError("task_not_found", "The job of this Idempotency-Key was deleted")
+        return None if not given and job and job.state == "cancelled" else job
 
     async def cancel(self, job: Job) -> None:
         """Ends a queued job; what is under way is paid for, what has ended stays: conflict."""
@@ -1959,8 +1958,8 @@ EDIT_WORDS = re.compile(
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
 FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # they mean: the default one
-# What to generate, or the text that answers a client's own prompt. images: go to message.images.
-Chat = namedtuple("Chat", "model stream usage images text generation")
+# read: makes its Generation; text: answers a client's own prompt; images: go to message.images.
+Chat = namedtuple("Chat", "model stream usage images text read")
 
 
 async def read_json(request: web.Request) -> dict:
@@ -2131,29 +2130,34 @@ def read_metadata(body: dict) -> dict | None:
     raise bad("metadata must be a JSON object of less than 20,000 characters", "metadata")
 
 
-async def read_chat(body: dict, media: Media) -> Chat:
+def read_chat(body: dict, media: Media) -> Chat:
     """POST /v1/chat/completions. The prompt is the text of the user's last turn; system messages
     and earlier turns are not part of it."""
-    settings, model, messages = media.settings, body.get("model"), body.get("messages")
+    model, messages = body.get("model"), body.get("messages")
     refuse(body, SORA_ONLY)
     if not isinstance(model, str) or not 0 < len(model) <= 200:
         raise bad("model is missing, or not one; GET /v1/models lists what there is", "model")
     if not isinstance(messages, list) or not messages:
         raise bad("messages must be a list of at least one message", "messages")
     turns = [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    users = [turn for turn in turns if turn[0] == "user"]
-    if not users:
+    if not (users := [turn for turn in turns if turn[0] == "user"]):
         raise bad("messages holds no message of the user", "messages")
     _, prompt, links = users[-1]
     system = "\n".join(text for role, text, _ in turns if role in ("system", "developer"))
     stream, usage = body.get("stream") is True, bool(dig(body, "stream_options", "include_usage"))
     inline = isinstance(kinds := body.get("modalities"), list) and "image" in kinds
     chat = Chat(model, stream, usage, inline, "", None)
-    if settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
+    if media.settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
         return chat._replace(text=text)
     if not prompt.strip():
         raise bad("The user's last message holds no text: there is no prompt", "messages")
-    links = links or read_links(body, "image")
+    read = functools.partial(read_turns, body, media, turns, prompt, links, system)
+    return chat._replace(read=read)
+
+
+async def read_turns(body, media, turns: list, prompt: str, links: list, system) -> Generation:
+    """What the last turn of a chat asks for."""
+    settings, model, links = media.settings, body["model"], links or read_links(body, "image")
     plan = resolve(model, size=read_size(body), images=len(links), overrides=settings.models)
     n = one_of(body, "n", range(1, 5), 1)
     made = await make_generation(media, prompt, plan, links, "messages", n=n)
@@ -2163,7 +2167,7 @@ async def read_chat(body: dict, media: Media) -> Chat:
         made = made._replace(images=images, notes=[*made.notes, *notes])
     if settings["chat.use_system_prompt"] and system:
         made = made._replace(prompt=f"{system}\n\n{prompt}")
-    return chat._replace(generation=made)
+    return made
 
 
 def _read_message(message: Any, where: str) -> tuple[str, str, list]:
@@ -2328,7 +2332,7 @@ class Gateway:
         hashed = await asyncio.to_thread(fingerprint, [path, body])
         # OpenAI's packages send a request again that took them too long, and count that.
         again = request.headers.get("x-stainless-retry-count", "0") != "0"
-        mark = {"key": given or f"body {hashed}", "request": hashed}
+        mark = {"key": given or f"\n{hashed}", "request": hashed}  # which no given one can be
         job, headers = None, {}
         async with self.keyed.setdefault(mark["key"], asyncio.Lock()):
             if (given or again) and (job := await self.jobs.repeated(mark, bool(given))):
@@ -2424,12 +2428,11 @@ class Gateway:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions, streamed or not."""
         body = await read_json(request)
-        chat = await read_chat(body, self.media)
-        if not chat.generation:
+        chat = read_chat(body, self.media)
+        if not chat.read:
             log.info("a client's own prompt was answered without generating")
             return await ChatAnswer(self, request, chat).send({})
-        read = functools.partial(asyncio.sleep, 0, chat.generation)  # which gives it back
-        async with self.job_of(request, body, read) as (job, headers):
+        async with self.job_of(request, body, chat.read) as (job, headers):
             return await ChatAnswer(self, request, chat, job).send(headers)
 
     async def make_pictures(self, request: web.Request) -> web.StreamResponse:
@@ -2725,8 +2728,7 @@ async def admit(handler: Callable, role: str, request: web.Request) -> web.Strea
         if role == ADMIN:
             raise GatewayError("invalid_api_key", "Invalid or expired admin token")
         if not key or not same(given, key):
-            words = "No valid API key: send Authorization: Bearer <key>"
-            raise GatewayError("invalid_api_key", words)
+            raise GatewayError("invalid_api_key", "Invalid API key: send Authorization: Bearer KEY")
     most, room = gateway.settings["limits.requests"], gateway.settings["limits.bodies_mb"] << 20
     size = (request.content_length or request.client_max_size) if request.can_read_body else 0
     size *= role != PUBLIC  # whoever asks has shown no key: what is announced may never come
@@ -2768,7 +2770,7 @@ async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
 
 async def expose(request: web.Request, response: web.StreamResponse) -> None:
     if not request.path.startswith("/api/"):
-        shown = "openai-poll-after-ms, x-job-id, content-range, retry-after"
+        shown = "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after"
         shown += ", x-should-retry, idempotent-replayed"
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = shown
@@ -2793,8 +2795,8 @@ async def for_ever(loop: Awaitable) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def beside(name: str) -> ModuleType | None:
-    """A file of ours that builds on this one; None where it is not there."""
+def beside(name: str) -> Any:
+    """The module of a file of ours that builds on this one; None where it is not there."""
     sys.modules.setdefault("flow2api", sys.modules[__name__])  # one copy, even if it is __main__
     if not Path(__file__).with_name(f"{name}.py").exists():
         return None
@@ -2880,9 +2882,8 @@ async def serve(settings: Settings, demo: bool) -> None:
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         done = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises by itself
-                asyncio.get_running_loop().add_signal_handler(number, done.set)
+        for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, done.set)
         await done.wait()
         log.info("stopping")
     finally:

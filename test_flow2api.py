@@ -1971,6 +1971,24 @@ async def test_a_migration_keeps_the_data(open_db, monkeypatch):
     await store.put_rows(("later", {"x": 1}))
 
 
+@pytest.mark.parametrize("version", range(1, len(flow2api.MIGRATIONS)))
+async def test_a_database_of_an_earlier_version_is_taken_over(open_db, monkeypatch, version):
+    plan = flow2api.resolve("veo_3_1-fast")
+    job = flow2api.Job(id="video_1", state="running", plan=plan, prompt="a boat", token_id=1)
+    made = flow2api.Output(job_id="video_1", name="a name")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(flow2api, "MIGRATIONS", flow2api.MIGRATIONS[:version])
+        store = open_db()
+        await store.put(flow2api.Token(id=1, email="a"), job, made)
+        assert store._rows("PRAGMA user_version")[0][0] == version
+    store = open_db()
+    (known,) = store.jobs(states=("running",))
+    assert (known.row(), known.outputs[0].row()) == (job.row(), made.row())
+    assert [token.email for token in store.tokens()] == ["a"]
+    await store.put_rows(("keys", {"key": "k", "request": "r", "job_id": "x", "created_at": 1.0}))
+    assert store.job_of_key("k", 0) == ("r", "x")
+
+
 async def test_a_migration_that_fails_changes_nothing_and_lets_go(open_db, tmp_path, monkeypatch):
     await open_db().put(flow2api.Token(id=1, email="a"))
     broken = (*flow2api.MIGRATIONS, "CREATE TABLE later (x); NOT SQL;")
@@ -4573,11 +4591,12 @@ async def test_a_request_refused_leaves_its_key_unused(world, name):
     one_job(w, await create(w, name), await create(w, name))
 
 
-@pytest.mark.parametrize("name", ["edit", "clip"])
+@pytest.mark.parametrize("name", ["edit", "clip", "chat", "chat stream"])
 async def test_a_key_is_answered_though_the_address_of_its_picture_has_died(world, name):
     w = await world(video_seconds=0.05)
     w.fault = fault("/red$", lambda request: web.Response(body=RED), times=1)
-    fields = {"image": f"{w.demo.address}/red"}
+    fields = {"image": (link := f"{w.demo.address}/red")}
+    fields = chat_body("nano_banana_pro", "a boat", [link]) if "chat" in name else fields
     one_job(w, await create(w, name, **fields), await create(w, name, **fields))
 
 
@@ -6679,7 +6698,7 @@ async def test_a_client_that_never_learnt_its_job_does_not_pay_after_a_restart(w
 
     w.store.put_rows = slow
     generation = flow2api.Generation(flow2api.resolve("veo_3_1-fast"), "x")
-    mark = {"key": "body x", "request": "x"}
+    mark = {"key": "\nx", "request": "x"}
     create = asyncio.create_task(w.jobs.create(generation, "videos", mark, detached=True))
     await writing.wait()
     create.cancel()
