@@ -6,7 +6,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN pip install --no-cache-dir aiohttp aiohttp-socks
 
 WORKDIR /app
-COPY flow2api.py admin_flow2api.py demo_flow2api.py admin.html LICENSE ./
+COPY flow2api.py admin.html LICENSE ./
 COPY setting.toml config/
 
 # A user without rights outside of the data folder. Folders that are mounted here must be writable

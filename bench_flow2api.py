@@ -3,7 +3,8 @@
 The gateway runs in a process of its own, with a probe in it; the simulated Flow of the tests and
 the clients run in this one. A third process idles: as late as its event loop is at some moment,
 the machine is to blame. Machines differ and are shared: the figures to compare are the ratios.
-Memory is read from /proc, so it needs Linux.
+Memory is read from /proc, so it needs Linux. `--against FOLDER` names the checkout of another
+version, which `compare` runs by turns with this one.
 """
 
 import argparse
@@ -93,16 +94,16 @@ def probe():
 
 
 class Bench(tests.World):
-    """A world whose gateway is a process of its own."""
+    """A world whose gateway is a process of its own, of the checkout in `folder`."""
+
+    folder = pathlib.Path(__file__).parent
 
     async def start_gateway(self):
-        address = self.demo.address
-        values = {"flow.labs_base_url": f"{address}/fx/api", "flow.api_base_url": f"{address}/v1"}
-        values |= {"global.api_key": self.key, "global.admin_password": self.password}
-        values |= {"server.data_dir": self.data / "data", "limits.queue": 1000} | self.settings
+        values = self.values() | {"server.data_dir": self.data / "data", "limits.queue": 1000}
+        values |= self.settings
         own = {"FLOW2API_" + k.replace(".", "_").upper(): str(v) for k, v in values.items()}
         options = dict.fromkeys(("stdin", "stdout"), asyncio.subprocess.PIPE)
-        options |= {"env": os.environ | own, "limit": 1 << 26, "cwd": pathlib.Path(__file__).parent}
+        options |= {"env": os.environ | own, "limit": 1 << 26, "cwd": self.folder}
         options["stderr"] = (self.data / "log").open("wb")
         code = inspect.getsource(probe) + "\nprobe()"
         start = functools.partial(asyncio.create_subprocess_exec, sys.executable, "-c", code)
@@ -119,10 +120,10 @@ class Bench(tests.World):
             await process.communicate()
 
     async def add_account(self, **fields):
-        st = self.demo.account(f"user{len(self.demo.accounts)}@example.com", tests.PRO, 10**9)
-        body = {"st": st} | fields
-        status, _, body = await self.call("POST", "/api/tokens", body, **self.operator)
-        assert status == 200, body
+        email = f"user{len(self.flow.accounts)}@example.com"
+        st = self.flow.add_account(email, tests.PRO, 10**9)
+        reply = await self.call("POST", "/api/tokens", {"st": st} | fields, **self.operator)
+        assert reply.status == 200, reply
 
     async def told(self):
         """What the probe tells. own: by how much the loop was late, less what the idle one was."""
@@ -149,15 +150,16 @@ class Bench(tests.World):
         return found
 
     def accepted(self):
-        return sum(bool(tests.re.search(tests.PAID, path)) for path, _ in self.demo.calls)
+        return len(self.paid())
 
 
 @asynccontextmanager
-async def bench(accounts=5, interval=1.0, file=b"", limits=None, **options):
+async def bench(accounts=5, interval=1.0, file=b"", limits=None, source=None, **options):
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         b = Bench(pathlib.Path(folder), **{"flow.poll_interval": interval}, **options)
+        b.folder = source or b.folder
         if file:
-            b.demo.file = functools.partial(send, file)
+            b.flow.file = functools.partial(send, file)
         await b.start()
         try:
             await asyncio.gather(*(b.add_account(**limits or {}) for _ in range(accounts)))
@@ -216,7 +218,7 @@ async def burst(options):
         alone = max([(await timed(call()))[0] for call in calls])
         seconds, answers = await timed(asyncio.gather(*(calls[i % 3]() for i in range(200))))
         await b.report("200 at once")
-        good, accepted = sum(answer[0] == 200 for answer in answers), b.accepted() - 3
+        good, accepted = sum(answer.status == 200 for answer in answers), b.accepted() - 3
         print(f"  {good} ended well, {accepted} submits accepted;", end=" ")
         print(f"{seconds:.1f} s, {seconds / alone:.2f} x the slowest one alone")
 
@@ -232,14 +234,14 @@ async def clips(number, **options):
 
         async def make():
             async with gate:
-                assert (await b.call("POST", "/v1/videos", CLIP))[0] == 200
+                assert (await b.call("POST", "/v1/videos", CLIP)).status == 200
 
         start, b.fault = (await b.told())["cpu"], note
         for _ in range(500):
             await b.call("GET", "/health")
         ready = (await b.told())["cpu"]
         await asyncio.gather(*(make() for _ in range(number)))
-        while (await b.call("GET", "/v1/stats"))[2]["stats"]["total_videos"] < number:
+        while (await b.call("GET", "/v1/stats")).json["total_videos"] < number:
             await asyncio.sleep(0.5)
         cpu, unit = (await b.report("clips"))["cpu"] - ready, (ready - start) / 500
         tick = options["interval"] / 2
@@ -262,15 +264,15 @@ async def queue(options):
 async def clip(options):
     """200 MB through /v1/videos/{id}/content: memory, speed against a direct download"""
     size, speeds, mb = 200 << 20, [], []
-    async with bench(1, file=tests.demo_flow2api.CLIP.ljust(size, b"\0"), video_seconds=0) as b:
-        video = (await b.call("POST", "/v1/videos", CLIP | {"async_mode": False}))[2]["id"]
-        (medium,) = b.demo.media.values()
+    async with bench(1, file=tests.CLIP.ljust(size, b"\0"), video_seconds=0) as b:
+        video = (await b.call("POST", "/v1/videos", CLIP | {"async_mode": False})).json["id"]
+        (medium,) = b.flow.media.values()
 
         async def fetch(url):
             async with b.http.get(url, headers={"Authorization": f"Bearer {b.key}"}) as reply:
                 assert sum([len(part) async for part in reply.content.iter_any()]) == size
 
-        for url in [b.demo.url(medium), f"{b.url}/v1/videos/{video}/content"] * 3:
+        for url in [b.flow.url(medium, "video"), f"{b.url}/v1/videos/{video}/content"] * 3:
             mb.append((await b.told())["mb"])
             fetching = asyncio.create_task(timed(fetch(url)))
             while not fetching.done():
@@ -297,7 +299,7 @@ async def pictures(options):
             "in by chat": b.chat("nano_banana_pro", pictures=[data["image"]]),
         }
         for title, way in ways.items():
-            assert (await way)[0] == 200
+            assert (await way).status == 200
             await b.report(title)
 
 
@@ -327,13 +329,76 @@ async def store(options):
     print(f"  {grouped:.0f} in groups, {grouped / single:.0f} x the {single:.0f} one by one")
 
 
+async def picture_chats(source):
+    """768 picture chats, 32 at once -> seconds"""
+    gate = asyncio.Semaphore(32)
+    async with bench(source=source, image_seconds=0) as b:
+
+        async def ask():
+            async with gate:
+                assert (await b.chat("nano_banana_pro")).status == 200
+
+        await asyncio.gather(*(ask() for _ in range(64)))
+        return (await timed(asyncio.gather(*(ask() for _ in range(768)))))[0]
+
+
+async def clips_at_once(source):
+    """400 clips at once, from the first request to the last answer -> seconds"""
+    async with bench(source=source, video_seconds=1) as b:
+        body = CLIP | {"async_mode": False}
+        calls = [b.call("POST", "/v1/videos", body) for _ in range(400)]
+        seconds, replies = await timed(asyncio.gather(*calls))
+        assert {reply.status for reply in replies} == {200}
+        return seconds
+
+
+async def idle_memory(source):
+    """With 5 accounts, after their first requests -> MB"""
+    async with bench(source=source) as b:
+        await asyncio.gather(*(b.chat("nano_banana_pro") for _ in range(20)))
+        return (await b.told())["mb"]
+
+
+async def start(source):
+    """From nothing to the first line of the program -> seconds"""
+    code = "import flow2api, sys; flow2api.main(sys.argv[1:])"
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        command = sys.executable, "-c", code, "--data", folder, "--port", "0"
+        options = {"cwd": source or Bench.folder, "stdout": asyncio.subprocess.PIPE}
+        began = clock()
+        process = await asyncio.create_subprocess_exec(*command, **options)
+        await process.stdout.readline()
+        seconds = clock() - began
+        process.terminate()
+        await process.wait()
+    return seconds
+
+
+async def compare(options):
+    """With --against FOLDER: this version and another one by turns, a ratio each"""
+    if not options.against:
+        print("  left out: it needs --against")
+        return
+    for measure in (picture_chats, clips_at_once, idle_memory, start):
+        here, there = [], []
+        for _ in range(options.rounds):
+            here.append(await measure(None))
+            there.append(await measure(options.against))
+        one, other = statistics.median(here), statistics.median(there)
+        print(f"  {measure.__doc__}: here {one:.3g}, there {other:.3g}, ", end="")
+        print(f"there / here {other / one:.2f}", flush=True)
+
+
 def main():
-    benches = {f.__name__: f for f in (streams, burst, jobs, queue, clip, pictures, tokens, store)}
+    every = (streams, burst, jobs, queue, clip, pictures, tokens, store, compare)
+    benches = {f.__name__: f for f in every}
     rows = "\n".join(f"  {name:9} {bench.__doc__}" for name, bench in benches.items())
     kind, words = argparse.RawDescriptionHelpFormatter, f"Benchmarks, all if none is named:\n{rows}"
     parser = argparse.ArgumentParser(description=words, formatter_class=kind)
     parser.add_argument("name", nargs="*", help="a benchmark")
     parser.add_argument("--seconds", type=float, default=60, help="length of streams")
+    parser.add_argument("--against", type=pathlib.Path, help="another checkout, for compare")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of compare")
     options = parser.parse_args()
     for name in options.name or benches:
         if name not in benches:

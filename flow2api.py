@@ -1,23 +1,33 @@
-"""Flow2API: your own Google Flow accounts as an OpenAI-compatible API. The gateway, in one file.
+"""Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
-    client -> Generation -> Job(queued) -> a leased token -> upload -> submit -> Job(running)
-    client <- rendered answer <- Job(completed | failed) <- settle <- one batched poll per token
+    client -> Generation -> Job(queued) -> a lease -> upload -> submit -> Job(running)
+    client <- rendered answer <- Job(completed | failed) <- settle <- one poll per token
 
 A chapter uses only what stands above it:
-     1  Settings          what can be set, and where a value comes from
-     2  Errors            every failure that a caller is told about, and Google's reasons
-     3  Catalogue         model ids -> Plan
-     4  Store             the durable records, and SQLite
-     5  Upstream          Google's protocol; nothing else in this file knows it
-     6  Pool              accounts, leases, refresh, step-back
-     7  Media             finished files, and the pictures that users send
-     8  Jobs              the state machine: submit, poll, settle, resume
-     9  Reading requests  a client's body -> Generation
-    10  Client API        /v1: a job rendered as chat, pictures and videos
-    11  Main              the application and the command line
+     1  Settings           what can be set, and where a value comes from
+     2  Errors             each failure that a caller is told about, and Google's reasons
+     3  Catalogue          model ids -> Plan
+     4  Records and store  the durable records, and SQLite
+     5  Network            outgoing HTTP, proxies, and reading what strangers sent
+     6  Upstream           Google's protocol; nothing else in this file knows it
+     7  Pool               accounts, leases, step-back
+     8  Media              finished files, and the pictures that users send
+     9  Jobs               the state machine: submit, poll, settle, resume
+    10  Reading requests   a client's body -> Generation
+    11  Client API         /v1: admission, then chat, images and videos
+    12  Admin API          /api, the page, /metrics
+    13  Simulated Flow     a small Google on loopback, for --demo and for the tests
+    14  Main               the application and the command line
 
-Two files build on this one, which serves its clients without them: admin_flow2api.py is its owner's
-side (/api, where accounts are added, and the page), demo_flow2api.py the simulated Flow of --demo.
+Words, the same everywhere; a parameter that is called like one of them is one:
+    token       one Google account in the pool: its session, credits, tier and counters
+    model       a public id that a client may name: veo_3_1-fast, nano_banana_pro-4K
+    plan        what a model id and its parameters come to: mode, key, shape, price
+    generation  one validated request of a client; nothing has been spent yet
+    job         the durable record of a generation, from acceptance to its end
+    output      one paid picture or clip of a job: Google's handle of it, and its file
+    upstream    an adapter that speaks one of Google's protocols
+    lease       the right to use a token for one submit, with its credits reserved
 
 Needs Python 3.11+ and aiohttp; aiohttp-socks only where a SOCKS proxy is set.
 """
@@ -32,11 +42,11 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import enum
 import functools
 import gc
 import hashlib
 import hmac
-import importlib
 import ipaddress
 import itertools
 import json
@@ -57,127 +67,163 @@ import time
 import tomllib
 import uuid
 import weakref
-from collections import Counter, defaultdict, deque, namedtuple
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+import zlib
+from collections import ChainMap, Counter, defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
 import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 log = logging.getLogger("flow2api")
-NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)  # of odd addresses
 
 
-def now() -> float:
+def now():
     """Unix seconds: the only clock that decisions read, so that tests can drive it."""
     return time.time()
 
 
-def today() -> str:
+def today():
     return datetime.date.fromtimestamp(now()).isoformat()
 
 
-# ---- 1. Settings ----------------------------------------------------------------------------
+def iso(seconds):
+    """RFC 3339 in UTC; None for never."""
+    moment = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return moment.isoformat() if seconds else None
+
+
+# ---- 1. Settings -----------------------------------------------------------------------
 
 
 class SettingError(Exception):
-    """A value that can't be used; the text names the key, the value and what is allowed."""
+    """A value that can't be used; the text names key, value and what is allowed."""
 
 
-# A row of the table. name: section.key; the type is that of the default; low, high: of a number.
-Setting = namedtuple("Setting", "name default help low high choices", defaults=[None, None, ()])
-SETTINGS = (
-    Setting("global.api_key", "", "Key that API clients send. Empty: made at first start."),
-    Setting("global.admin_username", "admin", "User name of the admin page."),
-    Setting("global.admin_password", "", "Admin password. Empty: made at first start."),
-    Setting("flow.labs_base_url", "https://labs.google/fx/api", "Google's sessions and projects."),
-    Setting("flow.api_base_url", "https://aisandbox-pa.googleapis.com/v1", "Google's media API."),
-    Setting("flow.timeout", 120, "Seconds for one call to Google.", 1, 3600),
-    Setting("flow.poll_interval", 3.0, "Seconds between status calls (one per account).", 0.05, 60),
-    Setting("flow.max_poll_attempts", 500, "Status answers to wait for on one clip.", 1, 100000),
-    Setting("server.host", "0.0.0.0", "Address to listen on."),
-    Setting("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
-    Setting("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
-    Setting("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
-    Setting("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
-    Setting("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
-    Setting("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
-    Setting("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
-    Setting("admin.debug", False, "Log each call to Google, too."),
-    Setting("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
-    Setting("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
-    Setting("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
-    Setting("cache.base_url", "", "Public address in media links. Empty: what the client used."),
-    Setting("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
-    Setting("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
-    Setting("chat.video_content", "both", "A clip in an answer.", choices=("both", "html", "link")),
-    Setting("chat.answer_side_prompts", True, "Answer title and tag prompts without generating."),
-    Setting("chat.use_system_prompt", False, "Put the system message before the prompt."),
-    Setting("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
-    Setting("images.default_model", "nano_banana_pro", "Model where a request names none."),
-    Setting("images.response_format", "b64_json", "Default form.", choices=("b64_json", "url")),
-    Setting("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
-    Setting("videos.content", "stream", "How /content answers.", choices=("stream", "redirect")),
-    Setting("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
-    Setting("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
-    Setting("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
-    Setting("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
-    Setting("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    Setting("plugin.connection_token", "", "Key of the companion extension. Empty: it may not."),
-    Setting("plugin.auto_enable_on_update", True, "A new session enables its account."),
-    Setting("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
-    Setting("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table: section.key, a default that gives the type, and the bounds."""
+
+    name: str
+    default: bool | int | float | str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def parse(self, raw):
+        """The value that `raw` (of TOML, or a text) stands for. Raises ValueError."""
+        kind, value = type(self.default), raw
+        if isinstance(raw, str) and kind is bool:
+            value = TRUTHS.get(raw.strip().lower())
+        elif isinstance(raw, str) or (kind is float and type(raw) is int):
+            value = kind(raw)
+        good = type(value) is kind and (not self.choices or value in self.choices)
+        if not good or not (self.low is None or self.low <= value <= self.high):
+            raise ValueError(raw)
+        return value
+
+    @property
+    def allowed(self):
+        bounds = "" if self.low is None else f" from {self.low:g} to {self.high:g}"
+        return " | ".join(self.choices) or KINDS[type(self.default)] + bounds
+
+
+SETTING_ROWS = (  # name, default, help, low, high, choices
+    ("global.api_key", "", "Key that API clients send. Empty: made at first start."),
+    ("global.admin_username", "admin", "User name of the admin page."),
+    ("global.admin_password", "", "Admin password. Empty: made at first start."),
+    ("flow.labs_base_url", "https://labs.google/fx/api", "Google's sessions, projects."),
+    ("flow.api_base_url", "https://aisandbox-pa.googleapis.com/v1", "Google's media API."),
+    ("flow.timeout", 120, "Seconds for one call to Google.", 1, 3600),
+    ("flow.poll_interval", 3.0, "Seconds between status calls of an account.", 0.05, 60),
+    ("flow.max_poll_attempts", 500, "Status answers to wait for on a clip.", 1, 100000),
+    ("server.host", "0.0.0.0", "Address to listen on."),
+    ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
+    ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
+    ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
+    ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
+    ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
+    ("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
+    ("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
+    ("admin.debug", False, "Log each call to Google, too."),
+    ("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
+    ("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
+    ("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
+    ("cache.base_url", "", "Public address in media links. Empty: what the client used."),
+    ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
+    ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
+    ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
+    ("chat.answer_side_prompts", True, "Answer title and tag prompts at no cost."),
+    ("chat.use_system_prompt", False, "Put the system message before the prompt."),
+    ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
+    ("images.default_model", "nano_banana_pro", "Model where a request names none."),
+    ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
+    ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
+    ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
+    ("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
+    ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
+    ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
+    ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
+    ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
+    ("plugin.connection_token", "", "Key of the companion extension. Empty: it may not."),
+    ("plugin.auto_enable_on_update", True, "A new session enables its account."),
+    ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
+    ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
 )
+SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
+PLACEHOLDERS = ("", "your_api_key", "your_password")
 HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
 class Settings:
-    """Layers of values. `settings["server.port"]` is the value in force, read anew at each use."""
+    """Layers of values. `settings["server.port"]` is the value in force, read anew."""
 
-    LAYERS = ("command line", "environment", "admin page", "file", "generated")  # strongest first
+    # The strongest first.
+    LAYERS = ("command line", "environment", "admin page", "file", "generated")
 
     def __init__(self):
-        self.layers: dict[str, dict[str, Any]] = {name: {} for name in self.LAYERS}
-        self.models: dict[str, str] = {}  # section [models]
-        self.warnings: list[str] = []
+        self.layers = {name: {} for name in self.LAYERS}
+        self.models = {}  # section [models]: upstream keys by product
+        self.warnings = []
         self.folder = Path.cwd()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name):
         return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
 
-    def source(self, name: str) -> str:
-        return next((layer for layer in self.LAYERS if name in self.layers[layer]), "default")
+    def source(self, name):
+        """The layer that the value in force comes from, or "default"."""
+        setting_it = (layer for layer in self.LAYERS if name in self.layers[layer])
+        return next(setting_it, "default")
 
-    def put(self, layer: str, name: str, raw: Any, origin: str) -> None:
-        """Sets a value. Raises SettingError; an unknown name warns; a placeholder sets nothing."""
+    def put(self, layer, name, raw, origin):
+        """Raises SettingError; an unknown name warns; a placeholder sets nothing."""
         if name not in SETTING:
             self.warnings.append(f"{origin}: unknown setting {name}; ignored")
             return
-        _, default, _, low, high, choices = SETTING[name]
-        kind, value = type(default), raw  # a TOML value, or the text of another origin
-        with contextlib.suppress(ValueError, KeyError):
-            if isinstance(raw, str) and kind is bool:
-                value = {"true": True, "1": True, "false": False, "0": False}[raw.strip().lower()]
-            elif isinstance(raw, str) or (kind is float and type(raw) is int):
-                value = kind(raw)
-        good = type(value) is kind and (not choices or value in choices)
-        if not good or not (low is None or low <= value <= high):
-            kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-            allowed = " | ".join(choices) or kinds[kind]
-            allowed += "" if low is None else f" from {low:g} to {high:g}"
-            shown = "that value" if name in SECRETS else repr(raw)
-            raise SettingError(f"{origin}: {name} can't be {shown}; allowed: {allowed}")
-        if name not in SECRETS or value not in ("", "your_api_key", "your_password"):
+        setting = SETTING[name]
+        try:
+            value = setting.parse(raw)
+        except ValueError:
+            told = "that value" if name in SECRETS else repr(raw)
+            message = f"{origin}: {name} can't be {told}; allowed: {setting.allowed}"
+            raise SettingError(message) from None
+        if name not in SECRETS or value not in PLACEHOLDERS:
             self.layers[layer][name] = value
 
-    def read_file(self, path: Path) -> None:
-        """Takes the values of a TOML file; a missing file is an empty one."""
+    def read_file(self, path):
+        """Those of a TOML file; a missing file is an empty one. Raises SettingError."""
         self.folder = path.parent
         if not self.folder.is_dir():
             raise SettingError(f"{self.folder}: there is no such folder")
@@ -188,63 +234,125 @@ class Settings:
         models = document.pop("models", {})
         for name, key in models.items() if isinstance(models, dict) else [("", models)]:
             try:
-                self.models[name] = key
                 key.format(P="", O="", U="", D=0)
             except (AttributeError, LookupError, ValueError):
-                words = f"can't be {key!r}; allowed: a text, at most with {{P}} {{O}} {{U}} {{D}}"
-                raise SettingError(f"{path.name}: [models] {name} {words}") from None
+                allowed = "a text, at most with {P} {O} {U} {D}"
+                told = f"{path.name}: [models] {name} can't be {key!r}; allowed: {allowed}"
+                raise SettingError(told) from None
+            self.models[name] = key
         for section, values in document.items():
             for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
                 self.put("file", f"{section}.{key}", raw, path.name)
 
-    def read_environment(self, environ: dict[str, str]) -> None:
+    def read_environment(self, environ):
+        """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
         names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
-        for variable in filter(lambda name: name.startswith("FLOW2API_"), environ):
-            self.put("environment", names.get(variable, variable), environ[variable], variable)
+        for variable, raw in environ.items():
+            if variable.startswith("FLOW2API_"):
+                self.put("environment", names.get(variable, variable), raw, variable)
 
     @property
-    def data(self) -> Path:
-        return Path(self["server.data_dir"] or self.folder / "data").expanduser().resolve()
+    def data(self):
+        """The data folder."""
+        folder = self["server.data_dir"] or self.folder / "data"
+        return Path(folder).expanduser().resolve()
 
 
-# ---- 2. Errors ------------------------------------------------------------------------------
-# request: told to the caller, no account is blamed. account: nothing was spent, this one steps back
-# and another may be tried. banning: so too, and it counts towards the automatic ban. session: the
-# account is disabled. again: nothing was spent, one more try. unknown: maybe spent, not sent again.
-ERROR_ROWS = (  # HTTP status, what the failure does (final: none of these), codes
-    (400, "request", "invalid_request invalid_image unsupported_parameter tier_required"),
-    (400, "request", "mode_not_available content_policy_violation task_not_completed"),
-    (401, "request", "invalid_api_key"),
-    (404, "request", "not_found model_not_found task_not_found content_not_found"),
-    (405, "request", "method_not_allowed"),
-    (409, "request", "conflict cancelled idempotency_conflict"),
-    (413, "request", "request_too_large"),
-    (429, "final", "queue_full too_many_logins"),
-    (500, "final", "internal_error"),
-    (501, "request", "not_implemented"),
-    (424, "final", "generation_failed generation_timeout"),  # clients repeat 5xx by themselves
-    (424, "unknown", "submit_unknown"),
-    (502, "again", "upstream_error upstream_unreachable"),
-    (502, "final", "upstream_changed model_unavailable proxy_unavailable"),
-    (503, "again", "upstream_busy"),
-    (503, "final", "no_accounts no_credits shutting_down"),
-    (503, "account", "account_throttled account_busy account_daily_quota account_no_credits"),
-    (503, "account", "captcha_required model_not_for_account"),
-    (503, "banning", "account_refused"),
-    (503, "session", "account_session_ended"),
+# ---- 2. Errors -------------------------------------------------------------------------
+
+
+class Effect(enum.Enum):
+    """What a failure does to accounts, and whether the same may be tried again."""
+
+    REQUEST = "told to the caller; no account is blamed"
+    FINAL = "told to the caller; nobody is to blame"
+    RETRY = "nothing was spent; one more try"
+    ACCOUNT = "nothing was spent; this account steps back, another may be tried"
+    BAN = "as ACCOUNT, and it counts towards the automatic ban"
+    SESSION = "as ACCOUNT, and the account is disabled"
+    UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
+
+
+ERROR_TABLE = (  # HTTP status, effect, codes
+    (400, Effect.REQUEST, "invalid_request invalid_image unsupported_parameter"),
+    (400, Effect.REQUEST, "tier_required mode_not_available task_not_completed"),
+    (400, Effect.REQUEST, "content_policy_violation"),
+    # What was paid for is a 400, too: no client repeats that by itself, as many do a 5xx.
+    (400, Effect.FINAL, "generation_failed generation_timeout interrupted"),
+    (400, Effect.UNKNOWN, "submit_unknown"),
+    (401, Effect.REQUEST, "invalid_api_key"),
+    (404, Effect.REQUEST, "not_found model_not_found task_not_found content_not_found"),
+    (405, Effect.REQUEST, "method_not_allowed"),
+    (409, Effect.REQUEST, "conflict cancelled idempotency_conflict"),
+    (413, Effect.REQUEST, "request_too_large"),
+    (429, Effect.FINAL, "queue_full too_many_logins"),
+    (500, Effect.FINAL, "internal_error"),
+    (501, Effect.REQUEST, "not_implemented"),
+    (502, Effect.RETRY, "upstream_error upstream_unreachable"),
+    (502, Effect.FINAL, "upstream_changed upstream_retired"),
+    (502, Effect.FINAL, "model_unavailable proxy_unavailable"),
+    (503, Effect.RETRY, "upstream_busy"),
+    (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
+    (503, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
+    (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
+    (503, Effect.BAN, "account_refused"),
+    (503, Effect.SESSION, "account_session_ended"),
 )
-ERRORS = {code: (status, does) for status, does, codes in ERROR_ROWS for code in codes.split()}
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
-TYPES |= {424: "server_error"}
+ERRORS = {code: row[:2] for row in ERROR_TABLE for code in row[2].split()}
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
-# Google's reason (PUBLIC_ERROR_*, or of failureReasons), text and HTTP status (0: a clip failed
-# later) -> code, first pause in seconds, words. The first match counts.
+
+class GatewayError(Exception):
+    """A failure that a caller is told about: a code of ERRORS and a message of its own.
+    param: the request field at fault. retry_after: seconds for that header. pause: seconds
+    an account steps back at first. upstream: Google's HTTP status, if that is the cause."""
+
+    def __init__(self, code, message, *, param=None, retry_after=0, pause=60, upstream=0):
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+        self.pause, self.upstream = pause, upstream
+
+    status = property(lambda self: ERRORS[self.code][0])
+    effect = property(lambda self: ERRORS[self.code][1])
+
+    @property
+    def type(self):
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ERROR_TYPES.get(self.status, default)
+
+    def record(self):
+        """What is stored of it; GatewayError(**record) is the error again."""
+        return {"code": self.code, "message": str(self), "retry_after": self.retry_after}
+
+    def body(self):
+        """The error object of OpenAI's API."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def bad(message, param=None, code="invalid_request"):
+    """The error for a request that is itself at fault."""
+    return GatewayError(code, message, param=param)
+
+
+# What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
+# (0: a clip that failed later); code, seconds an account pauses, message. The first counts.
 # fmt: off
 REASONS = (
+    ("RPCs have been deprecated", "upstream_retired", 0,
+     "This account has moved to flow.google.com, which this version does not speak"),
     ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
     ("UNUSUAL_ACTIVITY|reCAPTCHA", "captcha_required", 300,
-     "Google wants a reCAPTCHA token: use Flow in this account's own browser, or the extension"),
+     "Google wants a reCAPTCHA token: use Flow in this account's own browser"),
     ("DAILY_QUOTA", "account_daily_quota", 60, "This model's quota of the day is used up"),
     ("QUOTA_REACHED", "account_no_credits", 600, "The account has no credits left"),
     ("MODEL_ACCESS_DENIED", "model_not_for_account", 0, "The account's plan lacks this model"),
@@ -267,139 +375,244 @@ REASONS = (
 # fmt: on
 
 
-class GatewayError(Exception):
-    """A failure that a caller is told about: a code of ERRORS and words of its own. `param`: the
-    request field at fault. `retry_after`: seconds for that header. `pause`: seconds an account
-    steps back at first. `upstream`: Google's HTTP status. `headers`: more for the answer."""
-
-    def __init__(self, code: str, message: str, *, param=None, retry_after=0, pause=60, upstream=0):
-        super().__init__(message)
-        self.status, self.does = ERRORS[code]
-        self.type = TYPES.get(self.status, "server_error" if self.status >= 500 else TYPES[400])
-        self.code, self.param, self.retry_after = code, param, retry_after
-        self.pause, self.upstream, self.headers = pause, upstream, {}
-
-    def record(self) -> dict:
-        """What is stored of it; GatewayError(**record) is the error again."""
-        return {"code": self.code, "message": str(self), "retry_after": self.retry_after}
-
-    def body(self) -> dict:
-        """The error object of OpenAI's API."""
-        words = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
-        return {"error": words}
+def too_large(limit, param):
+    return bad(f"A picture may have {limit >> 20} MB at most", param, "request_too_large")
 
 
-def bad(message: str, param: str | None = None, code="invalid_request") -> GatewayError:
-    """The error for a request that is itself at fault."""
-    return GatewayError(code, message, param=param)
+def changed(message):
+    """The error for a reply of Google in a form that is not known here."""
+    return GatewayError("upstream_changed", message)
 
 
-def google_error(status: int, reason: str, message="", retry_after=0) -> GatewayError:
-    """The error for a refusal of Google: its HTTP status, reason and text, as in REASONS."""
-    known = f"{reason} {message} HTTP {status}"
-    _, code, pause, words = next(row for row in REASONS if re.search(row[0], known))
-    words += f" (Google: {reason or message or status})"[:300]
-    return GatewayError(code, words, retry_after=retry_after, pause=pause, upstream=status)
+def session_ended(message):
+    return GatewayError("account_session_ended", message)
 
 
-# ---- 3. Catalogue ---------------------------------------------------------------------------
+def google_error(status, reason, message="", retry_after=0):
+    """The error for a refusal of Google, as in REASONS."""
+    text = f"{reason} {message} HTTP {status}"
+    _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
+    told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
+    return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
+
+
+def failed_output(reason):
+    """The error of an output that Google took and then failed: a refusal of its content,
+    else generation_failed: whatever Google says by then, it is not sent again."""
+    error = google_error(0, reason)
+    if error.effect is Effect.REQUEST:
+        return error
+    return GatewayError("generation_failed", str(error))
+
+
+# ---- 3. Catalogue ----------------------------------------------------------------------
 # Plans that Google sells, lowest first: the word on the wire, and what people call it.
 TIERS = {"PAYGATE_TIER_NOT_PAID": "free", "PAYGATE_TIER_ONE": "Pro", "PAYGATE_TIER_TWO": "Ultra"}
-RATIOS = {"landscape": 16 / 9, "portrait": 9 / 16, "square": 1.0, "4-3": 4 / 3, "3-4": 3 / 4}
-
-# Upstream keys (Flow's catalogue of 2026-08-27): family, mode, key, key at 4 and 6 s; see Plan.key.
-# fmt: off
-KEY_ROWS = (
-    ("veo_3_1", "text", "veo_3_1_t2v{P}", "veo_3_1_t2v_quality_{D}s"),
-    ("veo_3_1", "start", "veo_3_1_i2v_s{P}", "veo_3_1_i2v_s_quality_{D}s"),
-    ("veo_3_1", "frames", "veo_3_1_i2v_s{P}_fl", "veo_3_1_i2v_s_quality_{D}s_fl"),
-    ("veo_3_1", "extend", "veo_3_1_extend_{O}", ""),
-    ("veo_3_1_fast", "text", "veo_3_1_t2v_fast{P}{U}", "veo_3_1_t2v_fast_{D}s"),
-    ("veo_3_1_fast", "start", "veo_3_1_i2v_s_fast{P}{U}", "veo_3_1_i2v_s_fast_{D}s"),
-    ("veo_3_1_fast", "frames", "veo_3_1_i2v_s_fast{P}{U}_fl", "veo_3_1_i2v_s_fast_{D}s_fl"),
-    ("veo_3_1_fast", "references", "veo_3_1_r2v_fast_{O}{U}", ""),
-    ("veo_3_1_fast", "extend", "veo_3_1_extend_fast_{O}{U}", ""),
-    ("veo_3_1_lite", "text", "veo_3_1_t2v_lite", "veo_3_1_t2v_lite_{D}s"),
-    ("veo_3_1_lite", "start", "veo_3_1_i2v_lite", "veo_3_1_i2v_s_lite_{D}s"),
-    ("veo_3_1_lite", "frames", "veo_3_1_interpolation_lite", "veo_3_1_i2v_s_lite_{D}s_fl"),
-    ("veo_3_1_lite", "references", "veo_3_1_r2v_lite", ""),
-    ("veo_3_1_lite", "extend", "veo_3_1_extension_lite", ""),
-    *(("omni_flash", mode, f"abra_{wire}_{{D}}s", f"abra_{wire}_{{D}}s") for mode, wire in
-      (("text", "t2v"), ("start", "i2v"), ("frames", "i2v"), ("references", "r2v"))),
-    ("omni_flash", "edit", "abra_edit", ""),
-)
-EDITOR = "omni_flash"  # the model that edits clips
-COSTS = {  # credits of one clip on a free, Pro and Ultra account, by its seconds; None: not there
-    "veo_3_1": {8: (100, 100, 100), 4: (None, None, 100), 6: (None, None, 100)},
-    "veo_3_1_fast": {8: (20, 20, 10), 4: (None, None, 10), 6: (None, None, 10)},
-    "veo_3_1_lite": {8: (10, 10, 5), 4: (None, None, 5), 6: (None, None, 5)},
-    "veo_3_1_relaxed": {8: (None, None, 0), 4: (None, None, 0), 6: (None, None, 0)},
-    "omni_flash": {4: (7, 7, 7), 6: (10, 10, 10), 8: (12, 12, 12), 10: (15, 15, 15)},
-    "omni_flash_edit": {8: (20, 20, 20)},
+RATIOS = {"landscape": 16 / 9, "portrait": 9 / 16, "square": 1, "4-3": 4 / 3, "3-4": 3 / 4}
+WIDER = {"landscape": True, "4-3": True, "portrait": False, "3-4": False, "square": None}
+MODES = {
+    "text": "text to video",
+    "start": "start frame",
+    "frames": "start and end frame",
+    "references": "reference pictures",
+    "extend": "extension of a clip",
+    "edit": "edit of a clip",
+    "image": "picture",
 }
-UPSCALES = {"": (0, 0, 0), "1080p": (None, 0, 0), "4k": (None, None, 50),
-            "2K": (0, 0, 0), "4K": (None, None, 0)}
-MODES = {"text": "text to video", "start": "start frame", "frames": "start and end frame",
-         "references": "reference pictures", "extend": "extension of a clip",
-         "edit": "edit of a clip", "image": "picture"}
-# By the names that [models] overrides: family of pictures; family_mode of clips, _short: 4 and 6 s.
-KEYS = {"nano_banana_pro": "GEM_PIX_2", "nano_banana_2": "NARWHAL"}
-KEYS |= {"nano_banana_2_lite": "HARBOR_SEAL", "imagen_4": "IMAGEN_3_5"}
-KEYS |= {f"{family}_{mode}": key for family, mode, key, _ in KEY_ROWS}
-KEYS |= {f"{family}_{mode}_short": short for family, mode, _, short in KEY_ROWS if short}
-_LITE = {name: key for name, key in KEYS.items() if name.startswith("veo_3_1_lite")}
-KEYS |= {name.replace("lite", "relaxed"): f"{key}_low_priority" for name, key in _LITE.items()}
-# What the part of a model id before its parameters stands for, and which parameters it takes.
-Head = namedtuple("Head", "family params ratio mode note", defaults=["portrait", "auto", ""])
-SHAPES, SIZES, SIDES = tuple(RATIOS), ("1K", "2K", "4K"), ("portrait", "landscape")
-LENGTHS = ("4s", "6s", "8s", "10s")
-CLIPS = (*SIDES, "fast", "lite", "relaxed", "fl", *LENGTHS[:3], "1080p", "4k")
-OLD_BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
+# Credits that an upscale adds on a free, Pro and Ultra account; None: not there.
+UPSCALES = {
+    "": (0, 0, 0),
+    "1080p": (None, 0, 0),
+    "4k": (None, None, 50),
+    "2K": (0, 0, 0),
+    "4K": (None, None, 0),
+}
+EDITOR = "omni_flash"  # the family that edits clips
+
+# What Flow makes (its catalogue of 2026-08-27): family, mode (auto: all of MODE_WORDS),
+# lengths in seconds (0: a picture), credits on a free, Pro and Ultra account (-: not
+# there), and the upstream key. Product.read fills in {M} the word of the mode, Plan.key
+# {P} "_portrait" or nothing, {O} the shape, {U} "_ultra" or nothing, {D} the seconds.
+PRODUCT_TABLE = """
+    veo_3_1            text       8   100 100 100  veo_3_1_t2v{P}
+    veo_3_1            text       4,6   -   - 100  veo_3_1_t2v_quality_{D}s
+    veo_3_1            start      8   100 100 100  veo_3_1_i2v_s{P}
+    veo_3_1            start      4,6   -   - 100  veo_3_1_i2v_s_quality_{D}s
+    veo_3_1            frames     8   100 100 100  veo_3_1_i2v_s{P}_fl
+    veo_3_1            frames     4,6   -   - 100  veo_3_1_i2v_s_quality_{D}s_fl
+    veo_3_1            extend     8   100 100 100  veo_3_1_extend_{O}
+    veo_3_1_fast       text       8    20  20  10  veo_3_1_t2v_fast{P}{U}
+    veo_3_1_fast       text       4,6   -   -  10  veo_3_1_t2v_fast_{D}s
+    veo_3_1_fast       start      8    20  20  10  veo_3_1_i2v_s_fast{P}{U}
+    veo_3_1_fast       start      4,6   -   -  10  veo_3_1_i2v_s_fast_{D}s
+    veo_3_1_fast       frames     8    20  20  10  veo_3_1_i2v_s_fast{P}{U}_fl
+    veo_3_1_fast       frames     4,6   -   -  10  veo_3_1_i2v_s_fast_{D}s_fl
+    veo_3_1_fast       references 8    20  20  10  veo_3_1_r2v_fast_{O}{U}
+    veo_3_1_fast       extend     8    20  20  10  veo_3_1_extend_fast_{O}{U}
+    veo_3_1_lite       text       8    10  10   5  veo_3_1_t2v_lite
+    veo_3_1_lite       text       4,6   -   -   5  veo_3_1_t2v_lite_{D}s
+    veo_3_1_lite       start      8    10  10   5  veo_3_1_i2v_lite
+    veo_3_1_lite       start      4,6   -   -   5  veo_3_1_i2v_s_lite_{D}s
+    veo_3_1_lite       frames     8    10  10   5  veo_3_1_interpolation_lite
+    veo_3_1_lite       frames     4,6   -   -   5  veo_3_1_i2v_s_lite_{D}s_fl
+    veo_3_1_lite       references 8    10  10   5  veo_3_1_r2v_lite
+    veo_3_1_lite       extend     8    10  10   5  veo_3_1_extension_lite
+    veo_3_1_relaxed    text       8     -   -   0  veo_3_1_t2v_lite_low_priority
+    veo_3_1_relaxed    text       4,6   -   -   0  veo_3_1_t2v_lite_{D}s_low_priority
+    veo_3_1_relaxed    start      8     -   -   0  veo_3_1_i2v_lite_low_priority
+    veo_3_1_relaxed    start      4,6   -   -   0  veo_3_1_i2v_s_lite_{D}s_low_priority
+    veo_3_1_relaxed    frames     8     -   -   0  veo_3_1_interpolation_lite_low_priority
+    veo_3_1_relaxed    frames     4,6   -   -   0  veo_3_1_i2v_s_lite_{D}s_fl_low_priority
+    veo_3_1_relaxed    references 8     -   -   0  veo_3_1_r2v_lite_low_priority
+    veo_3_1_relaxed    extend     8     -   -   0  veo_3_1_extension_lite_low_priority
+    omni_flash         auto       4     7   7   7  abra_{M}_{D}s
+    omni_flash         auto       6    10  10  10  abra_{M}_{D}s
+    omni_flash         auto       8    12  12  12  abra_{M}_{D}s
+    omni_flash         auto       10   15  15  15  abra_{M}_{D}s
+    omni_flash         edit       8    20  20  20  abra_edit
+    nano_banana_pro    image      0     0   0   0  GEM_PIX_2
+    nano_banana_2      image      0     0   0   0  NARWHAL
+    nano_banana_2_lite image      0     0   0   0  HARBOR_SEAL
+    imagen_4           image      0     0   0   0  IMAGEN_3_5
+"""
+MODE_WORDS = {"text": "t2v", "start": "i2v", "frames": "i2v", "references": "r2v"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A row of PRODUCT_TABLE, in one mode and length."""
+
+    family: str
+    mode: str
+    seconds: int
+    credits: list[int | None]  # on a free, Pro and Ultra account
+    key: str
+
+    @classmethod
+    def read(cls, table):
+        for row in table.strip().splitlines():
+            family, modes, lengths, *credits, key = row.split()
+            prices = [None if word == "-" else int(word) for word in credits]
+            for mode in MODE_WORDS if modes == "auto" else [modes]:
+                template = key.replace("{M}", MODE_WORDS.get(mode, ""))
+                for seconds in lengths.split(","):
+                    yield cls(family, mode, int(seconds), prices, template)
+
+    @property
+    def name(self):
+        """As [models] calls it: the family, of clips _mode and, for 4 and 6 s, _short."""
+        short = "_short" if 0 < self.seconds < 8 else ""
+        return f"{self.family}_{self.mode}{short}".removesuffix("_image")
+
+
+PRODUCTS = tuple(Product.read(PRODUCT_TABLE))
+PICTURE_FAMILIES = {product.family for product in PRODUCTS if product.mode == "image"}
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """What a model id stands for."""
+
+    family: str
+    may: tuple[str, ...]  # the parameters that it may have
+    ratio: str = "portrait"  # the shape, if no parameter tells it
+    mode: str = "auto"
+    note: str = ""
+    text: str = ""
+    params: Iterable[str] = ()
+
+    def first(self, group):
+        """The parameter of this group that the id has, or an empty text."""
+        return next((param for param in group if param in self.params), "")
+
+    def choose_ratio(self, size):
+        """The shape: a parameter, else the nearest to `size`, else the head's own. Raises
+        invalid_request where they contradict each other."""
+        named = self.first(SHAPES)
+        default = named or self.ratio
+        if not size or size == "auto":
+            return default
+        aspect = read_aspect(size)
+        shapes = [shape for shape in SHAPES if shape in self.may]
+        far = {name: abs(math.log(RATIOS[name] / aspect)) for name in (default, *shapes)}
+        nearest = min(far, key=far.get)  # at a tie the default: a clip is no square
+        if "square" in shapes and far[nearest] > math.log(1.5):
+            can = ", ".join(shapes)
+            raise bad(f"size {size} is far from all shapes of {self.text}: {can}", "size")
+        if named and WIDER[named] != WIDER[nearest]:
+            raise bad(f"size {size} contradicts {named!r} in {self.text}", "size")
+        return named or nearest
+
+    def choose_family(self, mode):
+        """The family, variant included, and the mode before pictures are counted."""
+        variant = self.first(VARIANTS)
+        family = f"{self.family}_{variant}" if variant else self.family
+        if family in PICTURE_FAMILIES:
+            return family, "image"
+        return family, mode or ("i2v" if "fl" in self.params else self.mode)
+
+
+SHAPES, SIDES = tuple(RATIOS), ("portrait", "landscape")
+SIZES, LENGTHS = ("1K", "2K", "4K"), {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
+VARIANTS = ("relaxed", "fast", "lite")
+VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "1080p", "4k")
+BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
 HEADS = {
-    "veo_3_1":                     Head("veo_3_1", CLIPS),
-    "omni_flash":                  Head("omni_flash", (*SIDES, "fl", *LENGTHS)),
-    "omni":           Head("omni_flash", (*SIDES, *LENGTHS), "landscape", "references"),
-    "nano_banana":                 Head("nano_banana_2", SHAPES, note=OLD_BANANA),
-    "nano_banana_2":               Head("nano_banana_2", SHAPES + SIZES),
-    "nano_banana_2_lite":          Head("nano_banana_2_lite", SHAPES),
-    "nano_banana_pro":             Head("nano_banana_pro", SHAPES + SIZES),
-    "imagen_4":                    Head("imagen_4", SHAPES),
-    "gemini-2.5-flash-image":      Head("nano_banana_2", SHAPES, "landscape", note=OLD_BANANA),
-    "gemini-3.0-pro-image":        Head("nano_banana_pro", SHAPES + SIZES, "landscape"),
-    "gemini-3.1-flash-image":      Head("nano_banana_2", SHAPES + SIZES, "landscape"),
-    "imagen-4.0-generate-preview": Head("imagen_4", SHAPES, "landscape"),
+    "veo_3_1": ModelId("veo_3_1", VEO_PARAMS),
+    "omni_flash": ModelId("omni_flash", (*SIDES, "fl", *LENGTHS)),
+    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS), "landscape", "references"),
+    "nano_banana": ModelId("nano_banana_2", SHAPES, note=BANANA),
+    "nano_banana_2": ModelId("nano_banana_2", SHAPES + SIZES),
+    "nano_banana_2_lite": ModelId("nano_banana_2_lite", SHAPES),
+    "nano_banana_pro": ModelId("nano_banana_pro", SHAPES + SIZES),
+    "imagen_4": ModelId("imagen_4", SHAPES),
+    "gemini-2.5-flash-image": ModelId("nano_banana_2", SHAPES, "landscape", note=BANANA),
+    "gemini-3.0-pro-image": ModelId("nano_banana_pro", SHAPES + SIZES, "landscape"),
+    "gemini-3.1-flash-image": ModelId("nano_banana_2", SHAPES + SIZES, "landscape"),
+    "imagen-4.0-generate-preview": ModelId("imagen_4", SHAPES, "landscape"),
 }
-# Ids in Google's own style, veo_3_1_t2v_fast_portrait_4s_1080p: the words that name a mode.
-WIRE_MODES = {"t2v": "text", "i2v": "i2v", "interpolation": "frames", "r2v": "references",
-              "extend": "extend"}
-# A head's mode -> that of a request with no, one, two, … pictures.
-MODE_BY_COUNT = {"auto": ("text", "start", "frames", "references"),
-                 "i2v": ("start", "start", "frames"), "references": ("text", "references")}
-RETIRED = {  # prefix -> today's of the same price
+# Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
+WIRE_MODES = {
+    "t2v": "text",
+    "i2v": "i2v",
+    "interpolation": "frames",
+    "r2v": "references",
+    "extend": "extend",
+}
+# A mode -> the fewest and most pictures, and what it is with none, one, two, … of them.
+INPUTS = {
+    "auto": (0, 3, tuple(MODE_WORDS)),
+    "i2v": (1, 2, ("start", "start", "frames")),
+    "frames": (2, 2, ("frames",)),
+    "references": (0, 3, ("text", "references")),
+    "image": (0, 10, ("image",)),
+}
+OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
+RETIRED = {  # prefix -> that of today's model of the same price
     "veo_2_1_fast_d_15_": ("veo_3_1_lite_", "Google retired Veo 2 Fast; this is Veo 3.1 Lite."),
-    "veo_2_0_":           ("veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
-    "veo_3_0_r2v_":       ("veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
+    "veo_2_0_": ("veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
+    "veo_3_0_r2v_": ("veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
 }
-CONFLICTS = (SHAPES, ("lite", "fast"), ("lite", "relaxed"), LENGTHS, ("1080p", "4k"), SIZES)
-# fmt: on
+EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"), ("1080p", "4k"))
 # The ids that /v1/models lists; the grammar takes many more.
-LISTED = (
-    "gemini-{2.5-flash|3.0-pro|3.1-flash}-image-{portrait|landscape}",
-    "imagen-4.0-generate-preview-{portrait|landscape}",
-    "veo_{3_1_t2v_fast|2_1_fast_d_15_t2v|2_1_fast_d_15_i2v|2_0_t2v|2_0_i2v}_{portrait|landscape}",
-    "veo_3_{1_i2v_s_fast_fl|0_r2v_fast|1_r2v_fast}_{portrait|landscape}",
-    "veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}",
-    "veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}",
-    "omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}",
-    "{nano_banana|nano_banana_2|nano_banana_2_lite|nano_banana_pro|imagen_4}"
-    "{|-portrait|-landscape|-square|-4-3|-3-4}",
-    "nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}",
-)
-_CHOICES = [[part.split("|") for part in re.split("[{}]", pattern)] for pattern in LISTED]
-MODELS = tuple(dict.fromkeys("".join(word) for row in _CHOICES for word in itertools.product(*row)))
+LISTED = """
+    gemini-{2.5-flash|3.0-pro|3.1-flash}-image-{portrait|landscape}
+    imagen-4.0-generate-preview-{portrait|landscape}
+    veo_3_1_t2v_fast_{portrait|landscape}
+    veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}
+    veo_3_{1_i2v_s_fast_fl|0_r2v_fast|1_r2v_fast}_{portrait|landscape}
+    veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
+    veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}
+    omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}
+    nano_banana{|_2|_2_lite|_pro}{|-portrait|-landscape|-square|-4-3|-3-4}
+    imagen_4{|-portrait|-landscape|-square|-4-3|-3-4}
+    nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}
+"""
+CHOICES = [[part.split("|") for part in re.split("[{}]", row)] for row in LISTED.split()]
+MODELS = tuple("".join(parts) for row in CHOICES for parts in itertools.product(*row))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """What a request comes to, before an account is chosen."""
 
@@ -410,208 +623,390 @@ class Plan:
     ratio: str  # a key of RATIOS
     seconds: int  # length of a clip, 0 for pictures
     upscale: str  # a key of UPSCALES
-    template: str  # see KEYS
-    costs: list[int | None]  # credits of one output per tier, upscaling included; None: not served
+    template: str  # an upstream key, as in PRODUCT_TABLE
+    costs: list[int | None]  # credits of one output per tier, upscaled; None: not served
     images: list[int]  # how many input pictures it takes, from and to
     note: str = ""  # what a caller should know about the id
 
-    def cost(self, tier: str) -> int | None:
+    def cost(self, tier):
+        """Credits of one output on an account of this tier; None: it can't make it."""
         return self.costs[list(TIERS).index(tier) if tier in TIERS else 0]
 
-    def key(self, tier: str) -> str:
+    def key(self, tier):
+        """The upstream key for an account of this tier."""
         portrait = "_portrait" if self.ratio == "portrait" else ""
         ultra = "_ultra" if tier == "PAYGATE_TIER_TWO" else ""
         return self.template.format(P=portrait, O=self.ratio, U=ultra, D=self.seconds)
 
     @property
-    def pace(self) -> tuple:
+    def pace(self):
+        """What jobs that take equally long have in common."""
         return self.family, self.mode, self.seconds, self.upscale
 
-    def prices(self) -> dict[str, int]:
-        """Credits of one output by what people call the plans that can make it."""
+    def prices(self):
+        """Credits of one output by what people call the tiers that can make it."""
         costs = zip(TIERS.values(), self.costs, strict=True)
-        return {name: cost for name, cost in costs if cost is not None}
+        return {tier: cost for tier, cost in costs if cost is not None}
 
-    def describe(self) -> str:
-        what = f"{self.family} {MODES[self.mode]}, {self.ratio}"
-        what += f", {self.seconds} s" if self.seconds else ""
-        what += f", upscaled to {self.upscale}" if self.upscale else ""
-        prices = ", ".join(f"{name} {cost}" for name, cost in self.prices().items())
-        return f"{what}; credits: {prices}. {self.note}".rstrip(". ") + "."
-
-
-def resolve(model: str, *, size="", seconds=0, images=0, mode="", overrides=None) -> Plan:
-    """The plan of a model id. `size`: "1280x720", "16:9", "auto" or empty. `seconds`: 0 for the
-    id's own. `images`: how many are sent along. `mode`: "edit" or "extend". `overrides`: like
-    KEYS. Raises model_not_found, mode_not_available, or invalid_request."""
-    head, words = _split(model)
-    for group in CONFLICTS:
-        if len(both := [word for word in group if word in words]) > 1:
-            raise bad(f"{model}: {both[0]} and {both[1]} exclude each other", "model")
-    ratio, keys = _ratio(model, head, words, size), KEYS | (overrides or {})
-    upscale = next((word for word in UPSCALES if word in words), "")
-    if head.family in KEYS:
-        given = (head.family, "image", ratio, 0, upscale, keys[head.family], [*UPSCALES[upscale]])
-        return Plan(model, "image", *given, [0, 3 if head.family == "imagen_4" else 10], head.note)
-    variant = next((word for word in ("relaxed", "fast", "lite") if word in words), "")
-    family = f"{head.family}_{variant}" if variant else head.family
-    mode = mode or ("i2v" if "fl" in words else head.mode)
-    most = 7 if family == "omni_flash" else 3
-    limits = {"i2v": [1, 2], "frames": [2, 2], "auto": [0, most], "references": [0, most]}
-    limits, mode = limits.get(mode, [0, 0]), MODE_BY_COUNT.get(mode, (mode,))[: images + 1][-1]
-    prices = COSTS.get(f"{family}_{mode}", COSTS[family])
-    length = next((int(word[:-1]) for word in LENGTHS if word in words), seconds or 8)
-    if (seconds or length) != length or length not in prices:
-        can = ", ".join(map(str, prices))
-        raise bad(f"{model} can't be {seconds or length} s long; {family} can: {can}", "seconds")
-    name = f"{family}_{mode}" + ("_short" if length < 8 else "")
-    if (key := keys.get(name)) is None:
-        can = ", ".join(MODES[known] for known in MODES if f"{family}_{known}" in KEYS)
-        said = f"{model}: {family} has no {MODES[mode]!r} at {length} s; it has {can}"
-        raise bad(said, "model", "mode_not_available")
-    served = (None, None, 0) if "ultra" in words else (0, 0, 0)
-    parts = zip(prices[length], UPSCALES[upscale], served, strict=True)
-    costs = [None if None in part else sum(part) for part in parts]
-    return Plan(model, "video", family, mode, ratio, length, upscale, key, costs, limits, head.note)
+    def describe(self):
+        seconds = f", {self.seconds} s" if self.seconds else ""
+        upscale = f", upscaled to {self.upscale}" if self.upscale else ""
+        prices = ", ".join(f"{tier} {cost}" for tier, cost in self.prices().items())
+        text = f"{self.family} {MODES[self.mode]}, {self.ratio}{seconds}{upscale}"
+        return f"{text}; credits: {prices}. {self.note}".strip()
 
 
-def _split(model: str) -> tuple[Head, set[str]]:
-    """A model id's head and its parameters, each of which the head takes."""
-    old = next(filter(model.startswith, RETIRED), "")
-    new, note = RETIRED.get(old, ("", ""))
-    name = re.sub(r"^omni_(portrait|landscape)\Z", r"omni-\1", new + model.removeprefix(old))
-    if start := next((start for start in HEADS if f"{name}-".startswith(f"{start}-")), ""):
-        tail = re.sub("-four-three|-4-3", "-4:3", name[len(start) :])
-        head, words = HEADS[start], re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
-    else:
-        parts = name.split("_")
-        modes = [WIRE_MODES[part] for part in parts[3:] if part in WIRE_MODES]
-        if parts[:3] != ["veo", "3", "1"] or len(modes) != 1:
-            close = difflib.get_close_matches(model, MODELS, 3, 0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else "GET /v1/models lists them"
-            raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-        if "relaxed" in parts:
-            note = "Google retired the relaxed keys; this is Veo 3.1 Lite at low priority."
-        head = Head("veo_3_1", (*CLIPS, "s", "ultra"), "landscape", modes[0], note)
-        words = [w for w in parts[3:] if w not in WIRE_MODES and w.lower() not in ("s", "fl")]
-    known = {param.lower().replace("-", ":"): param for param in head.params}
-    for word in words:
-        if word.lower() not in known:
-            takes = ", ".join(head.params)
-            raise bad(f"{model[:80]}: unknown parameter {word[:40]!r}; it takes {takes}", "model")
-    return head, {known[word.lower()] for word in words}
-
-
-def _ratio(model: str, head: Head, words: set[str], size: str) -> str:
-    """The shape: a parameter, else the nearest to `size`, else the head's own."""
-    named = next((shape for shape in SHAPES if shape in words), "")
-    if not size or size == "auto":
-        return named or head.ratio
+def read_aspect(size):
+    """1280x720 or 16:9 -> width by height. Raises invalid_request."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*:]\s*(\d{1,6})\s*", str(size))
-    if not match or not int(match[1]) or not int(match[2]):
-        raise bad(f"size must look like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
-    wanted = int(match[1]) / int(match[2])
-    shapes = [shape for shape in SHAPES if shape in head.params]
-    tries = (named or head.ratio, *shapes)  # at a tie the first one wins: a clip can't be 512x512
-    nearest = min(tries, key=lambda shape: abs(math.log(RATIOS[shape] / wanted)))
-    if "square" in shapes and abs(math.log(RATIOS[nearest] / wanted)) > math.log(1.5):
-        raise bad(f"size {size} is far from every shape of {model}: {', '.join(shapes)}", "size")
-    own, near = RATIOS[named or nearest], RATIOS[nearest]
-    if (own > 1, own < 1) != (near > 1, near < 1):
-        raise bad(f"size {size} contradicts {named!r} in {model}", "size")
-    return named or nearest
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if not width or not height:
+        raise bad(f"size must be like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
+    return width / height
 
 
-# ---- 4. Store -------------------------------------------------------------------------------
-to_json = functools.partial(json.dumps, separators=(",", ":"), default=dataclasses.asdict)
+def resolve(model, *, size="", seconds=0, images=0, mode="", overrides=None):
+    """The plan of a model id. `size`: "1280x720", "16:9", "auto" or empty. `seconds`: 0
+    for the id's own. `images`: how many. `mode`: "edit" or "extend". `overrides`:
+    upstream keys by Product.name. Raises model_not_found, mode_not_available, invalid_request."""
+    model_id = parse_id(model)
+    ratio = model_id.choose_ratio(size)
+    family, mode = model_id.choose_family(mode)
+    least, most, modes = INPUTS.get(mode, (0, 0, (mode,)))
+    product = find_product(model_id, family, modes[min(images, len(modes) - 1)], seconds)
+    upscale = model_id.first(UPSCALES)
+    served = (None, None, 0) if "ultra" in model_id.params else (0, 0, 0)
+    parts = zip(product.credits, UPSCALES[upscale], served, strict=True)
+    return Plan(
+        model=model,
+        kind="video" if product.seconds else "image",
+        family=family,
+        mode=product.mode,
+        ratio=ratio,
+        seconds=product.seconds,
+        upscale=upscale,
+        template=(overrides or {}).get(product.name, product.key),
+        costs=[None if None in part else sum(part) for part in parts],
+        images=[least, OTHER_MOST.get((family, most), most)],
+        note=model_id.note,
+    )
+
+
+def parse_id(model):
+    """Raises model_not_found, invalid_request."""
+    head, words = split_id(model)
+    may = {param.lower().replace("-", ":"): param for param in head.may}
+    for word in words:
+        if word.lower() not in may:
+            can = ", ".join(head.may)
+            raise bad(f"{model[:80]}: {word[:40]!r} is unknown; it takes {can}", "model")
+    params = {may[word.lower()] for word in words}
+    for group in EXCLUSIVE:
+        both = [param for param in group if param in params]
+        if len(both) > 1:
+            raise bad(f"{model}: {' and '.join(both)} exclude each other", "model")
+    return dataclasses.replace(head, text=model, params=params)
+
+
+def split_id(model):
+    """The head of an id, and the words that follow. Raises model_not_found."""
+    prefix = next(filter(model.startswith, RETIRED), "")
+    successor, note = RETIRED.get(prefix, ("", ""))
+    name = successor + model.removeprefix(prefix)
+    name = re.sub(r"^omni_(portrait|landscape)\Z", r"omni-\1", name)
+    for start, head in HEADS.items():
+        if f"{name}-".startswith(f"{start}-"):
+            tail = re.sub("-four-three|-4-3", "-4:3", name.removeprefix(start))
+            return head, re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
+    return split_wire_id(model, name, note)
+
+
+def split_wire_id(model, name, note):
+    """As split_id, for an id in Google's own style."""
+    words = name.removeprefix("veo_3_1_").split("_")
+    modes = [WIRE_MODES[word] for word in words if word in WIRE_MODES]
+    if not name.startswith("veo_3_1_") or len(modes) != 1:
+        close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
+        hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
+        raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
+    if "relaxed" in words:
+        note = "Google retired the relaxed keys; this is Veo 3.1 Lite at low priority."
+    head = ModelId("veo_3_1", (*VEO_PARAMS, "ultra"), "landscape", modes[0], note)
+    rest = (*WIRE_MODES, "s", "fl")
+    return head, [word for word in words if word.lower() not in rest]
+
+
+def lengths_of(family, mode, everywhere=False):
+    """The seconds that a family has in this mode, or in any but editing. everywhere: on
+    accounts of each tier."""
+    own = [product for product in PRODUCTS if product.family == family]
+    own = [product for product in own if (product.mode == "edit") == (mode == "edit")]
+    if everywhere:
+        own = [product for product in own if None not in product.credits]
+    return sorted({product.seconds for product in own})
+
+
+def find_product(model_id, family, mode, seconds):
+    """What makes it: as long as the id or the request says, else 8 s."""
+    model = model_id.text
+    length = LENGTHS.get(model_id.first(LENGTHS), seconds or 8)
+    possible = lengths_of(family, mode)
+    if mode == "image":
+        length = 0
+    elif length not in possible or seconds not in (0, length):
+        can = ", ".join(map(str, possible))
+        wish = seconds or length
+        raise bad(f"{model} can't be {wish} s long; {family} can: {can}", "seconds")
+    own = [product for product in PRODUCTS if product.family == family]
+    for product in own:
+        if (product.mode, product.seconds) == (mode, length):
+            return product
+    has = ", ".join(dict.fromkeys(MODES[product.mode] for product in own))
+    message = f"{model}: {family} has no {MODES[mode]!r} at {length} s; it has {has}"
+    raise bad(message, "model", "mode_not_available")
+
+
+# ---- 4. Records and store --------------------------------------------------------------
 OPEN = ("queued", "submitting", "unknown", "running", "settling")
+to_json = functools.partial(json.dumps, separators=(",", ":"), default=vars)
 MIGRATIONS = (
-    """CREATE TABLE tokens (id INTEGER PRIMARY KEY, email TEXT NOT NULL UNIQUE, data TEXT NOT NULL);
+    """CREATE TABLE tokens (id INTEGER PRIMARY KEY, email TEXT NOT NULL UNIQUE,
+        data TEXT NOT NULL);
     CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT NOT NULL, created_at REAL NOT NULL,
         token_id INTEGER, data TEXT NOT NULL);
     CREATE INDEX jobs_by_state ON jobs (state);
     CREATE INDEX jobs_by_time ON jobs (created_at);
-    CREATE TABLE outputs (job_id TEXT NOT NULL, number INTEGER NOT NULL, name TEXT NOT NULL,
-        data TEXT NOT NULL, PRIMARY KEY (job_id, number));
+    CREATE TABLE outputs (job_id TEXT NOT NULL, number INTEGER NOT NULL,
+        name TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (job_id, number));
     CREATE TABLE logs (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, job_id TEXT,
         token_id INTEGER, data TEXT NOT NULL);
     CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);""",
-    """CREATE TABLE keys (key TEXT PRIMARY KEY, request TEXT NOT NULL, job_id TEXT NOT NULL,
-        created_at REAL NOT NULL);
+    """CREATE TABLE keys (key TEXT PRIMARY KEY, request TEXT NOT NULL,
+        job_id TEXT NOT NULL, created_at REAL NOT NULL);
     CREATE INDEX keys_by_time ON keys (created_at);
     CREATE TRIGGER drop_old AFTER INSERT ON keys
         BEGIN DELETE FROM keys WHERE created_at < NEW.created_at - 172800; END;""",
+    # Keys that clients gave are told from hashes of requests by a column, no more by a
+    # line break; the state of an upscale is a word, no more to be guessed.
+    """CREATE TABLE request_keys (explicit INTEGER NOT NULL, value TEXT NOT NULL,
+        request TEXT NOT NULL, job_id TEXT NOT NULL, created_at REAL NOT NULL,
+        PRIMARY KEY (explicit, value));
+    INSERT INTO request_keys SELECT substr(key, 1, 1) <> char(10), ltrim(key, char(10)),
+        request, job_id, created_at FROM keys;
+    DROP TABLE keys;
+    CREATE INDEX keys_by_time ON request_keys (created_at);
+    CREATE TRIGGER drop_old_keys AFTER INSERT ON request_keys
+        BEGIN DELETE FROM request_keys WHERE created_at < NEW.created_at - 172800; END;
+    UPDATE outputs SET data = json_set(data, '$.original', json_extract(data, '$.made'),
+        '$.upscale', CASE
+            WHEN json_extract(data, '$.upscaled') THEN 'ended'
+            WHEN json_extract(data, '$.made.name') IS NULL THEN 'none'
+            WHEN json_extract(data, '$.made.name') = name THEN 'asked'
+            ELSE 'running' END);
+    DROP TABLE logs;""",
 )
 
 
+def in_memory(factory):
+    """A field of a record that is not stored."""
+    return field(default_factory=factory, metadata={"in_memory": True})
+
+
 class Record:
-    """A durable record. FIELDS: names and defaults; COLUMNS are columns of TABLE, the rest is JSON
-    in `data`, so that a new field needs no migration. `live` sets what is in memory only."""
+    """A durable record: COLUMNS are columns of TABLE, the other fields are JSON in `data`:
+    a new field needs no migration."""
 
-    def __init__(self, data="{}", **values: Any):
-        values = json.loads(to_json(self.FIELDS)) | json.loads(data) | values
-        vars(self).update({name: values[name] for name in self.FIELDS})
-        self.live()
+    __slots__ = ()
 
-    def row(self) -> dict:
-        kept = {name: getattr(self, name) for name in self.FIELDS if name not in self.COLUMNS}
-        return {name: getattr(self, name) for name in self.COLUMNS} | {"data": to_json(kept)}
+    @classmethod
+    @functools.cache
+    def stored(cls):
+        fields = dataclasses.fields(cls)
+        return tuple(item.name for item in fields if "in_memory" not in item.metadata)
+
+    @classmethod
+    def from_row(cls, row):
+        """What another version has stored beside the record's fields is left out."""
+        values = {**json.loads(row["data"]), **row}
+        return cls(**{name: values[name] for name in cls.stored() if name in values})
+
+    def pick(self, *names):
+        return {name: getattr(self, name) for name in names}
+
+    def row(self):
+        values = self.pick(*self.stored())
+        columns = {name: values.pop(name) for name in self.COLUMNS}
+        return {**columns, "data": to_json(values)}
+
+    def update(self, **changes):
+        """Sets fields; a name that is none raises AttributeError."""
+        for name, value in changes.items():
+            setattr(self, name, value)
 
 
+@dataclass(slots=True, eq=False)
 class Token(Record):
-    """One Google account. Times are unix seconds; credits None: not known yet; reason: why it is
-    not active, in plain words; failures: account failures in a row; today: counters of `day`."""
+    """One Google account. Times are unix seconds, 0: never."""
 
     TABLE, COLUMNS = "tokens", ("id", "email")
-    FIELDS = dict.fromkeys(["email", "name", "remark", "proxy_url", "st", "at", "tier"], "")
-    FIELDS |= {"project_id": "", "project_name": "", "reason": "", "day": "", "today": {}}
-    FIELDS |= {"created_at": 0.0, "at_expires": 0.0, "checked_at": 0.0, "last_used_at": 0.0}
-    FIELDS |= {"is_active": True, "image_enabled": True, "video_enabled": True, "credits": None}
-    FIELDS |= {"image_concurrency": -1, "video_concurrency": -1, "failures": 0, "id": 0}
-    FIELDS |= {"image_count": 0, "video_count": 0, "use_count": 0, "error_count": 0}
+    id: int = 0
+    email: str = ""
+    name: str = ""
+    remark: str = ""
+    adapter: str = "rest"  # the protocol that it speaks: a key of ADAPTERS
+    proxy_url: str = ""
+    st: str = ""  # session token
+    at: str = ""  # access token
+    at_expires: float = 0.0
+    tier: str = ""  # a key of TIERS
+    credits: int | None = None  # None: not known yet
+    project_id: str = ""
+    project_name: str = ""
+    is_active: bool = True
+    reason: str = ""  # why it is not active, in plain words
+    image_enabled: bool = True
+    video_enabled: bool = True
+    image_concurrency: int = -1  # jobs at once; 0 or less: no limit
+    video_concurrency: int = -1
+    failures: int = 0  # account failures in a row
+    created_at: float = 0.0
+    checked_at: float = 0.0
+    last_used_at: float = 0.0
+    image_count: int = 0
+    video_count: int = 0
+    error_count: int = 0
+    use_count: int = 0
+    day: str = ""  # that `today` counts
+    today: dict = field(default_factory=dict)
+    busy: Counter = in_memory(Counter)  # leases by kind
+    reserved: int = in_memory(int)  # credits of leases whose submit has not been answered
+    paused_until: float = in_memory(float)
+    paused_for: GatewayError | None = in_memory(lambda: None)
+    pause: float = in_memory(float)  # seconds of the last one
+    removed: bool = in_memory(bool)
+    lock: asyncio.Lock = in_memory(asyncio.Lock)
 
-    def live(self) -> None:
-        self.busy, self.reserved, self.lock = Counter(), 0, asyncio.Lock()
-        self.paused_until, self.paused_for, self.pause = 0.0, None, 0.0
-        self.seen: dict[str, tuple[int, float]] = {}  # kind -> jobs at once that Google took, until
+    def session(self):
+        return self.pick("adapter", "st", "at", "at_expires")
+
+    def enabled(self, kind):
+        return getattr(self, f"{kind}_enabled")
+
+    def has_slot(self, kind):
+        limit = getattr(self, f"{kind}_concurrency")
+        return limit <= 0 or self.busy[kind] < limit
+
+    def count(self, what, number):
+        """Adds to a counter (image, video, error), for ever and for today."""
+        total = f"{what}_count"
+        counts = self.counts_of_today()  # none of yesterday's
+        setattr(self, total, getattr(self, total) + number)
+        self.today = {**counts, what: counts.get(what, 0) + number}
+        self.day = today()
+
+    def counts_of_today(self):
+        return self.today if self.day == today() else {}
 
 
+class Upscale(enum.StrEnum):
+    """Where the second step of an output stands."""
+
+    NONE = "none"  # not begun, or not asked for
+    ASKED = "asked"  # the request may have left; its answer has not come
+    RUNNING = "running"  # Google has it, under the name that the output bears now
+    ENDED = "ended"  # well or not
+
+
+@dataclass(slots=True, eq=False)
 class Output(Record):
-    """One paid output of a job: Google's handle (name, project, scene, media), what became of it;
-    made: while a clip is upscaled under a new name, the handle of the clip it is made from."""
+    """One paid output of a job: Google's handle, and what became of it."""
 
     TABLE, COLUMNS = "outputs", ("job_id", "number", "name")
-    FIELDS = {"job_id": "", "number": 0, "name": "", "project": "", "scene": "", "media": ""}
-    FIELDS |= {"state": "pending", "error": {}, "made": {}, "upscaled": False}  # "done", "failed"
-    FIELDS |= {"url": "", "url_expires": 0.0, "file": ""}
+    job_id: str = ""
+    number: int = 0
+    name: str = ""  # what a status call asks for
+    project: str = ""
+    scene: str = ""
+    media: str = ""  # the name that later calls (upscale, download) want
+    state: str = "pending"  # or "done", "failed"
+    error: dict = field(default_factory=dict)
+    url: str = ""
+    url_expires: float = 0.0
+    file: str = ""  # name of the kept file
+    upscale: str = Upscale.NONE
+    original: dict = field(default_factory=dict)  # once it is upscaled: the handle it had
+    answers: int = in_memory(int)  # status answers so far
 
-    def live(self) -> None:
-        self.answers = 0  # status answers so far
+    def handle(self):
+        return self.pick("name", "media", "url", "url_expires", "file")
 
 
+@dataclass(frozen=True)
+class Generation:
+    """One validated request of a client. Nothing has been spent yet."""
+
+    plan: Plan
+    prompt: str
+    n: int = 1
+    images: Iterable[bytes] = ()
+    notes: list[str] = field(default_factory=list)  # what the client should be told
+    source: dict = field(default_factory=dict)  # as in Job
+    metadata: dict | None = None  # as in Job
+
+
+@dataclass(slots=True, eq=False)
 class Job(Record):
-    """One generation. Times are unix seconds, 0: not yet. origin: the API it came through. batch:
-    our mark on the submit, to find it by at Google. error: code and message. source: the clip of
-    an edit or an extension: job, token_id, project, media, scene. metadata: a client's own."""
+    """One generation, from its acceptance on. Times are unix seconds, 0: not yet."""
 
     TABLE, COLUMNS = "jobs", ("id", "state", "created_at", "token_id")
-    FIELDS = {"id": "", "state": "queued", "plan": None, "prompt": "", "n": 1, "inputs": []}
-    FIELDS |= {"origin": "", "detached": False, "token_id": None, "project": "", "batch": ""}
-    FIELDS |= {"created_at": 0.0, "submitted_at": 0.0, "completed_at": 0.0, "deadline": 0.0}
-    FIELDS |= {"error": {}, "notes": [], "source": {}, "metadata": None, "median": []}
+    id: str = ""
+    state: str = "queued"
+    created_at: float = 0.0
+    token_id: int | None = None
+    plan: Plan | None = None
+    prompt: str = ""
+    n: int = 1
+    inputs: list = field(default_factory=list)  # names of the saved input pictures
+    origin: str = ""  # the API that it came through
+    detached: bool = False  # its client can come back for it
+    project: str = ""
+    batch: str = ""  # our mark on the submit, to find it by at Google
+    submitted_at: float = 0.0
+    completed_at: float = 0.0
+    deadline: float = 0.0
+    error: dict = field(default_factory=dict)  # as GatewayError.record
+    notes: list = field(default_factory=list)
+    source: dict = field(default_factory=dict)  # the clip that it is made from
+    metadata: dict | None = None  # a client's own
+    median: list = field(default_factory=list)  # seconds of earlier jobs, their number
+    outputs: list[Output] = in_memory(list)  # rows of their own
+    shunned: set[int] = in_memory(set)  # accounts that others go before
+    changed: asyncio.Event = in_memory(asyncio.Event)
+    stage: str = in_memory(str)  # what it is at, in words
+    task: asyncio.Task | None = in_memory(lambda: None)
+    percent: int = in_memory(int)
+    clients: int = in_memory(int)  # that wait for it
 
-    def live(self) -> None:
+    def __post_init__(self):
         if isinstance(self.plan, dict):  # as JSON keeps it
             self.plan = Plan(**self.plan)
-        self.outputs, self.shunned, self.changed = [], set(), asyncio.Event()
-        self.stage, self.task, self.percent, self.clients = "", None, 0, 0
 
     @property
-    def ended(self) -> bool:
+    def ended(self):
         return self.state not in OPEN
 
-    def done(self) -> list[Output]:
+    def done(self):
         return [output for output in self.outputs if output.state == "done"]
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """What a repeated request is told by: the client's Idempotency-Key (explicit), or the
+    hash of its path and body."""
+
+    value: str
+    request: str  # that hash
+    explicit: bool
 
 
 class StoreError(Exception):
@@ -619,750 +1014,1020 @@ class StoreError(Exception):
 
 
 class Store:
-    """SQLite in WAL mode. One thread writes all that waits in one transaction; `await put(...)`
-    returns when the records are on the disk."""
+    """SQLite in WAL mode. One thread writes what waits in one transaction, and
+    `await put(…)` ends when the records are on the disk."""
 
-    def __init__(self, folder: Path):
+    GROUP = 256  # writes in a transaction
+
+    def __init__(self, folder):
         self.path = folder / "flow2api.db"
-        self._waiting, self._reading = deque(), threading.Lock()
+        self._waiting = deque()  # (steps, their future)
+        self._reading = threading.Lock()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
-    def open(self) -> None:
-        """Raises StoreError. Of two processes on a data folder, which would share jobs, too."""
+    def open(self):
+        """Raises StoreError, also where another process uses this data folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock, options = self.path.with_name("lock.db"), {"timeout": 10, "check_same_thread": False}
-        for path in (self.path, lock):
+        lock_path = self.path.with_name("lock.db")
+        for path in (self.path, lock_path):
             path.touch(0o600)
-        self._reader, self._writer = (sqlite3.connect(self.path, **options) for _ in range(2))
+        connect = functools.partial(sqlite3.connect, check_same_thread=False)
+        self._reader, self._writer = [connect(self.path, timeout=10) for _ in range(2)]
+        self._lock = connect(lock_path, timeout=0)
         self._reader.row_factory = sqlite3.Row
-        self._lock = sqlite3.connect(lock, **options | {"timeout": 0})
         try:
-            self._lock.execute("BEGIN EXCLUSIVE")  # a lock on every system
-            self._rows("PRAGMA journal_mode=WAL")
-            if (found := self._rows("PRAGMA quick_check(1)")[0][0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-            version = self._rows("PRAGMA user_version")[0][0]
-            if version > len(MIGRATIONS):
-                raise sqlite3.DatabaseError("made by a newer Flow2API")
-            for number, script in enumerate(MIGRATIONS[version:], version + 1):
-                self._reader.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+            self._lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
+            self._migrate()
             self._writer.execute("PRAGMA synchronous=FULL")
         except sqlite3.DatabaseError as err:
             self.close()
-            words = f": {err}; nothing was changed, restore a backup"
-            words = " is in use by another Flow2API" if "locked" in str(err) else words
-            raise StoreError(f"{self.path}{words}") from None
+            reason = f": {err}; nothing was changed, restore a backup"
+            if "locked" in str(err):
+                reason = " is in use by another Flow2API"
+            raise StoreError(f"{self.path}{reason}") from None
 
-    def copy(self, target: Path) -> None:
-        """Writes a consistent copy, also while another process is at work. Raises StoreError."""
+    def _migrate(self):
+        self._rows("PRAGMA journal_mode=WAL")
+        sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
+        ((health, version),) = self._rows(sql)
+        if health != "ok":
+            raise sqlite3.DatabaseError(health)
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError("made by a newer Flow2API")
+        for number, sql in enumerate(MIGRATIONS[version:], version + 1):
+            sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
+            self._reader.executescript(sql)
+
+    def copy(self, target):
+        """A consistent copy, also while another process is at work. Raises StoreError."""
+        address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
         try:
-            source = sqlite3.connect(f"{self.path.as_uri()}?mode=rw", uri=True)  # none is made
             target.touch(0o600, exist_ok=False)
-            with contextlib.closing(source), contextlib.closing(sqlite3.connect(target)) as copy:
-                source.backup(copy)
+            with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
+                source.execute("VACUUM INTO ?", (str(target),))
         except (OSError, sqlite3.Error) as err:
+            if isinstance(err, sqlite3.Error):
+                target.unlink()  # which was made here
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
-    def close(self) -> None:
+    def close(self):
         self._thread.shutdown()  # once all is written
-        for db in (self._writer, self._reader, self._lock):
-            db.close()
+        for connection in (self._writer, self._reader, self._lock):
+            connection.close()
 
-    def _write(self, *steps: tuple[str, Any]) -> asyncio.Future:
-        """Queues the steps; the future is done when they are on disk, and needs no awaiting."""
-        done: concurrent.futures.Future = concurrent.futures.Future()
-        self._waiting.append((steps, done))
-        self._thread.submit(self._write_group)
-        future = asyncio.wrap_future(done)
-        future.add_done_callback(lambda f: f.cancelled() or f.exception())
-        return future
-
-    def _write_group(self) -> None:
-        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), 256))]
-        error = self._commit([step for steps, _ in group for step in steps])
-        for steps, done in group:  # one that is refused takes no other along
-            own = self._commit(steps) if error and len(group) > 1 else error
-            if done.set_running_or_notify_cancel():
-                done.set_exception(own) if own else done.set_result(None)
-
-    def _commit(self, steps: Iterable) -> StoreError | None:
-        try:
-            with self._writer:  # a transaction: it commits, or rolls back
-                for step in steps:
-                    self._writer.execute(*step)
-        except (sqlite3.Error, ValueError, OverflowError) as err:
-            log.error("the database refused a write: %s", err)
-            return StoreError(f"the database refused a write: {err}")
-        return None
-
-    def put(self, *records: Record) -> asyncio.Future:
+    def put(self, *records):
         """Writes the records as they are now, all or none."""
         return self.put_rows(*((record.TABLE, record.row()) for record in records))
 
-    def put_rows(self, *rows: tuple[str, dict]) -> asyncio.Future:
+    def put_rows(self, *rows):
         """Writes (table, row) pairs, all or none."""
         sql = "INSERT OR REPLACE INTO {} ({}) VALUES (:{})"
-        return self._write(*((sql.format(t, ", ".join(r), ", :".join(r)), r) for t, r in rows))
+        texts = (sql.format(name, ", ".join(row), ", :".join(row)) for name, row in rows)
+        return self._write([*zip(texts, (row for _, row in rows), strict=True)])
 
-    def delete(self, *wanted: tuple[str, str, Any]) -> asyncio.Future:
+    def put_setting(self, name, value):
+        return self.put_rows(("settings", {"name": name, "data": to_json(value)}))
+
+    def delete(self, *rows):
         """Deletes the rows of (table, column, value), all or none."""
-        return self._write(*((f"DELETE FROM {t} WHERE {name} = ?", (x,)) for t, name, x in wanted))
+        sql = "DELETE FROM {} WHERE {} = ?"
+        return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
 
-    def _rows(self, sql: str, values: Iterable = ()) -> list[sqlite3.Row]:
+    def _write(self, steps):
+        """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
+        written = concurrent.futures.Future()
+        self._waiting.append((steps, written))
+        self._thread.submit(self._write_group)
+        future = asyncio.wrap_future(written)
+        future.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return future
+
+    def _write_group(self):
+        size = min(len(self._waiting), self.GROUP)
+        group = [self._waiting.popleft() for _ in range(size)]
+        error = self._commit([step for steps, _ in group for step in steps])
+        for steps, written in group:  # one that is refused takes no other along
+            own_error = self._commit(steps) if error and len(group) > 1 else error
+            if not written.set_running_or_notify_cancel():
+                continue
+            if own_error:
+                written.set_exception(own_error)
+            else:
+                written.set_result(None)
+
+    def _commit(self, steps):
+        try:
+            with self._writer:  # a transaction: it commits, or rolls back
+                for sql, values in steps:
+                    self._writer.execute(sql, values)
+        except (sqlite3.Error, ValueError, OverflowError) as err:
+            error = StoreError(f"the database refused a write: {err}")
+            log.error("%s", error)
+            return error
+        return None
+
+    def _rows(self, sql, values=()):
         with self._reading:
             return self._reader.execute(sql, values).fetchall()
 
-    def settings(self) -> dict[str, Any]:
-        return {r["name"]: json.loads(r["data"]) for r in self._rows("SELECT * FROM settings")}
+    def settings(self):
+        rows = self._rows("SELECT name, data FROM settings")
+        return {name: json.loads(data) for name, data in rows}
 
-    def last_owner(self) -> int:
+    def tokens(self):
+        return [*map(Token.from_row, self._rows("SELECT * FROM tokens ORDER BY id"))]
+
+    def last_owner(self):
+        """The highest token id that a job bears."""
         return self._rows("SELECT max(token_id) FROM jobs")[0][0] or 0
 
-    def tokens(self) -> list[Token]:
-        return [Token(**row) for row in self._rows("SELECT * FROM tokens ORDER BY id")]
-
-    def job(self, job_id: str) -> Job | None:
-        return next(iter(self._jobs("WHERE id = ?", job_id)), None)
+    def job(self, job_id):
+        return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
     def jobs(
-        self, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
+        self, *, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
     ):
         """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
         page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
-        tests = {"substr(id, 1, 5) = ?": [kind], "token_id = ?": [token_id], page: [after]}
-        tests["json_extract(data, '$.plan.model') = ?"] = [model]
-        tests[f"state IN ({', '.join('?' * len(states))})"] = states
+        tests = {
+            "substr(id, 1, 5) = ?": [kind],
+            "token_id = ?": [token_id],
+            "json_extract(data, '$.plan.model') = ?": [model],
+            f"state IN ({', '.join('?' * len(states))})": states,
+            page: [after],
+        }
         tests = {sql: values for sql, values in tests.items() if any(values)}
-        where = f"WHERE {' AND '.join(tests) or 'TRUE'} ORDER BY created_at {order}, id {order}"
-        return self._jobs(f"{where} LIMIT ?", *itertools.chain(*tests.values()), limit)
+        where = " AND ".join(tests) or "TRUE"
+        sql = f"WHERE {where} ORDER BY created_at {order}, id {order} LIMIT ?"
+        return self._jobs(sql, [*itertools.chain(*tests.values()), limit])
 
-    def job_of_key(self, key: str, since: float) -> tuple[str, str] | None:
-        """(hash of the request, job id) of an Idempotency-Key that came since then."""
-        sql = "SELECT request, job_id FROM keys WHERE key = ? AND created_at > ?"
-        return next(map(tuple, self._rows(sql, (key, since))), None)
+    def _jobs(self, where, values):
+        rows = self._rows(f"SELECT * FROM jobs {where}", values)
+        jobs = {row["id"]: Job.from_row(row) for row in rows}
+        sql = """SELECT * FROM outputs WHERE job_id IN (SELECT value FROM json_each(?))
+            ORDER BY job_id, number"""
+        for row in self._rows(sql, [to_json([*jobs])]):
+            jobs[row["job_id"]].outputs.append(Output.from_row(row))
+        return list(jobs.values())
 
-    def _jobs(self, where: str, *values: Any) -> list[Job]:
-        jobs = [Job(**row) for row in self._rows(f"SELECT * FROM jobs {where}", values)]
-        for job in jobs:
-            sql = "SELECT * FROM outputs WHERE job_id = ? ORDER BY number"
-            job.outputs = [Output(**row) for row in self._rows(sql, (job.id,))]
-        return jobs
-
-
-# ---- 5. Upstream ----------------------------------------------------------------------------
-# Wire facts: captures of Flow's web client and of public clients, October 2025 ("2025") to August
-# 2026 ("2026"). Readers take both generations of replies; builders send today's requests.
-
-SESSION_COOKIE = "__Secure-next-auth.session-token"
-WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
-WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
-ENDPOINTS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
-ENDPOINTS |= {"references": "ReferenceImages", "extend": "ExtendVideo", "edit": "EditVideo"}
-
-# What Google says of one output. state: "pending", "done" or "failed". media: the name that later
-# calls (upscale, download) want. data: the file itself, where the reply carried it.
-_UNSAID = ["pending", "", "", "", "", b"", None]
-Status = namedtuple("Status", "name state media project scene url data error", defaults=_UNSAID)
-Reply = namedtuple("Reply", "statuses credits", defaults=[None])  # None: the balance isn't said
+    def job_of_key(self, key, since):
+        """(hash of the request, job id) of a key that came since then."""
+        sql = """SELECT request, job_id FROM request_keys
+            WHERE explicit = ? AND value = ? AND created_at > ?"""
+        rows = self._rows(sql, (key.explicit, key.value, since))
+        return tuple(rows[0]) if rows else None
 
 
-def clean_session_token(text: str) -> str:
-    """The bare token of what people paste: a value, `name=value`, or a whole Cookie header."""
-    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
-    return match[1] if match else text.strip("\"'; \t\r\n")
+# ---- 5. Network ------------------------------------------------------------------------
+SHORT_TIMEOUT = aiohttp.ClientTimeout(15)
+MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
+PROXY_SCHEMES = ("http", "https", "socks4", "socks5", "socks5h")
+PROXY_FORM = "must look like http://host:port or socks5://host:port"
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-def client_context(project: str, tier: str = "") -> dict:
-    """Google also takes a reCAPTCHA token, of action IMAGE_GENERATION or VIDEO_GENERATION, as
-    recaptchaContext: token, and applicationType RECAPTCHA_APPLICATION_TYPE_WEB."""
-    context = {"sessionId": f";{int(now() * 1000)}", "projectId": project, "tool": "PINHOLE"}
-    return context | ({"userPaygateTier": tier} if tier else {})
-
-
-def submit_request(job: Job, tier: str, media: list[str], context: dict) -> dict:
-    """Body of a submit: an element with a seed of its own for each output."""
-    plan, prompt, batch = job.plan, {"parts": [{"text": job.prompt}]}, {"batchId": job.batch}
-    ratio = f"{plan.kind.upper()}_ASPECT_RATIO_{WIRE_RATIOS[plan.ratio]}"
-    if plan.kind == "image":
-        kind, extra = "IMAGE_INPUT_TYPE_REFERENCE", {"useNewMedia": True}
-        wanted = {"imageModelName": plan.key(tier), "imageAspectRatio": ratio}
-        wanted |= {"clientContext": context, "structuredPrompt": prompt}
-        wanted["imageInputs"] = [{"name": name, "imageInputType": kind} for name in media]
-    else:
-        kind, extra = "IMAGE_USAGE_TYPE_ASSET", {"useV2ModelConfig": True}
-        wanted = {"videoModelKey": plan.key(tier), "aspectRatio": ratio, "metadata": {}}
-        wanted["textInput"] = {"structuredPrompt": prompt}
-        batch["audioFailurePreference"] = "BLOCK_SILENCED_VIDEOS"
-        if job.source:
-            wanted["videoInput"] = {"mediaId": job.source["media"]}
-            wanted["metadata"] = {"workflowId": job.source["scene"] or str(uuid.uuid4())}
-        elif plan.mode == "references":
-            wanted["referenceImages"] = [{"imageUsageType": kind, "mediaId": m} for m in media]
-        else:
-            frames = zip(("startImage", "endImage"), media, strict=False)
-            wanted |= {name: {"mediaId": medium} for name, medium in frames}
-    requests = [wanted | {"seed": seed} for seed in random.sample(range(1, 100_000), job.n)]
-    return {"mediaGenerationContext": batch, "clientContext": context, "requests": requests} | extra
-
-
-def by_media(output: Output) -> bool:
-    """Whether its status is asked for as a medium (2026: a UUID) or as an operation (2025)."""
-    return bool(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(_\w+)?", output.name))
-
-
-def status_request(outputs: list[Output]) -> dict:
-    if by_media(outputs[0]):
-        return {"media": [{"name": out.name, "projectId": out.project} for out in outputs]}
-    status = {"status": "MEDIA_GENERATION_STATUS_PENDING"}
-    scenes = [{"operation": {"name": out.name}, "sceneId": out.scene} for out in outputs]
-    return {"operations": [scene | status for scene in scenes]}
-
-
-def dig(body: Any, *path: str | int, default: Any = "") -> Any:
-    """body[a][b][c] of a reply; `default` where the path ends early or the value is null."""
+def dig(body, *path, default="", kind=object):
+    """body[a][b][c] of untrusted JSON; `default` where nothing, null or no `kind` is."""
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in path:
             body = body[step]
-        return default if body is None else body
+        return body if isinstance(body, kind) and body is not None else default
     return default
 
 
-def read_state(word: str, *reasons: str) -> tuple[str, GatewayError | None]:
-    word = word.removeprefix("MEDIA_GENERATION_STATUS_")
-    if word.startswith(("FAIL", "ERROR", "CANCEL")):
-        return "failed", google_error(0, " ".join(reasons).strip())
-    return "done" if word.startswith(("SUCCESS", "COMPLETE")) else "pending", None
-
-
-def read_medium(item: dict) -> Status:
-    """An element of media[] (2026) in submit, status and listing replies: picture or clip."""
-    name, kind = item["name"], "image" if dig(item, "image") else "video"
-    status = dig(item, "mediaMetadata", "mediaStatus")
-    url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
-    word = dig(status, "mediaGenerationStatus") or ("SUCCESS" if url or kind == "image" else "")
-    reasons = dig(status, "failureReasons", default=[])
-    state, error = read_state(word, dig(status, "error", "message"), *reasons)
-    data = base64.b64decode(dig(item, "video", "encodedVideo"))
-    return Status(name, state, name, dig(item, "projectId"), "", url, data, error)
-
-
-def read_operation(item: dict) -> Status:
-    """An element of operations[] (2025)."""
-    medium = dig(item, "operation", "metadata")
-    media = dig(item, "mediaGenerationId") or dig(medium, "name")
-    name = dig(item, "operation", "name") or media or item["operation"]["name"]
-    url, data = dig(medium, "video", "fifeUrl"), base64.b64decode(dig(item, "rawBytes"))
-    state, error = read_state(dig(item, "status"), str(dig(item, "operation", "error", "message")))
-    return Status(name, state, media, "", dig(item, "sceneId"), url, data, error)
-
-
-def read_statuses(body: dict, code="upstream_changed") -> Reply:
-    """Any reply that lists outputs: media[], operations[], both (mid-2026), or workflows alone. An
-    entry of unknown shape raises `code`; if that is empty, the entry is left out."""
-    found: dict[str, Status] = {}
-    readers = {"media": read_medium, "operations": read_operation}
-    readers["workflows"] = lambda f: read_medium(f | {"name": f["metadata"]["primaryMediaId"]})
-    for key, read in readers.items():
-        items = dig(body, key, default=[]) if key != "workflows" or not found else []
-        for item in items if isinstance(items, list) else [items]:
-            try:
-                status = read(item)
-                if {type(text) for text in status[:6]} != {str}:
-                    raise TypeError("a name or an address that is no text")
-                read_link(status.url)  # a ValueError where it is no address
-                found.setdefault(status.name, status)
-            except (KeyError, TypeError, AttributeError, ValueError) as err:
-                if code:
-                    raise GatewayError(code, f"Google's reply isn't readable: {err!r}") from None
-    balance = str(dig(body, "remainingCredits"))
-    return Reply(list(found.values()), int(balance) if balance.isdigit() else None)
-
-
-def read_link(url: str) -> tuple[str, float]:
-    """A signed URL and the unix second of its end; an hour where it doesn't say (Google: 5 h)."""
-    expires = parse_qs(urlsplit(url).query).get("Expires", [""])[0]
-    return url, float(expires) if expires.isdigit() else now() + 3600
-
-
-def why(err: Exception) -> str:
-    """What went wrong on the network. Not str(err): that can hold a proxy's password."""
-    return str(getattr(err, "os_error", "") or type(err).__name__)
-
-
-def good_proxy(url: str) -> bool:
+def good_proxy(url):
     """Whether it is a proxy's address, or none."""
-    with contextlib.suppress(ValueError):
-        parts, schemes = urlsplit(url), ("http", "https", "socks4", "socks5", "socks5h")
-        known = url.partition("://")[0] in schemes and (parts.hostname or "").encode("idna")
-        return not url or bool(known and (parts.port or (url[0] == "h" and parts.port is None)))
-    return False
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna"), parts.port
+    except ValueError:
+        return False
+    scheme = url.partition("://")[0]
+    default_port = port is None and scheme.startswith("http")
+    return not url or bool(scheme in PROXY_SCHEMES and host and (port or default_port))
+
+
+def public_socket(address):
+    """aiohttp's socket factory for users' URLs: it sees the address that led there."""
+    ip = ipaddress.ip_address(address[4][0].split("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
+    if not ip.is_global or ip.is_multicast or ip in NAT64:
+        raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
+    return socket.socket(*address[:3])
+
+
+@contextlib.contextmanager
+def transport_errors(url, sent=None):
+    """Whatever a transport raises (aiohttp, TLS, a SOCKS library, …) as a GatewayError.
+    sent: an Event that is set where it may have arrived, and is then submit_unknown."""
+    try:
+        yield
+    except GatewayError:
+        raise
+    except Exception as err:
+        code = "submit_unknown" if sent and sent.is_set() else "upstream_unreachable"
+        host = url.partition("//")[2].partition("/")[0].rpartition("@")[2]
+        # Not str(err): that can hold a proxy's password.
+        told = getattr(err, "os_error", "") or type(err).__name__
+        raise GatewayError(code, f"No reply of {host}: {told}") from None
+
+
+async def chunks(response, size=1 << 18):
+    """A body in pieces. Raises upstream_unreachable where it breaks off."""
+    pieces = response.content.iter_chunked(size)
+    while True:
+        with transport_errors(str(response.url)):
+            piece = await anext(pieces, b"")
+        if not piece:
+            return
+        yield piece
+
+
+async def read_bounded(response, limit):
+    """The whole body; None where it is longer than `limit`."""
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        data += chunk
+        if len(data) > limit:
+            return None
+    return bytes(data)
+
+
+async def note_sent(session, context, params):
+    context.trace_request_ctx.set()
 
 
 class Wire:
-    """Outgoing HTTP: a session per proxy. Submits get a fresh connection each: on a kept one that
-    the other side has just closed, it would stay unknown whether the request arrived."""
+    """Outgoing HTTP: a session per proxy. Submits get fresh connections: on a kept one
+    that the other side has just closed, nobody would know whether the request arrived."""
 
-    def __init__(self, settings: Settings):
-        self.settings, self.sessions = settings, {}
-        refused = (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL)
-        self.not_sent: tuple[type, ...] = (*refused, aiohttp.ConnectionTimeoutError, UnicodeError)
+    def __init__(self, settings):
+        self.settings = settings
+        self.sessions = {}  # (SOCKS proxy, fresh or not) -> session
 
-    def request(self, method: str, url: str, *, proxy="", fresh=False, **options):
-        """aiohttp's request context manager. proxy: an address, "" for that of the settings."""
+    async def call(self, method, url, *, proxy="", spends=False, **options):
+        """-> (response, its whole body). proxy: an address, "" for that of the settings.
+        Raises proxy_unavailable; upstream_unreachable; where it `spends` and may have
+        arrived, submit_unknown; upstream_changed for an endless reply."""
+        sent = asyncio.Event() if spends else None
+        with transport_errors(url, sent):
+            response = await self._open(method, url, proxy, options, sent)
+            async with response:
+                data = await read_bounded(response, MAX_REPLY)
+        if data is None:
+            code = "submit_unknown" if spends else "upstream_changed"
+            raise GatewayError(code, f"The reply is longer than {MAX_REPLY >> 20} MB")
+        return response, data
+
+    @contextlib.asynccontextmanager
+    async def stream(self, url, *, proxy="", **options):
+        """A response to GET, unread. Raises proxy_unavailable, upstream_unreachable."""
+        with transport_errors(url):
+            response = await self._open("GET", url, proxy, options)
+        with contextlib.closing(response):
+            yield response
+
+    async def _open(self, method, url, proxy, options, sent=None):
+        """sent: of a submit, an Event to be set as soon as it may have arrived."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
             proxy = self.settings["proxy.proxy_url"]
         if not good_proxy(proxy):
-            raise GatewayError("proxy_unavailable", "A proxy must look like socks5://host:port")
+            raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
-        if (socks, fresh) not in self.sessions:
-            jar, keep = aiohttp.DummyCookieJar(), {"limit": 0, "force_close": fresh}
-            connector = self._socks(socks, keep) if socks else aiohttp.TCPConnector(**keep)
-            self.sessions[socks, fresh] = aiohttp.ClientSession(connector=connector, cookie_jar=jar)
-        return self.sessions[socks, fresh].request(method, url, proxy=plain, **options)
+        key = socks, bool(sent)
+        if key not in self.sessions:
+            self.sessions[key] = new_session(*key)
+        options.update(proxy=plain, trace_request_ctx=sent)
+        return await self.sessions[key].request(method, url, **options)
 
-    def _socks(self, url: str, keep: dict) -> aiohttp.BaseConnector:
-        with contextlib.suppress(ImportError):
-            import aiohttp_socks
+    async def fetch_public(self, url, limit, param):
+        """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
+        invalid_image, request_too_large."""
+        factory = None if self.settings["server.allow_private_urls"] else public_socket
+        connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
+        timeout = aiohttp.ClientTimeout(20)
+        try:
+            with transport_errors(url):
+                session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+                async with session, session.get(url, max_redirects=4) as response:
+                    data = await read_bounded(response, limit)
+        except GatewayError as err:
+            raise bad(f"The picture's URL: {err}", param, "invalid_image") from None
+        if response.status != 200:
+            raise bad(f"The picture's URL: HTTP {response.status}", param, "invalid_image")
+        if data is None:
+            raise too_large(limit, param)
+        return data
 
-            self.not_sent += (aiohttp_socks.ProxyError, aiohttp_socks.ProxyConnectionError)
-            return aiohttp_socks.ProxyConnector.from_url(url.replace("socks5h:", "socks5:"), **keep)
-        raise GatewayError("proxy_unavailable", "A SOCKS proxy needs: pip install aiohttp-socks")
-
-    async def close(self) -> None:
+    async def close(self):
         for session in self.sessions.values():
             await session.close()
 
 
-class RestFlow:
-    """labs.google (sessions, projects) and the aisandbox REST API. All raise GatewayError."""
-
-    def __init__(self, settings: Settings, wire: Wire):
-        self.settings, self.wire = settings, wire
-        self.authorise: Callable[..., Awaitable[str]]  # the pool sets it: a valid access token
-        self.odd: dict[str, float] = {}  # operations that Google does not know, until when
-
-    async def _send(self, token: Token, method: str, path: str, *, at="", spends=False, **options):
-        """One exchange -> (reply, its bytes); with the API where `at`, an access token, is given,
-        else with labs. `spends`: a lost answer is `submit_unknown`: it may have been accepted."""
-        base = self.settings["flow.api_base_url" if at else "flow.labs_base_url"].rstrip("/")
-        cookie = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
-        own = {"Authorization": f"Bearer {at}"} if at else cookie
-        timeout = aiohttp.ClientTimeout(total=self.settings["flow.timeout"], sock_connect=20)
-        options |= {"headers": own, "timeout": timeout, "fresh": spends, "proxy": token.proxy_url}
+def new_session(socks, fresh):
+    """fresh: each request by a connection of its own, and told when it is sent. Raises
+    proxy_unavailable."""
+    options = {"cookie_jar": aiohttp.DummyCookieJar()}
+    if fresh:
+        trace = aiohttp.TraceConfig()
+        trace.on_request_headers_sent.append(note_sent)
+        options["trace_configs"] = [trace]
+    make = aiohttp.TCPConnector
+    if socks:
         try:
-            async with self.wire.request(method, f"{base}/{path}", **options) as reply:
-                if self.settings["admin.debug"]:
-                    log.info("%s %s for %s: HTTP %s", method, path, token.email, reply.status)
-                return reply, await reply.read()
-        except (*self.wire.not_sent, *NETWORK_ERRORS) as err:
-            lost = spends and not isinstance(err, self.wire.not_sent)
-            code = "submit_unknown" if lost else "upstream_unreachable"
-            raise GatewayError(code, f"No reply of {base.rpartition('@')[2]}: {why(err)}") from None
+            from aiohttp_socks import ProxyConnector
+        except ImportError:
+            message = "A SOCKS proxy needs: pip install aiohttp-socks"
+            raise GatewayError("proxy_unavailable", message) from None
+        address = socks.replace("socks5h:", "socks5:")
+        make = functools.partial(ProxyConnector.from_url, address)
+    return aiohttp.ClientSession(connector=make(limit=0, force_close=fresh), **options)
 
-    def _read(self, reply: aiohttp.ClientResponse, raw: bytes, spends=False) -> dict:
-        """A reply's JSON object, else google_error. Another answer to a submit may hide success."""
-        body, status, wait = None, reply.status, reply.headers.get("Retry-After", "")
-        with contextlib.suppress(ValueError):
-            body = json.loads(raw)
-        if isinstance(body, dict) and status < 300:
-            return body
-        error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-        details = dig(error, "details")
-        reasons = (dig(item, "reason") for item in (details if isinstance(details, list) else ()))
-        reason = str(next(filter(None, reasons), ""))
-        refused = 400 <= status < 500 and status not in (408, 499)
-        if spends and not refused and "PUBLIC_ERROR" not in reason:
-            raise GatewayError("submit_unknown", f"Google's answer can't be read (HTTP {status})")
-        if status < 300:
-            raise GatewayError("upstream_changed", "Google answered with something else than JSON")
-        seconds = int(wait) if wait.isdigit() else 0
-        raise google_error(status, reason, str(dig(error, "message")), seconds)
 
-    async def _trpc(self, token: Token, method: str, path: str, **options) -> dict:
-        """A tRPC call -> its inner object, whose status can be a refusal under HTTP 200."""
-        reply, raw = await self._send(token, method, f"trpc/{path}", **options)
-        if reply.status == 401:
-            raise GatewayError("account_session_ended", "Google refused the session token")
-        body = dig(self._read(reply, raw), "result", "data", "json", default={})
-        inner = dig(body, "status", default=200)
-        if isinstance(inner, int) and inner != 200:
-            raise google_error(inner, "", str(dig(body, "statusText")))
+# ---- 6. Upstream -----------------------------------------------------------------------
+# Wire facts: captures of Flow's web client and of public clients, up to August 2026.
+SESSION_COOKIE = "__Secure-next-auth.session-token"
+WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
+WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
+CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
+SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
+SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
+SUBMIT_PATHS["references"] = "ReferenceImages"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What Google says of one output."""
+
+    name: str
+    state: str = "pending"  # or "done", "failed"
+    media: str = ""  # the name that later calls (upscale, download) want
+    project: str = ""
+    url: str = ""
+    data: bytes = b""  # the file itself, where the reply carried it
+    error: GatewayError | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What Google says of many, and the balance where it tells that."""
+
+    statuses: list[Status]
+    credits: int | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """A signed address of a file, and the unix second of its end."""
+
+    url: str
+    expires: float
+
+
+class Upstream(Protocol):
+    """An adapter to one of Google's protocols. All calls raise GatewayError. What it
+    keeps on a token (session, access token, project) is its own business."""
+
+    def expires_soon(self, token): ...  # -> bool: should the session be renewed?
+    async def sign_in(self, token): ...  # renews it -> {email, name}; session_ended
+    async def balance(self, token): ...  # -> {credits, tier}; costs nothing
+    async def project(self, token): ...  # -> where outputs go; made where none is
+    async def upload(self, token, project, data, media_type): ...  # -> name of the medium
+    async def submit(self, token, job, media): ...  # -> Reply on all n; submit_unknown
+    async def find(self, token, job): ...  # -> [Status] of what a lost submit has made
+    async def poll(self, token, outputs): ...  # -> Reply; one call for many, as a rule
+    async def upscale(self, token, job, output): ...  # -> Status of the larger form
+    def upscaled(self, output): ...  # -> Status of that clip, where the answer was lost
+    async def resolve(self, token, output, thumbnail=False): ...  # -> a fresh Link
+
+
+def clean_session_token(text):
+    """The bare token of what people paste: a value, `name=value`, a Cookie header."""
+    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
+    return match[1] if match else text.strip("\"'; \t\r\n")
+
+
+def client_context(project, tier="", captcha=""):
+    """The part of a request that says who asks. captcha: a reCAPTCHA token, or none."""
+    session_id = f";{int(now() * 1000)}"
+    context = {"sessionId": session_id, "projectId": project, "tool": "PINHOLE"}
+    if tier:
+        context["userPaygateTier"] = tier
+    if captcha:
+        kind = "RECAPTCHA_APPLICATION_TYPE_WEB"
+        context["recaptchaContext"] = {"token": captcha, "applicationType": kind}
+    return context
+
+
+def submit_request(job, tier, media, context):
+    """Body of a submit: an element with a seed of its own for each output."""
+    build = picture_request if job.plan.kind == "image" else clip_request
+    element, body = build(job, tier, media, context)
+    seeds = random.sample(range(1, 100_000), job.n)
+    elements = [{**element, "seed": seed} for seed in seeds]
+    return {"clientContext": context, "requests": elements, **body}
+
+
+def picture_request(job, tier, media, context):
+    """-> the element of one picture, and what stands beside the elements."""
+    kind = "IMAGE_INPUT_TYPE_REFERENCE"
+    element = {
+        "clientContext": context,
+        "imageModelName": job.plan.key(tier),
+        "imageAspectRatio": f"IMAGE_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}",
+        "structuredPrompt": {"parts": [{"text": job.prompt}]},
+        "imageInputs": [{"name": name, "imageInputType": kind} for name in media],
+    }
+    group = {"batchId": job.batch}
+    return element, {"mediaGenerationContext": group, "useNewMedia": True}
+
+
+def clip_request(job, tier, media, context):
+    """-> the element of one clip, and what stands beside the elements."""
+    element = {
+        "videoModelKey": job.plan.key(tier),
+        "aspectRatio": f"VIDEO_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}",
+        "textInput": {"structuredPrompt": {"parts": [{"text": job.prompt}]}},
+        "metadata": {},
+    }
+    if job.source:
+        element["videoInput"] = {"mediaId": job.source["media"]}
+        element["metadata"] = {"workflowId": job.source["scene"] or str(uuid.uuid4())}
+    elif job.plan.mode == "references":
+        kind = {"imageUsageType": "IMAGE_USAGE_TYPE_ASSET"}
+        element["referenceImages"] = [{**kind, "mediaId": name} for name in media]
+    else:
+        for frame, name in zip(("startImage", "endImage"), media, strict=False):
+            element[frame] = {"mediaId": name}
+    group = {"batchId": job.batch, "audioFailurePreference": "BLOCK_SILENCED_VIDEOS"}
+    return element, {"mediaGenerationContext": group, "useV2ModelConfig": True}
+
+
+def upscale_request(job, output, context):
+    size = job.plan.upscale
+    element = {
+        "videoInput": {"mediaId": output.media},
+        "metadata": {"sceneId": output.scene or str(uuid.uuid4())},
+        "videoModelKey": f"veo_3_1_upsampler_{size}",
+        "seed": random.randrange(99999),
+        "aspectRatio": f"VIDEO_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}",
+        "resolution": f"VIDEO_RESOLUTION_{size.upper()}",
+    }
+    return {"clientContext": context, "requests": [element], "useV2ModelConfig": True}
+
+
+def status_request(outputs):
+    return {"media": [{"name": out.name, "projectId": out.project} for out in outputs]}
+
+
+def read_statuses(body, code="upstream_changed"):
+    """-> Reply: whatever lists outputs, in media[], or in workflows[] alone. An entry of
+    unknown shape raises `code`; if that is empty, it is left out."""
+    statuses = {}
+    items = list_at(body, "media")
+    if not items:  # a workflow names its medium
+        for flow in list_at(body, "workflows"):
+            items.append({"name": dig(flow, "metadata", "primaryMediaId", default=None)})
+    for item in items:
+        try:
+            status = read_medium(item)
+            statuses.setdefault(status.name, status)
+        except (KeyError, TypeError, AttributeError, ValueError) as err:
+            if code:
+                raise GatewayError(code, f"Google's reply is odd: {err!r}") from None
+    return Reply([*statuses.values()], read_number(dig(body, "remainingCredits")))
+
+
+def list_at(body, *path):
+    """dig() for a list; a single thing is a list of one."""
+    value = dig(body, *path)
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def read_number(value):
+    """A whole number that Google wrote as one, or as a text; None for anything else."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value):
+        return int(value)
+    good = type(value) in (int, float) and 0 <= value < 10**15  # not so nan
+    return int(value) if good else None
+
+
+def read_medium(item):
+    """-> Status of an element of media[] in submit, status and listing replies. Raises
+    KeyError, TypeError, AttributeError, ValueError where it has another shape."""
+    kind = "image" if dig(item, "image") else "video"
+    name = item["name"]
+    project = dig(item, "projectId")
+    url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
+    if {type(name), type(project), type(url)} != {str}:
+        raise TypeError("a name or an address that is no text")
+    read_link(url)  # a ValueError where it is no address
+    status = dig(item, "mediaMetadata", "mediaStatus")
+    word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
+    ready = url or kind == "image"  # where there is no word
+    state = "pending"
+    error = None
+    if word.startswith(("FAIL", "ERROR", "CANCEL")):
+        reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
+        error = failed_output(" ".join(str(reason) for reason in reasons if reason))
+        state = "failed"
+    elif word.startswith(("SUCCESS", "COMPLETE")) or ready and not word:
+        state = "done"
+    data = base64.b64decode(dig(item, "video", "encodedVideo"))
+    return Status(name, state, name, project, url, data, error)
+
+
+def read_link(url):
+    """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
+    Raises ValueError where it is no address."""
+    expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
+    return Link(url, now() + 3600 if expires is None else float(expires))
+
+
+def read_answer(response, data, spends=False):
+    """A reply's JSON object. Raises google_error; upstream_changed; where it `spends`,
+    submit_unknown for whatever may hide a success."""
+    body = None
+    status = response.status
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(data)
+    if isinstance(body, dict) and status < 300:
+        return body
+    error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
+    reasons = (str(dig(item, "reason")) for item in list_at(error, "details"))
+    reason = next(filter(None, reasons), "")
+    refused = 400 <= status < 500 and status not in (408, 499)
+    if spends and not refused and "PUBLIC_ERROR" not in reason:
+        raise GatewayError("submit_unknown", f"Google's answer is no JSON: HTTP {status}")
+    if status < 300:
+        raise changed("Google answered with something else than JSON")
+    wait = read_number(response.headers.get("Retry-After")) or 0
+    raise google_error(status, reason, str(dig(error, "message")), wait)
+
+
+# Names in a status call; those that are asked for one by one, at a time.
+STATUS_CHUNK, STATUS_ALONE = 256, 20
+
+
+class RestFlow:
+    """The adapter to labs.google (sessions, projects) and the aisandbox REST API."""
+
+    def __init__(self, settings, wire, store, captcha_source=None):
+        """captcha_source: (token, IMAGE_GENERATION or VIDEO_GENERATION) -> awaitable
+        token of reCAPTCHA, lent by the owner's own browser; None: requests go without."""
+        self.settings, self.wire, self.store = settings, wire, store
+        self.captcha_source = captcha_source
+        self.alone = {}  # names that spoilt a status call -> when to ask for each alone
+
+    async def _call(self, token, method, site, path, headers, **options):
+        """-> (response, its body). site: labs, api"""
+        url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
+        timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
+        options.update(headers=headers, timeout=timeout, proxy=token.proxy_url)
+        response, data = await self.wire.call(method, url, **options)
+        if self.settings["admin.debug"]:
+            log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
+        return response, data
+
+    async def _labs(self, token, method, path, **options):
+        """A call to labs.google, which knows the session by its cookie."""
+        cookie = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
+        return await self._call(token, method, "labs", path, cookie, **options)
+
+    async def _trpc(self, token, method, path, **options):
+        """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
+        response, data = await self._labs(token, method, f"trpc/{path}", **options)
+        if response.status == 401:
+            raise session_ended("Google refused the session token")
+        body = dig(read_answer(response, data), "result", "data", "json", default={})
+        status = dig(body, "status", kind=int, default=200)
+        if status != 200:
+            raise google_error(status, "", str(dig(body, "statusText")))
         return body
 
-    async def _api(self, token: Token, method: str, path: str, *, spends=False, **options) -> dict:
-        """A call with an access token, which is renewed once: a 401 comes before any billing."""
-        at = ""
+    async def _api(self, token, method, path, *, spends=False, **options):
+        """A call with an access token -> its JSON object. A refused token is renewed
+        once: a 401 comes before any billing. No redirect of a submit: it could be paid twice."""
+        options.update(spends=spends, allow_redirects=not spends)
+        access = ""
         for _ in range(2):
-            at = await self.authorise(token, at)
-            reply, raw = await self._send(token, method, path, at=at, spends=spends, **options)
+            async with token.lock:  # a renewal serves all who wait
+                if not token.at or token.at == access:
+                    await self._open_session(token)
+                access = token.at
+            bearer = {"Authorization": f"Bearer {access}"}
+            reply, data = await self._call(token, method, "api", path, bearer, **options)
             if reply.status != 401:
-                return self._read(reply, raw, spends)
-        raise GatewayError("account_session_ended", "Google refuses even a fresh access token")
+                return read_answer(reply, data, spends)
+        raise session_ended("Google refuses even a fresh access token")
 
-    async def session(self, token: Token) -> dict:
-        """-> email, name, at, at_expires, st (same or rotated). A dead session: HTTP 200 and {}."""
-        reply, raw = await self._send(token, "GET", "auth/session")
-        body = self._read(reply, raw)
-        if not (at := dig(body, "access_token")) or dig(body, "error"):
-            words = "This session token has ended. Sign in to Flow again and paste the new one"
-            raise GatewayError("account_session_ended", words)
-        expires, cookie = now() + 3600, reply.cookies.get(SESSION_COOKIE)
-        with contextlib.suppress(ValueError, TypeError):
+    def expires_soon(self, token):
+        return token.at_expires - now() < 600
+
+    async def sign_in(self, token):
+        async with token.lock:
+            return await self._open_session(token)
+
+    async def _open_session(self, token):
+        """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
+        response, data = await self._labs(token, "GET", "auth/session")
+        body = read_answer(response, data)
+        access = dig(body, "access_token", kind=str)
+        if not access or dig(body, "error"):
+            raise session_ended("Session ended. Sign in to Flow again, paste its token")
+        expires = now() + 3600
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
-        rotated = cookie.value if cookie is not None and len(cookie.value) >= 200 else token.st
-        found = {"email": dig(body, "user", "email") or token.email, "st": rotated}
-        return found | {"name": dig(body, "user", "name"), "at": at, "at_expires": expires}
+        cookie = response.cookies.get(SESSION_COOKIE)
+        if cookie and len(cookie.value) >= 200:  # Google has renewed it
+            token.st = cookie.value
+        await self._keep(token, at=access, at_expires=expires)
+        email = dig(body, "user", "email", kind=str) or token.email
+        return {"email": email, "name": dig(body, "user", "name", kind=str)}
 
-    async def credits(self, token: Token) -> dict:
-        """GET /credits -> credits and tier. Google leaves a balance of zero out."""
+    async def _keep(self, token, **changes):
+        token.update(**changes)
+        if token.id and not token.removed:
+            await self.store.put(token)
+
+    async def balance(self, token):
+        """GET credits. Google leaves a balance of zero out."""
         body = await self._api(token, "GET", "credits")
-        with contextlib.suppress(TypeError, ValueError):
-            return {"credits": int(dig(body, "credits") or 0), "tier": dig(body, "userPaygateTier")}
-        raise GatewayError("upstream_changed", "Google tells the balance in an unknown form")
+        credits = read_number(dig(body, "credits", default=0))
+        if credits is None:
+            raise changed("Google tells the balance in an unknown form")
+        return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
 
-    async def create_project(self, token: Token, title: str) -> str:
-        wanted = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
-        body = await self._trpc(token, "POST", "project.createProject", json=wanted)
-        if project := dig(body, "result", "projectId"):
+    async def project(self, token):
+        """POST project.createProject, once per account."""
+        async with token.lock:
+            if token.project_id:
+                return token.project_id
+            title = token.project_name or time.strftime("%b %d - %H:%M")
+            request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
+            body = await self._trpc(token, "POST", "project.createProject", json=request)
+            if not (project := dig(body, "result", "projectId", kind=str)):
+                raise changed("Google's answer names no new project")
+            await self._keep(token, project_id=project, project_name=title)
             return project
-        raise GatewayError("upstream_changed", "Google's answer names no new project")
 
-    async def upload(self, token: Token, project: str, data: bytes, kind: str) -> str:
-        """POST /flow/uploadImage -> media name. An answer without one is a silent refusal."""
-        name = f"flow2api_{int(now() * 1000)}.{kind.removeprefix('image/')}"
-        wanted = {"clientContext": client_context(project), "fileName": name, "isHidden": False}
-        wanted |= {"isUserUploaded": True, "mimeType": kind}
-        wanted["imageBytes"] = base64.b64encode(data).decode()
-        body = await self._api(token, "POST", "flow/uploadImage", json=wanted)
-        name = dig(body, "media", 0, "name") or dig(body, "media", "name")
-        if name := name or dig(body, "mediaGenerationId", "mediaGenerationId"):
+    async def upload(self, token, project, data, media_type):
+        """POST flow/uploadImage. An answer without a name is a silent refusal."""
+        encoded = await asyncio.to_thread(base64.b64encode, data)
+        request = {
+            "clientContext": client_context(project),
+            "fileName": f"flow2api_{int(now() * 1000)}.{media_type.partition('/')[2]}",
+            "isHidden": False,
+            "isUserUploaded": True,
+            "mimeType": media_type,
+            "imageBytes": encoded.decode(),
+        }
+        body = await self._api(token, "POST", "flow/uploadImage", json=request)
+        if name := dig(list_at(body, "media"), 0, "name", kind=str):
             return name
-        raise GatewayError("content_policy_violation", "Google dropped a picture (a brand's logo?)")
+        raise bad("Google dropped a picture (a logo?)", code="content_policy_violation")
 
-    async def submit(self, token: Token, job: Job, media: list[str]) -> Reply:
-        """Sends all n outputs in one call; `media` are uploaded pictures. May be submit_unknown."""
-        path, tier = f"projects/{job.project}/flowMedia:batchGenerateImages", ""  # none is sent
-        if job.plan.kind == "video":
-            path, tier = "video:batchAsyncGenerateVideo" + ENDPOINTS[job.plan.mode], token.tier
-        wanted = submit_request(job, token.tier, media, client_context(job.project, tier))
-        body = await self._api(token, "POST", path, spends=True, json=wanted)
+    async def _context(self, token, job, tier):
+        """A clientContext, with a reCAPTCHA token where there is a source of them."""
+        captcha = ""
+        if self.captcha_source:
+            captcha = await self.captcha_source(token, f"{job.plan.kind.upper()}_GENERATION")
+        return client_context(job.project, tier, captcha)
+
+    async def submit(self, token, job, media):
+        if job.plan.kind == "image":
+            path = f"projects/{job.project}/flowMedia:batchGenerateImages"
+            context = await self._context(token, job, "")
+        else:
+            path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
+            context = await self._context(token, job, token.tier)
+        request = submit_request(job, token.tier, media, context)
+        body = await self._api(token, "POST", path, spends=True, json=request)
         reply = read_statuses(body, "submit_unknown")
         if not reply.statuses:
-            raise GatewayError("submit_unknown", "Google answered the submit with nothing")
+            raise GatewayError("submit_unknown", "Google answered a submit with nothing")
         return reply
 
-    async def find(self, token: Token, job: Job) -> list[Status]:
-        """What a submit whose answer was lost has made, by its batch id. Costs nothing."""
+    async def find(self, token, job):
+        """GET flow.projectInitialData, where the submit's batch id is looked for."""
         query = quote(to_json({"json": {"projectId": job.project}}))
         body = await self._trpc(token, "GET", f"flow.projectInitialData?input={query}")
-        if not isinstance(dig(body, "projectContents"), dict):  # no proof that nothing was made
-            raise GatewayError("upstream_changed", "Google lists the project in an unknown form")
-        flows = dig(body, "projectContents", "workflows", default=[])
-        ours = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
-        names = {dig(flow, "name") for flow in ours}
-        media = dig(body, "projectContents", "media", default=[])
-        made = [item for item in media if dig(item, "workflowId") in names]
-        return read_statuses({"media": made, "workflows": ours}).statuses
+        contents = dig(body, "projectContents", kind=dict, default=None)
+        if contents is None:  # no proof that nothing was made
+            raise changed("Google lists the project in an unknown form")
+        flows = list_at(contents, "workflows")
+        own = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
+        names = [dig(flow, "name") for flow in own]
+        listed = list_at(contents, "media")
+        media = [medium for medium in listed if dig(medium, "workflowId") in names]
+        return read_statuses({"media": media, "workflows": own}).statuses
 
-    async def poll(self, token: Token, outputs: list[Output]) -> Reply:
-        """One call, as a rule (per 256 and per generation). Google refuses it for one bad name:
-        halving finds that, and it is left out for a minute. The 22nd refusal in a poll raises."""
-        found, credits, refusals = [], None, 0
+    async def poll(self, token, outputs):
+        """Google refuses a whole status call for one bad name: then its names are asked
+        for one by one, and the bad one is left out for a minute."""
+        rest = [output for output in outputs if output.name not in self.alone]
+        calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
+        due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
+        due.sort(key=lambda output: self.alone[output.name])
+        calls += [[output] for output in due[:STATUS_ALONE]]
+        statuses = []
+        credits = None
+        for call in calls:
+            reply = await self._poll(token, call)
+            statuses += reply.statuses
+            credits = credits if reply.credits is None else reply.credits
+        return Reply(statuses, credits)
+
+    async def _poll(self, token, outputs):
         path = "video:batchCheckAsyncVideoGenerationStatus"
-        asked = [output for output in outputs if self.odd.get(output.name, 0) < now()]
-        forms = ([out for out in asked if by_media(out) is form] for form in (True, False))
-        chunks = [form[at : at + 256] for form in forms for at in range(0, len(form), 256)]
-        for chunk in chunks:  # it grows at its end
-            try:
-                body = await self._api(token, "POST", path, json=status_request(chunk))
-                reply = read_statuses(body, "")
-                found += reply.statuses
-                credits = credits if reply.credits is None else reply.credits
-            except GatewayError as err:
-                refusals += 1
-                if err.upstream not in (400, 404) or refusals > 21:
-                    raise
-                half = len(chunk) // 2
-                chunks += [chunk[:half], chunk[half:]] if half else []
-                self.odd |= {} if half else {chunk[0].name: now() + 60}
-        return Reply(found, credits)
-
-    async def upscale(self, token: Token, job: Job, output: Output) -> Status:
-        """A larger picture comes at once, as data, and costs nothing. A clip is polled under a name
-        that follows from the first: so a lost answer, or "already under way", is no loss."""
-        size, context = job.plan.upscale, client_context(job.project, token.tier)
-        if job.plan.kind == "image":
-            wanted = {"mediaId": output.media, "clientContext": context}
-            wanted["targetResolution"] = f"UPSAMPLE_IMAGE_RESOLUTION_{size}"
-            body = await self._api(token, "POST", "flow/upsampleImage", json=wanted)
-            with contextlib.suppress(TypeError, ValueError):
-                if data := await asyncio.to_thread(base64.b64decode, dig(body, "encodedImage")):
-                    return Status(output.name, "done", output.media, data=data)
-            raise GatewayError("upstream_changed", "Google sent no larger picture")
-        ratio, scene = WIRE_RATIOS[job.plan.ratio], output.scene or str(uuid.uuid4())
-        clip = {"videoInput": {"mediaId": output.media}, "metadata": {"sceneId": scene}}
-        clip |= {"videoModelKey": f"veo_3_1_upsampler_{size}", "seed": random.randrange(99999)}
-        clip["aspectRatio"] = f"VIDEO_ASPECT_RATIO_{ratio}"
-        clip["resolution"] = f"VIDEO_RESOLUTION_{size.upper()}"
-        wanted = {"clientContext": context, "requests": [clip], "useV2ModelConfig": True}
-        path = "video:batchAsyncGenerateVideoUpsampleVideo"
+        names = [output.name for output in outputs]
         try:
-            body = await self._api(token, "POST", path, spends=True, json=wanted)
+            body = await self._api(token, "POST", path, json=status_request(outputs))
+        except GatewayError as err:
+            if err.upstream not in (400, 404):
+                raise
+            pause = 60 if len(names) == 1 else 0
+            self.alone.update(dict.fromkeys(names, now() + pause))
+            return Reply([])
+        for name in names:
+            self.alone.pop(name, None)
+        return read_statuses(body, "")
+
+    async def upscale(self, token, job, output):
+        """A larger picture comes at once, as data, and costs nothing. A clip is polled
+        under a name that is known before: a lost answer or "under way" is no loss."""
+        context = await self._context(token, job, token.tier)
+        if job.plan.kind == "image":
+            size = f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}"
+            data = b""
+            request = {"mediaId": output.media, "targetResolution": size}
+            request["clientContext"] = context
+            body = await self._api(token, "POST", "flow/upsampleImage", json=request)
+            with contextlib.suppress(TypeError, ValueError):
+                encoded = dig(body, "encodedImage")
+                data = await asyncio.to_thread(base64.b64decode, encoded)
+            if not data:
+                raise changed("Google sent no larger picture")
+            return Status(output.name, "done", output.media, data=data)
+        path = f"{CLIP_PATH}UpsampleVideo"
+        request = upscale_request(job, output, context)
+        try:
+            body = await self._api(token, "POST", path, spends=True, json=request)
         except GatewayError as err:
             if err.code not in ("conflict", "submit_unknown"):
                 raise
             body = {}
-        found = read_statuses(body, "").statuses
-        return found[0] if found else self.upscaled(output)
+        return next(iter(read_statuses(body, "").statuses), self.upscaled(output))
 
-    def upscaled(self, output: Output) -> Status:
+    def upscaled(self, output):
         name = output.media + "_upsampled"
         return Status(name, media=name, project=output.project)
 
-    async def resolve(self, token: Token, output: Output, form="FULL_MEDIA") -> tuple[str, float]:
-        """A fresh URL of a finished output (form: or of its THUMBNAIL) and its end."""
-        query = f"name={quote(output.media or output.name, safe='')}"
-        path = f"trpc/media.getMediaUrlRedirect?{query}&mediaUrlType=MEDIA_URL_TYPE_{form}"
-        reply, raw = await self._send(token, "GET", path, allow_redirects=False)
-        if 300 <= reply.status < 400 and "Location" in reply.headers:
+    async def resolve(self, token, output, thumbnail=False):
+        name = quote(output.media or output.name, safe="")
+        form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
+        path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
+        response, data = await self._labs(token, "GET", path, allow_redirects=False)
+        if 300 <= response.status < 400 and "Location" in response.headers:
             with contextlib.suppress(ValueError):
-                return read_link(reply.headers["Location"])
-        if reply.status == 404:
+                return read_link(response.headers["Location"])
+        if response.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
-        self._read(reply, raw)
-        raise GatewayError("upstream_changed", "Google gave no download address")
+        read_answer(response, data)
+        raise changed("Google gave no download address")
 
 
-# ---- 6. Pool --------------------------------------------------------------------------------
+ADAPTERS = {"rest": RestFlow}  # by Token.adapter
+# ---- 7. Pool ---------------------------------------------------------------------------
 AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
 
 
+def backoff(first=2.0, times=sys.maxsize):
+    """Seconds to pause between tries: each time twice as many, up to 60, and jittered."""
+    for _ in range(times):
+        yield min(60.0, first) * random.uniform(0.8, 1.2)
+        first *= 2
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A job in the queue, and the ids of the accounts that it has tried."""
+
+    job: Job
+    tried: set[int]
+    turn: asyncio.Future
+
+
 class Pool:
-    """The accounts: in memory, written on change. Nothing else changes a token. A lease is the
-    right to use a token for one job: a slot of its kind, and credits reserved until it is sent."""
+    """The accounts: in memory, written on change. Leases, step-back, who goes next."""
 
-    EARLY = 600.0  # seconds before its end at which an access token is renewed
-
-    def __init__(self, settings: Settings, store: Store, upstream: RestFlow):
-        self.settings, self.store, self.upstream = settings, store, upstream
-        upstream.authorise = self.access_token
+    def __init__(self, settings, store, adapters):
+        self.settings, self.store, self.adapters = settings, store, adapters
         self.tokens = {token.id: token for token in store.tokens()}
-        self.last_id = max([*self.tokens, store.last_owner()])  # old jobs keep their account's
-        self.leases: dict[str, tuple[Token, int]] = {}  # job id -> token, credits reserved
-        self.waiting: dict[asyncio.Future, tuple[Job, set[int]]] = {}
-        self._alarm: asyncio.TimerHandle | None = None
+        self.last_id = max([*self.tokens, store.last_owner()])  # never given twice
+        self.leases = {}  # job id -> the token that has a slot taken for it
+        self.reserved = {}  # job id -> credits, until its submit is answered
+        self.queue = []  # of Waiting
+        self._alarm = None
 
-    async def add(self, st: str, **fields: Any) -> tuple[Token, bool]:
-        """Adds or updates a session token's account -> (token, is it new). Raises like session."""
+    def adapter_for(self, token) -> Upstream:
+        return self.adapters[token.adapter]
+
+    async def add(self, st, **fields):
+        """The account of a session token -> (token, is it new). Raises as sign_in."""
         draft = Token(**fields, st=clean_session_token(st), created_at=now())
-        session = await self.upstream.session(draft)
-        if not session["email"]:
-            raise GatewayError("upstream_changed", "Google's session names no e-mail address")
-        draft.id = self.last_id + 1
-        known = (token for token in self.tokens.values() if token.email == session["email"])
-        token = next(known, draft)
-        self.tokens[token.id], self.last_id = token, max(self.last_id, token.id)
-        await self.update(token, **session | AWAKE | fields)
+        account = await self.adapter_for(draft).sign_in(draft)
+        if not account["email"]:
+            raise changed("Google's session names no e-mail address")
+        tokens = {token.email: token for token in self.tokens.values()}
+        token = tokens.get(account["email"], draft)
+        if token is draft:
+            self.last_id = draft.id = self.last_id + 1
+            self.tokens[draft.id] = draft
+        await self.update(token, **{**account, **draft.session(), **AWAKE, **fields})
         try:
             await self.check(token)
-            await self.project(token)
+            await self.adapter_for(token).project(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
         return token, token is draft
 
-    async def update(self, token: Token, **fields: Any) -> None:
-        vars(token).update(fields)
-        if self.tokens.get(token.id) is token:  # else it has been deleted meanwhile
+    async def update(self, token, **changes):
+        token.update(**changes)
+        if not token.removed:
             await self.store.put(token)
         self.wake()
 
-    async def remove(self, token: Token) -> None:
+    async def remove(self, token):
+        """Raises conflict."""
         if token.busy.total():
-            raise bad(f"{token.email} has jobs under way: disable it first", code="conflict")
+            raise bad(f"Disable {token.email} first: jobs under way", code="conflict")
+        token.removed = True
         self.tokens.pop(token.id, None)  # somebody else may have deleted it just now
         await self.store.delete(("tokens", "id", token.id))
 
-    async def access_token(self, token: Token, stale: str = "") -> str:
-        """An access token, not the `stale` one that Google refused; one refresh serves all."""
-        async with token.lock:
-            if not token.at or token.at == stale:
-                await self.update(token, **await self.upstream.session(token))
-            return token.at
+    async def check(self, token):
+        """Renews a session that ends soon, and asks for credits and tier."""
+        adapter = self.adapter_for(token)
+        if adapter.expires_soon(token):
+            await adapter.sign_in(token)
+        await self.update(token, **await adapter.balance(token), checked_at=now())
 
-    async def project(self, token: Token) -> str:
-        """The token's project at Flow; made where it has none."""
-        async with token.lock:
-            if not token.project_id:
-                title = token.project_name or time.strftime("%b %d - %H:%M")
-                project = await self.upstream.create_project(token, title)
-                await self.update(token, project_id=project, project_name=title)
-            return token.project_id
-
-    async def check(self, token: Token) -> None:
-        """Renews an access token that ends soon, and asks for credits and tier."""
-        ends_soon = token.at_expires - now() < self.EARLY
-        await self.access_token(token, token.at if ends_soon else "")
-        await self.update(token, **await self.upstream.credits(token), checked_at=now())
-
-    async def keep_fresh(self) -> None:
-        """For ever: checks the active accounts, by `token_refresh.interval` and by their expiry."""
+    async def keep_fresh(self):
+        """For ever: checks accounts, by `token_refresh.interval` and by their expiry."""
         while True:
             if self.settings["token_refresh.enabled"]:
-                await asyncio.gather(*map(self._check_if_due, list(self.tokens.values())))
+                await asyncio.gather(*map(self.check_if_due, list(self.tokens.values())))
             await asyncio.sleep(30)
 
-    async def _check_if_due(self, token: Token) -> None:
+    async def check_if_due(self, token):
         interval = self.settings["token_refresh.interval"]
-        rest = 60 if token.at_expires - now() < self.EARLY else interval
+        rest = 60 if self.adapter_for(token).expires_soon(token) else interval
+        if not token.is_active or now() - token.checked_at <= rest:
+            return
         try:
-            if token.is_active and now() - token.checked_at > rest:
-                await self.check(token)
+            await self.check(token)
         except (GatewayError, StoreError) as err:  # a full disk ends no loop
             log.warning("check of %s: %s", token.email, err)
             token.checked_at = now() - interval + 60
-            if isinstance(err, GatewayError) and err.does == "session":
+            if getattr(err, "effect", None) is Effect.SESSION:
                 self.blame(token, err)
 
-    def praise(self, token: Token, kind: str, outputs: int) -> None:
-        token.failures, token.paused_for = 0, None
-        self._count(token, kind, outputs)
-
-    def blame(self, token: Token, err: GatewayError) -> None:
-        """What a failure does to the account (see ERRORS): it steps back, each time in a row for
-        twice as long, and is disabled when its session is dead or its failures are too many."""
-        if now() >= token.paused_until:  # else it is one burst: several jobs met the same refusal
+    def blame(self, token, err):
+        """It steps back, each time in a row for twice as long; where its session is dead
+        or its failures are too many, it is disabled."""
+        if now() >= token.paused_until:  # else it is one burst: several jobs were refused
             again = token.paused_for is not None and token.paused_for.code == err.code
             token.pause = min(token.pause * 2 if again else err.pause, 3600)
-            length = token.pause * random.uniform(0.9, 1.1)
-            token.paused_until, token.paused_for = now() + length, err
-            token.failures += err.does == "banning"
+            token.paused_until = now() + token.pause * random.uniform(0.9, 1.1)
+            token.paused_for = err
+            token.failures += err.effect is Effect.BAN
         token.paused_until = max(token.paused_until, now() + min(err.retry_after, 86400))
         if err.code == "account_no_credits":
             token.credits = 0
-        if err.does == "session" or token.failures >= self.settings["admin.error_ban_threshold"]:
-            token.is_active, token.reason = False, str(err)
+        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
+        if err.effect is Effect.SESSION or too_many:
+            token.update(is_active=False, reason=str(err))
             log.warning("%s is disabled: %s", token.email, err)
-        self._count(token, "error", 1)
+        token.count("error", 1)
+        if not token.removed:
+            self.store.put(token)
         self.wake()
 
-    def _count(self, token: Token, what: str, number: int) -> None:
-        """Counts, for ever and for today; a new day drops all of yesterday's counters at once."""
-        vars(token)[f"{what}_count"] += number
-        if token.day != (day := today()):
-            token.day, token.today = day, {}
-        token.today[what] = token.today.get(what, 0) + number
-        if self.tokens.get(token.id) is token:
-            self.store.put(token)
+    def able(self, job, tried=()):
+        """The tokens that can serve a Job or Generation, free or not. Raises why there is
+        none, or why all pause for more than a minute."""
+        tokens = [token for token in self.tokens.values() if token.id not in tried]
+        nobody = "There is no Google account yet: add one on the admin page"
+        if job.source:  # no other account can see that clip
+            tokens = [token for token in tokens if token.id == job.source["token_id"]]
+            nobody = "The account that made this clip is gone, and no other may use it"
+        if not tokens:
+            raise GatewayError("no_accounts", nobody)
+        for code, message, fits in self._conditions(job.plan, job.n):
+            before, tokens = tokens, list(filter(fits, tokens))
+            if not tokens:
+                reasons = {token.reason for token in before if not token.is_active} - {""}
+                raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
+        soonest = min(tokens, key=lambda token: token.paused_until)
+        wait = int(soonest.paused_until - now())
+        if wait > 60 and (err := soonest.paused_for):
+            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        return tokens
 
-    def able(self, plan: Plan, n: int, tried: Iterable[int] = (), source=None) -> list[Token]:
-        """The tokens that can serve a plan, free or not; of a `source` (see Job) only its own.
-        Raises with the reason when there are none, or all pause for more than a minute."""
+    @staticmethod
+    def _conditions(plan, n):
+        """What a token must be like, step by step, and what it means where none is so."""
 
-        def affords(token: Token) -> bool:
-            cost = (plan.cost(token.tier) or 0) * n
-            return not cost or token.credits is None or cost <= token.credits - token.reserved
+        def affords(token):
+            cost, credits = plan.cost(token.tier) * n, token.credits
+            return not cost or credits is None or cost <= credits - token.reserved
 
-        kinds = {"image": "pictures", "video": "clips"}[plan.kind]
-        rest = [token for token in self.tokens.values() if token.id not in tried]
-        none = "There is no Google account yet: add one on the admin page, or POST /api/tokens"
-        if source:
-            rest = [token for token in rest if token.id == source["token_id"]]
-            none = "The account that made this clip is not here any more, and no other may use it"
         needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
-        for code, words, fits in (
-            ("no_accounts", none, lambda t: True),
-            ("no_accounts", "All accounts are disabled", lambda t: t.is_active),
-            ("no_accounts", f"No account makes {kinds}", lambda t: vars(t)[f"{plan.kind}_enabled"]),
-            ("tier_required", needs, lambda t: plan.cost(t.tier) is not None),
-            ("no_credits", f"No account has credits left for {n} x {plan.model}", affords),
-        ):
-            before, rest = rest, [token for token in rest if fits(token)]
-            if not rest:
-                reasons = {token.reason for token in before if token.reason and not token.is_active}
-                raise GatewayError(code, "; ".join([words, *sorted(reasons)]))
-        soonest = min(rest, key=lambda token: token.paused_until)
-        if (wait := int(soonest.paused_until - now())) > 60 and (err := soonest.paused_for):
-            raise GatewayError(err.code, f"{err}; tried again in {wait} s", retry_after=wait)
-        return rest
+        kinds = {"image": "pictures", "video": "clips"}[plan.kind]
+        yield "no_accounts", "All accounts are disabled", lambda token: token.is_active
+        no_maker = f"No account makes {kinds}"
+        yield "no_accounts", no_maker, lambda token: token.enabled(plan.kind)
+        yield "tier_required", needs, lambda token: plan.cost(token.tier) is not None
+        yield "no_credits", f"No account has credits left for {n} x {plan.model}", affords
 
-    def _free(self, job: Job, tried: Iterable[int]) -> Token | None:
-        """Of those that can take the job now: fewest leases first, then most credits."""
-        free, kind = [], job.plan.kind
-        for token in self.able(job.plan, job.n, tried, job.source):
-            if token.paused_until <= now() and token.busy[kind] < self.limit(token, kind):
-                credits = token.reserved - (token.credits or 0)
-                load = (token.id in job.shunned, token.busy.total(), credits)
-                free.append((load, token.last_used_at, token.id, token))
-        return min(free)[-1] if free else None
+    def _choose(self, job, tried):
+        """Of the free ones that with fewest leases, then (where it costs any) with most
+        credits, then the least recently used; those that the job shuns come last."""
 
-    def limit(self, token: Token, kind: str) -> float:
-        """How many jobs of a kind it takes at once: as is set, or as Google has shown of late."""
-        own, (seen, until) = getattr(token, f"{kind}_concurrency"), token.seen.get(kind, (0, 0.0))
-        return min(own if own > 0 else math.inf, seen if now() < until else math.inf)
+        def load(token):
+            costs = job.plan.cost(token.tier)
+            credits = token.reserved - (token.credits or 0) if costs else 0
+            shunned = token.id in job.shunned
+            return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-    def narrow(self, token: Token, kind: str) -> bool:
-        """Google takes no more than the other ones: so it is for an hour -> are there others?"""
-        if others := token.busy[kind] - 1:
-            token.seen[kind] = others, now() + 3600
-        return others > 0
+        awake = [token for token in self.able(job, tried) if token.paused_until <= now()]
+        free = [token for token in awake if token.has_slot(job.plan.kind)]
+        return min(free, key=load, default=None)
 
-    def take(self, token: Token, job: Job) -> None:
+    def take(self, token, job):
         """Leases without a question: also for a job that is found running at start."""
-        self.leases[job.id] = token, (job.plan.cost(token.tier) or 0) * job.n
-        token.reserved += self.leases[job.id][1]
+        self.leases[job.id] = token
+        self.reserved[job.id] = (job.plan.cost(token.tier) or 0) * job.n
+        token.reserved += self.reserved[job.id]
         token.busy[job.plan.kind] += 1
 
-    def spent(self, job: Job) -> None:
+    def spent(self, job, balance=None):
         """Ends the reservation: the balance that Google tells has the cost in it."""
-        if lease := self.leases.get(job.id):
-            lease[0].reserved -= lease[1]
-            self.leases[job.id] = lease[0], 0
+        if token := self.leases.get(job.id):
+            token.reserved -= self.reserved.pop(job.id, 0)
+            if balance is not None:
+                token.credits = balance
+                self.wake()
 
-    def release(self, job: Job) -> None:
+    def release(self, job):
         self.spent(job)
-        if lease := self.leases.pop(job.id, None):
-            lease[0].busy[job.plan.kind] -= 1
+        if token := self.leases.pop(job.id, None):
+            token.busy[job.plan.kind] -= 1
             self.wake()
 
-    async def lease(self, job: Job, tried: set[int]) -> Token:
-        """Waits in a fair queue for a free token. Raises what `able` raises."""
+    async def lease(self, job, tried):
+        """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
         turn = asyncio.get_running_loop().create_future()
-        self.waiting[turn] = job, tried
+        self.queue.append(Waiting(job, tried, turn))
         self.wake()
-        if not tried and not turn.done() and len(self.waiting) > self.settings["limits.queue"]:
-            turn.set_exception(GatewayError("queue_full", "The queue is full", retry_after=30))
+        crowded = len(self.queue) > self.settings["limits.queue"]
         try:
+            if crowded and not tried and not turn.done():
+                raise GatewayError("queue_full", "The queue is full", retry_after=30)
             return await turn
         except asyncio.CancelledError:
             self.release(job)
             raise
         finally:
-            self.waiting.pop(turn, None)
+            self.queue = [waiting for waiting in self.queue if waiting.turn is not turn]
 
-    def wake(self) -> None:
-        """Serves whoever waits, the first first; one who can't be served yet holds up nobody who
-        can. Called when a slot, credits or the state of a token change, and each second."""
-        full = []  # what finds no free account: nor do those behind that want the same
-        for turn, (job, tried) in list(self.waiting.items()):
-            wanted = job.plan, job.n, tried, job.source
+    def wake(self):
+        """Serves who waits, the first first; one who can't be served holds up nobody who
+        can. Called when a slot, credits or a token's state change, and each second."""
+        unserved = []  # where one finds no account, others with the same wish find none
+        for waiting in self.queue:
+            job, tried, turn = waiting.job, waiting.tried, waiting.turn
+            wish = job.plan, job.n, tried, job.source
+            if turn.done() or wish in unserved:
+                continue
             try:
-                if not turn.done() and wanted not in full:
-                    if token := self._free(job, tried):
-                        self.take(token, job)
-                        turn.set_result(token)
-                    else:
-                        full.append(wanted)
+                if token := self._choose(job, tried):
+                    self.take(token, job)
+                    turn.set_result(token)
+                else:
+                    unserved.append(wish)
             except GatewayError as err:
                 turn.set_exception(err)
-            if turn.done():
-                self.waiting.pop(turn, None)
+        self.queue = [waiting for waiting in self.queue if not waiting.turn.done()]
         if self._alarm:
             self._alarm.cancel()
-        self._alarm = asyncio.get_running_loop().call_later(1, self.wake) if self.waiting else None
+        loop = asyncio.get_running_loop()
+        self._alarm = loop.call_later(1, self.wake) if self.queue else None
 
 
-# ---- 7. Media -------------------------------------------------------------------------------
+# ---- 8. Media --------------------------------------------------------------------------
 MAGIC = (  # first bytes, media type, file ending
     (rb"\x89PNG\r\n\x1a\n", "image/png", "png"),
     (rb"\xff\xd8\xff", "image/jpeg", "jpg"),
@@ -1371,323 +2036,323 @@ MAGIC = (  # first bytes, media type, file ending
     (rb"....ftyp", "video/mp4", "mp4"),
 )
 MEDIA_NAME = re.compile(r"[A-Za-z0-9_-]{22,64}\.(png|jpg|webp|gif|mp4|bin)")
+PART_SECONDS = 86400  # after which a half-written file is nobody's
 
 
-def sniff(data: bytes) -> tuple[str, str]:
+def sniff(data):
     """Media type and file ending, by the first bytes."""
-    found = (row for row in MAGIC if re.match(row[0], data[:16], re.DOTALL))
-    return next(found, (b"", "application/octet-stream", "bin"))[1:]
+    for pattern, media_type, ending in MAGIC:
+        if re.match(pattern, data[:16], re.DOTALL):
+            return media_type, ending
+    return "application/octet-stream", "bin"
 
 
-def public_socket(address: tuple) -> socket.socket:
-    """aiohttp's socket factory for users' URLs: it sees the real address, whatever led there."""
-    ip = ipaddress.ip_address(address[4][0].split("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    if not ip.is_global or ip.is_multicast or ip in ipaddress.ip_network("64:ff9b::/96"):
-        raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
-    return socket.socket(*address[:3])
+def decode_base64(text):
+    """The bytes of a data URL, or of base64 in either alphabet. Raises ValueError."""
+    text = text.partition(",")[2] if text.startswith("data:") else text
+    text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+async def one_piece(data):
+    yield data
 
 
 class Media:
-    """Files: finished outputs kept under data/tmp, and the pictures that requests bring along."""
+    """Files: finished outputs kept under data/tmp, and the pictures of requests."""
 
-    def __init__(self, settings: Settings, wire: Wire):
+    def __init__(self, settings, wire):
         self.settings, self.wire = settings, wire
-        self.kept, self.inputs = settings.data / "tmp", settings.data / "inputs"
-        self.kept.mkdir(exist_ok=True, mode=0o700)
-        self.inputs.mkdir(exist_ok=True, mode=0o700)
+        self.kept = settings.data / "tmp"
+        self.inputs = settings.data / "inputs"
+        for folder in (self.kept, self.inputs):
+            folder.mkdir(exist_ok=True, mode=0o700)
 
-    def path(self, name: str) -> Path | None:
+    def path(self, name):
         """The kept file of this name; None where it is none of ours, or gone."""
         path = self.kept / name
         return path if MEDIA_NAME.fullmatch(name) and path.is_file() else None
 
-    async def keep(self, chunks: AsyncIterator[bytes]) -> str:
-        """Writes a file -> a name that nobody can guess. What bears such a name is whole."""
-        part, start = self.kept / f"{secrets.token_urlsafe(24)}.part", b""
+    async def keep(self, chunks):
+        """Writes a file -> a name that nobody can guess; what bears one is whole."""
+        part = self.kept / f"{secrets.token_urlsafe(24)}.part"
+        start = b""
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
                     start = start or chunk[:16]
                     await asyncio.to_thread(file.write, chunk)
-                await asyncio.to_thread(lambda: (file.flush(), os.fsync(file.fileno())))
+                await asyncio.to_thread(file.flush)
+                await asyncio.to_thread(os.fsync, file.fileno())
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
         finally:
             part.unlink(missing_ok=True)
 
-    async def expire_forever(self) -> None:
+    async def expire_forever(self):
         """Removes kept files older than `cache.timeout`."""
         while True:
             lifetime = self.settings["cache.timeout"] or math.inf
             await asyncio.to_thread(self.expire, lifetime)
             await asyncio.sleep(min(60, max(1, lifetime / 4)))
 
-    def expire(self, lifetime: float) -> int:
-        """Removes the kept files that are older -> the bytes that stay."""
+    def expire(self, lifetime):
+        """Removes the kept files that are older, in seconds -> the bytes that stay."""
         stay = 0
         for path in list(self.kept.glob("*")):
-            with contextlib.suppress(OSError):  # somebody else has removed it; it is a folder
-                known = path.stat()
-                if known.st_mtime < now() - (86400 if path.suffix == ".part" else lifetime):
+            limit = PART_SECONDS if path.suffix == ".part" else lifetime
+            with contextlib.suppress(OSError):  # it is gone; it is a folder
+                stat = path.stat()
+                if stat.st_mtime < now() - limit:
                     path.unlink()
                 else:
-                    stay += known.st_size
+                    stay += stat.st_size
         return stay
 
-    def save_inputs(self, job_id: str, images: list[bytes]) -> list[str]:
+    def save_inputs(self, job_id, images):
+        """Writes a job's input pictures -> their names. All or none."""
         names = [f"{job_id}_{number}" for number in range(len(images))]
-        for name, image in zip(names, images, strict=True):
-            (self.inputs / name).write_bytes(image)
+        try:
+            for name, image in zip(names, images, strict=True):
+                (self.inputs / name).write_bytes(image)
+        except OSError:
+            self.drop_inputs(names)
+            raise
         return names
 
-    def drop_inputs(self, names: Iterable[str]) -> None:
+    def drop_inputs(self, names):
         for name in names:
             (self.inputs / name).unlink(missing_ok=True)
 
-    async def input_image(self, value: Any, param: str) -> bytes:
-        """A picture from a URL, a data URL, base64 or bytes. Raises what `bad` makes of it."""
-        if isinstance(value, bytes) and value[:8].startswith((b"http://", b"https://", b"data:")):
-            value = value.decode(errors="replace").strip()  # LiteLLM uploads a URL as a file
-        limit, data = self.settings["limits.image_mb"] << 20, value
-        try:
-            if isinstance(value, str) and value.startswith(("http://", "https://")):
-                data = await self._fetch(value, limit)
-            elif isinstance(value, str):
-                text = value.partition(",")[2] if value.startswith("data:") else value
-                text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-                data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-        except ValueError:
-            raise bad("This picture is neither a URL nor base64", param, "invalid_image") from None
-        if not isinstance(data, bytes) or not sniff(data)[0].startswith("image/"):
-            raise bad("This is not a PNG, JPEG, WebP or GIF picture", param, "invalid_image")
-        if len(data) > limit:
-            raise bad(f"A picture may have {limit >> 20} MB at most", param, "request_too_large")
-        return data
-
-    async def _fetch(self, url: str, limit: int) -> bytes:
-        """A user's URL: public addresses only (each redirect too), no proxy, 20 s, `limit`."""
-        factory = None if self.settings["server.allow_private_urls"] else public_socket
-        connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
-        options = {"connector": connector, "timeout": aiohttp.ClientTimeout(20), "max_redirects": 4}
-        try:
-            async with connector, aiohttp.request("GET", url, **options) as reply:
-                data = bytearray()
-                async for chunk in reply.content.iter_chunked(1 << 16):
-                    data += chunk
-                    if len(data) > limit:
-                        break
-                if reply.status == 200:
-                    return bytes(data)
-                words = f"it answered {reply.status}"
-        except NETWORK_ERRORS as err:
-            words = why(err)
-        raise bad(f"The picture's URL can't be fetched: {words}", code="invalid_image")
+    async def input_image(self, value, param):
+        """A picture from a URL, a data URL, base64 or bytes. Raises invalid_image and
+        request_too_large, of this `param`."""
+        limit = self.settings["limits.image_mb"] << 20
+        if isinstance(value, bytes) and value.startswith((b"http:", b"https:", b"data:")):
+            value = value.decode(errors="replace").strip()  # LiteLLM uploads addresses
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            value = await self.wire.fetch_public(value, limit, param)
+        elif isinstance(value, str):
+            try:
+                value = decode_base64(value)
+            except ValueError:
+                message = "This picture is neither a URL nor base64"
+                raise bad(message, param, "invalid_image") from None
+        if not isinstance(value, bytes) or not sniff(value)[0].startswith("image/"):
+            message = "This is not a PNG, JPEG, WebP or GIF picture"
+            raise bad(message, param, "invalid_image")
+        if len(value) > limit:
+            raise too_large(limit, param)
+        return value
 
 
-# ---- 8. Jobs --------------------------------------------------------------------------------
+# ---- 9. Jobs ---------------------------------------------------------------------------
 HEARTBEAT = 10.0  # seconds between signs of life to whoever watches a job
 STEPS = {  # state -> the states that may follow; anything else is a bug and raises
     "queued": ("submitting", "failed", "cancelled"),
-    "submitting": ("queued", "running", "unknown"),
-    "unknown": ("running", "failed"),
+    "submitting": ("queued", "running", "settling", "completed", "unknown"),
+    "unknown": ("running", "settling", "completed", "failed"),
     "running": ("settling", "failed"),
     "settling": ("completed",),
 }
-# One validated request of a client: a Plan, the prompt, how many outputs, the input pictures, what
-# the client should be told; source and metadata as in Job. Nothing has been spent yet.
-_NONE = [1, (), (), {}, None]
-Generation = namedtuple("Generation", "plan prompt n images notes source metadata", defaults=_NONE)
+BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
+FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+
+
+def unfinished(outputs):
+    return [output for output in outputs if output.state == "pending"]
 
 
 class Jobs:
-    """Takes jobs from acceptance to their end, over restarts; the only writer of job state."""
+    """Takes jobs from acceptance to their end, over restarts; alone sets their state."""
 
-    LOOKS = (1, 4, 10, 20, 40, 60)  # seconds between looks for a submit of unknown outcome
-    TRIES = 3  # of what costs nothing
-    KEY_SECONDS = 86400.0  # how long an Idempotency-Key stands for its job
+    RETRIES = 2  # of what costs nothing
+    LOOKS, FIRST_LOOK = 6, 2.0  # for a submit of unknown outcome; seconds before
+    KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
-    def __init__(self, store: Store, pool: Pool, media: Media):
-        self.settings, self.upstream = pool.settings, pool.upstream
-        self.store, self.pool, self.media = store, pool, media
-        self.open: dict[str, Job] = {}
+    def __init__(self, store, pool, media):
+        self.settings, self.store = pool.settings, store
+        self.pool, self.media = pool, media
+        self.open = {}  # job id -> Job
         self.stopping = False
-        self.durations = defaultdict(lambda: deque(maxlen=25))
-        self._pauses: dict[int, float] = {}  # token id -> seconds after a failed status call
+        self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
+        # token id -> the pauses after failed status calls
+        self._pauses = defaultdict(lambda: backoff(self.settings["flow.poll_interval"]))
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
 
-    async def create(self, generation: Generation, origin: str, mark: dict, detached=False) -> Job:
-        """Once it returns, the job is on disk and under way. `mark`: the Idempotency-Key, or what
-        stands for one, and the hash of its request. Raises like `able`, or queue_full."""
-        plan = generation.plan
-        self.pool.able(plan, generation.n, (), generation.source)
-        if len(self.pool.waiting) >= (limit := self.settings["limits.queue"]):
-            raise GatewayError("queue_full", f"{limit} jobs are waiting already", retry_after=30)
-        job = Job(**generation._asdict(), origin=origin, created_at=now())  # images: saved below
-        job.notes, job.detached = [*generation.notes], detached
-        job.id = f"{plan.kind}_{secrets.token_hex(12)}"
-        job.deadline = now() + self.settings[f"generation.{plan.kind}_timeout"]
-        job.inputs = await asyncio.to_thread(self.media.save_inputs, job.id, generation.images)
-        mark = mark | {"job_id": job.id, "created_at": now()}
-        writing = asyncio.ensure_future(self.store.put_rows(("jobs", job.row()), ("keys", mark)))
+    async def create(self, generation, origin, key, detached):
+        """-> a Job on disk and under way. detached: its client can come back for it.
+        Raises as Pool.able, or queue_full."""
+        self.pool.able(generation)
+        kind = generation.plan.kind
+        if len(self.pool.queue) >= self.settings["limits.queue"]:
+            raise GatewayError("queue_full", "The queue is full", retry_after=30)
+        fields = {**vars(generation), "origin": origin, "detached": detached}
+        images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
+        job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
+        if images:
+            job.inputs = await asyncio.to_thread(self.media.save_inputs, job_id, images)
+        key_row = {**vars(key), "job_id": job_id, "created_at": now()}
+        writing = self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:  # the client left in this very moment
             await writing
-            job.detached &= not mark["key"].startswith("\n")  # else it never learnt the id
-            self._start(job)
-            await self.abandon(job)
+            job.detached = detached and key.explicit  # else it never learnt the id
+            await self.abandon(self._start(job))
             raise
-        self._start(job)
-        return job
+        return self._start(job)
 
-    async def repeated(self, mark: dict, given: bool) -> Job | None:
-        """The job that this key has made, if any; an hour long that of a body without a key, if
-        it was sent. Raises idempotency_conflict, task_not_found."""
-        since = now() - (self.KEY_SECONDS if given else 3600)
-        known = await asyncio.to_thread(self.store.job_of_key, mark["key"], since)
-        if known and known[0] != mark["request"]:
-            raise GatewayError("idempotency_conflict", "A new request needs a new Idempotency-Key")
-        job = await self.get(known[1]) if known else None
-        if given and known and not job:
-            raise GatewayError("task_not_found", "The job of this Idempotency-Key was deleted")
-        return None if not given and job and job.state == "cancelled" else job
+    async def find(self, key):
+        """The job that this key has made. Raises idempotency_conflict, task_not_found."""
+        since = now() - (self.KEY_SECONDS if key.explicit else self.REPEAT_SECONDS)
+        row = await asyncio.to_thread(self.store.job_of_key, key, since)
+        if not row:
+            return None
+        if row[0] != key.request:
+            raise bad("A new request needs a new Idempotency-Key", code="idempotency_conflict")
+        job = await self.get(row[1])
+        if job and (key.explicit or job.state != "cancelled"):
+            return job
+        if key.explicit:
+            raise bad("This Idempotency-Key's job was deleted", code="task_not_found")
+        return None
 
-    async def cancel(self, job: Job) -> None:
-        """Ends a queued job; what is under way is paid for, what has ended stays: conflict."""
-        if (job := self.open.get(job.id, job)).state == "queued" and job.id in self.open:
+    async def get(self, job_id):
+        return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
+
+    async def page(self, **filters):
+        """As Store.jobs, the open ones as they are in memory."""
+        in_memory = self.open.copy()  # first: what ends meanwhile is newer in memory
+        jobs = await asyncio.to_thread(self.store.jobs, **filters)
+        return [in_memory.get(job.id, job) for job in jobs]
+
+    async def cancel(self, job):
+        """Ends a queued job; raises conflict for what is under way, or has ended."""
+        job = self.open.get(job.id, job)
+        if job.state == "queued" and job.id in self.open:
             job.detached = False
             await self.abandon(job)
         if job.state != "cancelled":
-            raise bad(f"{job.id} is {job.state}: only a queued job can be stopped", code="conflict")
+            raise bad(f"{job.id} can't be stopped: it is {job.state}", code="conflict")
 
-    async def delete(self, job: Job) -> None:
-        """Forgets an ended job, and a queued one; what is under way is paid for: conflict."""
+    async def delete(self, job):
+        """Forgets a job that has ended, or is queued; what is under way: conflict."""
         if not job.ended:
             await self.cancel(job)
-        for path in filter(None, [self.media.path(output.file) for output in job.outputs]):
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+        for output in job.outputs:
+            if path := self.media.path(output.file):
+                await asyncio.to_thread(path.unlink, missing_ok=True)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
 
-    async def page(self, *kind: str, **given: Any) -> list[Job]:
-        """As Store.jobs, the open ones as they are in memory."""
-        known = self.open.copy()  # before the read: what ends meanwhile is newer in memory
-        jobs = await asyncio.to_thread(self.store.jobs, *kind, **given)
-        return [known.get(job.id, job) for job in jobs]
+    async def abandon(self, job):
+        """Its client is gone: what was not sent is cancelled, any other job runs on."""
+        if job.state == "queued" and not job.detached:
+            if job.id in self.open:
+                job.task.cancel()
+            error = GatewayError("cancelled", "Stopped before anything was sent").record()
+            await self._step(job, "cancelled", error=error, completed_at=now())
 
-    async def get(self, job_id: str) -> Job | None:
-        return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
-
-    async def watch(self, job: Job) -> AsyncIterator[None]:
-        """Yields at once, at each change and each HEARTBEAT seconds until the job is completed.
-        Raises why it is not."""
+    async def watch(self, job):
+        """Yields at once, at each change and each HEARTBEAT seconds until the job is
+        completed. Raises why it is not."""
         while job.id in self.open and not job.task.done() and not self.stopping:
             changed = job.changed
             yield
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT):  # wait_for of 3.11 can lose a cancel
-                    await changed.wait()
+            await self._wait(changed, HEARTBEAT)
         if job.error:
             raise GatewayError(**job.error)
+        if job.state == "queued":
+            raise GatewayError("shutting_down", f"Flow2API stops; {job.id} was not sent")
         if job.state != "completed":
-            then = "was not sent" if job.state == "queued" else "goes on at its next start"
-            raise GatewayError("shutting_down", f"Flow2API is interrupted; job {job.id} {then}")
+            message = f"{job.id} was sent and goes on at the next start"
+            raise GatewayError("interrupted", f"{message}: see /v1/videos/{job.id}")
 
-    async def completed(self, job: Job) -> None:
+    async def _wait(self, event, seconds):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+
+    async def completed(self, job):
         """Waits for that. Raises what `watch` raises."""
         async for _ in self.watch(job):
             continue
 
-    async def abandon(self, job: Job) -> None:
-        """Its client is gone: a job that has not been sent is cancelled, any other runs on."""
-        if job.state == "queued" and not job.detached:
-            if job.id in self.open:
-                job.task.cancel()
-            gone = GatewayError("cancelled", "The client left before anything was sent or spent")
-            await self._step(job, "cancelled", error=gone.record(), completed_at=now())
-
-    def progress(self, job: Job) -> tuple[int, int]:
-        """(percent, by the median time of earlier jobs; their number); (0, 0): not known."""
+    def progress(self, job):
+        """(percent, by the median of earlier jobs; their number); (0, 0): not known."""
         if not job.median:
             return 0, 0
-        seconds, known = job.median
+        seconds, number = job.median
         share = ((job.completed_at or now()) - job.submitted_at) / seconds
         job.percent = max(job.percent, min(99, int(share * 100)))  # clocks can go back
-        return job.percent, known
+        return job.percent, number
 
-    async def link(self, job: Job, output: Output, anew=False, thumbnail=False) -> str:
-        """A live URL at Google of a finished output, asked for anew where the old one has ended."""
-        token = self.pool.tokens.get(job.token_id)
-        if thumbnail:
-            return (await self.upstream.resolve(token, output, "THUMBNAIL"))[0] if token else ""
-        if token and (anew or output.url_expires < now() + 60):
-            output.url, output.url_expires = await self.upstream.resolve(token, output)
+    def token_of(self, job):
+        return self.pool.tokens.get(job.token_id)
+
+    async def link(self, job, output, anew=False, thumbnail=False):
+        """A live URL at Google of an output, asked for anew where it has ended."""
+        token = self.token_of(job)
+        if not token or not (thumbnail or anew or output.url_expires < now() + 60):
+            return "" if thumbnail else output.url
+        link = await self.pool.adapter_for(token).resolve(token, output, thumbnail)
+        if not thumbnail:
+            output.update(url=link.url, url_expires=link.expires)
             await self.store.put(output)
-        return output.url
+        return link.url
 
     @contextlib.asynccontextmanager
-    async def fetch(self, job: Job, output: Output, thumbnail=False, **headers: str):
-        """A GET of the file, unread. Raises content_not_found, upstream_unreachable, or as link."""
-        token, said = self.pool.tokens.get(job.token_id), "no address"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
-        options = {"proxy": token.proxy_url if token else "", "timeout": timeout}
-        options["headers"] = headers | {"Accept-Encoding": "identity"}
-        try:
-            for anew in (False, True):  # an address that has died is asked for anew
-                if url := await self.link(job, output, anew, thumbnail):
-                    async with self.media.wire.request("GET", url, **options) as reply:
-                        if reply.status < 400 or reply.status == 416:
-                            yield reply
-                            return
-                        said = f"it answers {reply.status}"
-        except NETWORK_ERRORS as err:
-            raise GatewayError("upstream_unreachable", f"Google's file: {why(err)}") from None
-        raise GatewayError("content_not_found", f"Google's file: {said}", upstream=404)
+    async def fetch(self, job, output, thumbnail=False, **headers):
+        """A GET of a file. Raises content_not_found, upstream_unreachable, as link."""
+        token, reason = self.token_of(job), "no address"
+        options = {"proxy": token.proxy_url if token else "", "timeout": FILE_TIMEOUT}
+        options["headers"] = {**headers, "Accept-Encoding": "identity"}
+        for anew in (False, True):  # an address that has died is asked for anew
+            if url := await self.link(job, output, anew, thumbnail):
+                async with self.media.wire.stream(url, **options) as reply:
+                    if reply.status < 400 or reply.status == 416:
+                        yield reply
+                        return
+                    reason = f"it answers {reply.status}"
+        raise GatewayError("content_not_found", f"Google's file: {reason}", upstream=404)
 
-    async def resume(self) -> None:
-        """At start: goes on with what was under way. A submit that may have left is unknown."""
+    async def resume(self):
+        """At start: what was under way goes on; what may have been sent is unknown."""
         jobs = self.store.jobs(states=OPEN, oldest_first=True)
-        known = {name for job in jobs for name in job.inputs}
-        self.media.drop_inputs({path.name for path in self.media.inputs.iterdir()} - known)
+        needed = {name for job in jobs for name in job.inputs}
+        self.media.drop_inputs(set(os.listdir(self.media.inputs)) - needed)
         for job in jobs:
             await self.abandon(job)
+            if job.ended:
+                continue
             if job.state == "submitting":
                 await self._step(job, "unknown")
-            if job.state not in ("queued", "cancelled") and job.token_id in self.pool.tokens:
-                self.pool.take(self.pool.tokens[job.token_id], job)
+            if job.state != "queued" and (token := self.token_of(job)):
+                self.pool.take(token, job)
                 self.pool.spent(job)
-            if not job.ended:
-                job.deadline = max(job.deadline, now() + 300)  # Google has its say first
-                self._start(job)
+            job.deadline = max(job.deadline, now() + 300)  # Google has its say first
+            self._start(job)
 
-    async def interrupt(self, *_: Any) -> None:
+    async def interrupt(self, app):
         """The first step of the end: open answers say so, and name their job."""
         self.stopping = True
         for job in list(self.open.values()):
             self._tell(job, job.stage)
 
-    async def stop(self) -> None:
-        while tasks := [job.task for job in self.open.values() if job.task.cancel()]:
-            await asyncio.wait(tasks, timeout=0.5)  # again: wait_for of 3.11 can lose a cancel
+    async def stop(self):
+        tasks = [job.task for job in self.open.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job):
         self.open[job.id] = job
         job.task = asyncio.create_task(self._run(job), name=job.id)
+        return job
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job):
         try:
-            if job.state == "queued":
-                await self._submit(job)
-            if job.state == "unknown":
-                await self._look_for(job)
-            if job.state == "running":
-                await self._await(job, job.outputs, job.deadline)
-                if not job.done():
-                    raise GatewayError(**job.outputs[0].error)
-                await self._step(job, "settling")
-            paid = [output for output in job.outputs if output.state != "failed" or output.made]
-            await asyncio.gather(*(self._settle(job, output) for output in paid))
-            await self._step(job, "completed", completed_at=now())
+            await self._advance(job)
         except GatewayError as err:
             await self._step(job, "failed", error=err.record(), completed_at=now())
         except Exception:
@@ -1696,250 +2361,275 @@ class Jobs:
             self.pool.release(job)
             self._tell(job)
 
-    async def _step(self, job: Job, state: str, *records: Record, **changes: Any) -> None:
+    async def _advance(self, job):
+        """From whatever state it is in to its end. Raises why it failed."""
+        if job.state == "queued":
+            await self._submit(job)
+        if job.state == "unknown":
+            await self._look_for(job)
+        if job.state == "running":
+            await self._await(job, job.outputs, job.deadline)
+            if not job.done():
+                raise GatewayError(**job.outputs[0].error)
+            await self._step(job, "settling")
+        if job.state == "settling":
+            await asyncio.gather(*(self._settle(job, output) for output in job.outputs))
+        await self._complete(job)
+
+    async def _complete(self, job):
+        """Its outputs and the counters of its account go to disk with it."""
+        if token := self.token_of(job):
+            token.update(failures=0, paused_for=None)
+            token.count(job.plan.kind, len(job.done()))
+        await self._step(job, "completed", *job.outputs, token, completed_at=now())
+        self._learn(job)
+
+    async def _step(self, job, state, *records, **changes):
         """The one place that changes a job's state; returns when that is on disk."""
         if state not in STEPS.get(job.state, ()):
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
-        vars(job).update(changes, state=state)
-        await self.store.put(job, *records)
+        job.update(state=state, **changes)
+        await self.store.put(job, *filter(None, records))
         if job.ended:
             self.open.pop(job.id, None)
             self.pool.release(job)
             self.media.drop_inputs(job.inputs)
-            if job.state == "completed":
-                self._learn(job)
-                if token := self.pool.tokens.get(job.token_id):
-                    self.pool.praise(token, job.plan.kind, len(job.done()))
             log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
         self._tell(job)
 
-    def _tell(self, job: Job, stage="") -> None:
+    def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
         job.stage = stage
         job.changed.set()
         job.changed = asyncio.Event()
 
-    def _learn(self, job: Job) -> None:
+    def _learn(self, job):
         self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
-    async def _submit(self, job: Job) -> None:
-        """Until an account takes it -> running or unknown; whatever raises has spent nothing."""
-        tried, last = set(), None
-        for attempt in itertools.count(1):
-            self._tell(job, "Waiting for an account")
-            try:
-                async with asyncio.timeout(job.deadline - now()):  # wait_for loses a cancel
-                    token = await self.pool.lease(job, tried)
-            except TimeoutError:
-                raise GatewayError("queue_full", "No account became free", retry_after=60) from None
-            except GatewayError as err:
-                raise last or err from None  # what the last account said is the better reason
+    async def _submit(self, job):
+        """Until an account takes it, or may have. What raises has spent nothing."""
+        tried, refusal, pauses = set(), None, backoff(times=self.RETRIES)
+        while True:
+            token = await self._lease(job, tried, refusal)
             try:
                 return await self._submit_on(job, token)
             except GatewayError as err:
-                last = err
-            if last.does == "unknown":
-                log.warning("%s: %s; looking for it at Google", job.id, last)
+                refusal = err
+            if refusal.effect is Effect.UNKNOWN:
+                log.warning("%s: %s; looking for it at Google", job.id, refusal)
                 return await self._step(job, "unknown")
-            full = last.code == "account_busy" and self.pool.narrow(token, job.plan.kind)
+            gives_up = refusal.code != "account_busy" or token.busy[job.plan.kind] < 2
             self.pool.release(job)
             if job.state == "submitting":
                 await self._step(job, "queued", submitted_at=0.0)
-            if full:
-                continue  # in the queue
-            if last.does in ("account", "banning", "session"):
-                self.pool.blame(token, last)
-                tried.add(token.id)
-            elif last.does == "again" and attempt < self.TRIES:
-                self._tell(job, f"{last}; trying again")
+            if refusal.effect in BLAMED:
+                self.pool.blame(token, refusal)
+                if gives_up:  # else it waits for the account's other jobs
+                    tried.add(token.id)
+            elif refusal.effect is Effect.RETRY and (pause := next(pauses, None)):
+                self._tell(job, f"{refusal}; trying again")
                 job.shunned.add(token.id)  # others go first
-                await asyncio.sleep(2**attempt * random.uniform(0.8, 1.2))
+                await asyncio.sleep(pause)
             else:
-                raise last
-        return None
+                raise refusal
 
-    async def _submit_on(self, job: Job, token: Token) -> None:
-        project = job.source.get("project") or await self.pool.project(token)
-        media = []
+    async def _lease(self, job, tried, refusal):
+        self._tell(job, "Waiting for an account")
+        try:
+            async with asyncio.timeout(job.deadline - now()):
+                return await self.pool.lease(job, tried)
+        except TimeoutError:
+            raise GatewayError("queue_full", "No free account", retry_after=60) from None
+        except GatewayError as err:
+            raise refusal or err from None  # what the last account said says more
+
+    async def _submit_on(self, job, token):
+        upstream, media = self.pool.adapter_for(token), []
+        project = job.source.get("project") or await upstream.project(token)
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
-            media.append(await self.upstream.upload(token, project, data, sniff(data)[0]))
-        await self.pool.update(token, last_used_at=now(), use_count=token.use_count + 1)
-        sent = {"token_id": token.id, "project": project, "batch": str(uuid.uuid4())}
-        await self._step(job, "submitting", submitted_at=now(), **sent)
+            media.append(await upstream.upload(token, project, data, sniff(data)[0]))
+        token.update(last_used_at=now(), use_count=token.use_count + 1)
+        job.update(token_id=token.id, project=project, batch=str(uuid.uuid4()))
+        await self._step(job, "submitting", token, submitted_at=now())
         self._tell(job, "Sent to Flow")
-        await self._accepted(job, await self.upstream.submit(token, job, media))
+        await self._accepted(job, await upstream.submit(token, job, media))
 
-    async def _accepted(self, job: Job, reply: Reply) -> None:
+    async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
         for number, status in enumerate(reply.statuses):
-            output = Output(job_id=job.id, number=number, name=status.name, scene=status.scene)
-            output.project = status.project or job.project
+            output = Output(job.id, number, status.name, status.project or job.project)
             job.outputs.append(output)
-            await self._take(output, status)
-        self.pool.spent(job)
-        if job.token_id in self.pool.tokens and reply.credits is not None:
-            await self.pool.update(self.pool.tokens[job.token_id], credits=reply.credits)
-        deadline = now() + self.settings[f"generation.{job.plan.kind}_timeout"]
-        if known := sorted(self.durations[job.plan.pace]):
-            job.median = [max(known[len(known) // 2], 1), len(known)]
-        await self._step(job, "running", *job.outputs, deadline=deadline)
+            await self._note(output, status)
+        self.pool.spent(job, reply.credits)
+        if durations := sorted(self.durations[job.plan.pace]):
+            job.median = [max(durations[len(durations) // 2], 1), len(durations)]
+        token = self.token_of(job)
+        done = job.done()
+        if not done or unfinished(job.outputs):
+            job.deadline = self._deadline(job.plan.kind)
+            await self._step(job, "running", *job.outputs, token)
+        elif job.plan.upscale or not all(map(self._at_hand, done)):
+            await self._step(job, "settling", *job.outputs, token)
         self.media.drop_inputs(job.inputs)
 
-    async def _look_for(self, job: Job) -> None:
-        """A submit whose answer was lost is never sent again: Google is asked what it made."""
-        token, found, looks = self.pool.tokens.get(job.token_id), [], 0
-        until = now() + self.settings["generation.video_timeout"]
-        for pause in itertools.chain(self.LOOKS, itertools.repeat(self.LOOKS[-1])):
-            if not token or len(found) >= job.n or looks == len(self.LOOKS) or now() > until:
-                break
+    def _at_hand(self, output):
+        return output.file or (output.url and not self.settings["cache.enabled"])
+
+    def _deadline(self, kind):
+        return now() + self.settings[f"generation.{kind}_timeout"]
+
+    async def _look_for(self, job):
+        """A submit whose answer was lost is not sent again: Google is asked for it."""
+        token, statuses, looks = self.token_of(job), [], 0
+        pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
+        while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
-            await asyncio.sleep(pause)
+            await asyncio.sleep(next(pauses))
             try:
-                found, looks = await self.upstream.find(token, job) or found, looks + 1
+                statuses = await self.pool.adapter_for(token).find(token, job) or statuses
+                looks += 1
             except GatewayError as err:
                 log.warning("%s: %s", job.id, err)
-        if not found:
-            words = f"The answer was lost, credits may be spent: see project {job.project} in Flow"
-            raise GatewayError("submit_unknown", words)
-        await self._accepted(job, Reply(found))
+        if not statuses:
+            message = f"No reply; credits may be spent: see project {job.project} at Flow"
+            raise GatewayError("submit_unknown", message)
+        await self._accepted(job, Reply(statuses))
 
-    async def poll_forever(self) -> None:
-        """One tick each `poll_interval`: one status call per account that has clips under way."""
-        polls: dict[int, asyncio.Task] = {}  # a slow account holds up no other
+    async def poll_forever(self):
+        """Each `poll_interval` one status call per account that has clips under way."""
+        polls = {}  # token id -> task: a slow account holds up no other
         while True:
             await asyncio.sleep(self.settings["flow.poll_interval"])
-            pending = defaultdict(list)
+            pending = defaultdict(dict)  # token id -> {output: its job}
             for job in self.open.values():
-                pairs = [(job, output) for output in job.outputs if output.state == "pending"]
-                pending[job.token_id] += pairs
+                pending[job.token_id] |= dict.fromkeys(unfinished(job.outputs), job)
             for token in self.pool.tokens.values():
-                ours, poll = pending[token.id], polls.get(token.id)
-                if ours and (not poll or poll.done()):
-                    polls[token.id] = asyncio.create_task(self._poll(token, ours))
+                poll, outputs = polls.get(token.id), pending[token.id]
+                if outputs and (not poll or poll.done()):
+                    polls[token.id] = asyncio.create_task(self._poll(token, outputs))
 
-    async def _poll(self, token: Token, pending: list[tuple[Job, Output]]) -> None:
-        """A status call that fails says nothing of the clips; it is made again, ever less often."""
+    async def _poll(self, token, outputs):
+        """A call that fails says nothing of the clips; it comes again, ever later."""
         try:
-            reply = await self.upstream.poll(token, [output for _, output in pending])
+            reply = await self.pool.adapter_for(token).poll(token, list(outputs))
         except GatewayError as err:
             log.warning("status call for %s: %s", token.email, err)
-            if err.does == "session" and token.is_active:
+            if err.effect is Effect.SESSION and token.is_active:
                 self.pool.blame(token, err)
-            pause = self._pauses.get(token.id, self.settings["flow.poll_interval"])
-            self._pauses[token.id] = min(60, 2 * pause)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(next(self._pauses[token.id]))
             return
         self._pauses.pop(token.id, None)
         if reply.credits is not None:
             await self.pool.update(token, credits=reply.credits)
         statuses = {status.name: status for status in reply.statuses}
-        most = self.settings["flow.max_poll_attempts"]
-        for job, output in pending:
+        limit = self.settings["flow.max_poll_attempts"]
+        for output, job in outputs.items():
             if status := statuses.get(output.name):
                 output.answers += 1
-                await self._take(output, status)
-                if output.state != "pending" or output.answers >= most:
+                await self._note(output, status)
+                if output.state != "pending" or output.answers >= limit:
                     try:
                         await self.store.put(output)
                     finally:  # on a full disk, too: nobody else would wake the job
                         self._tell(job, job.stage)
 
-    async def _take(self, output: Output, status: Status) -> None:
-        """Notes what Google says of an output."""
-        output.state, output.media = status.state, status.media or output.media
-        output.error = status.error.record() if status.error else {}
+    async def _note(self, output, status):
+        """Notes what Google says of an output; its state last: then it can be fetched."""
         if status.url:
-            output.url, output.url_expires = read_link(status.url)
+            link = read_link(status.url)
+            output.update(url=link.url, url_expires=link.expires)
         if status.data:
             with contextlib.suppress(OSError):  # a full disk: Google still has it
-                output.file = await self.media.keep(_once(status.data))
+                output.file = await self.media.keep(one_piece(status.data))
+        output.media = status.media or output.media
+        output.error = status.error.record() if status.error else {}
+        output.state = status.state
 
-    async def _await(self, job: Job, outputs: list[Output], deadline: float) -> None:
-        """Until Google has said its last word on these outputs, or the deadline fails them."""
-        most, name = self.settings["flow.max_poll_attempts"], f"generation.{job.plan.kind}_timeout"
-        while pending := [output for output in outputs if output.state == "pending"]:
-            late = [output for output in pending if now() >= deadline or output.answers >= most]
+    async def _await(self, job, outputs, deadline):
+        """Until Google has said its last word on them, or the deadline fails them."""
+        while pending := unfinished(outputs):
+            changed, limit = job.changed, self.settings["flow.max_poll_attempts"]
+            late = [out for out in pending if now() >= deadline or out.answers >= limit]
             for output in late:
-                words = f"Flow was not done in {self.settings[name]} s ({name}) or {most}"
-                words += " status calls (flow.max_poll_attempts). It may still appear there, in"
-                words += f" project {output.project} as {output.media or output.name}"
-                output.error = GatewayError("generation_timeout", words).record()
+                message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
+                message += f" {limit} answers (flow.max_poll_attempts); it may still appear"
+                message += f" in project {output.project} as {output.media or output.name}"
+                output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             await self.store.put(*late)
-            with contextlib.suppress(TimeoutError):
-                if not late:
-                    await asyncio.wait_for(job.changed.wait(), max(0.01, deadline - now()))
+            if not late:
+                await self._wait(changed, max(0.01, deadline - now()))
 
-    async def _settle(self, job: Job, output: Output) -> None:
-        """Upscales, finds the URL, fills the cache; never fails the job, since it is paid for."""
-        token = self.pool.tokens.get(job.token_id)
-        if token and job.plan.upscale and not output.upscaled:
+    async def _settle(self, job, output):
+        """Upscales, finds the URL, fills the cache; never fails what is paid for."""
+        if output.state == "failed" and output.upscale not in (Upscale.ASKED, Upscale.RUNNING):
+            return
+        token = self.token_of(job)
+        if token and job.plan.upscale and output.upscale != Upscale.ENDED:
             await self._upscale(job, token, output)
-            await self.store.put(job, output)  # what failed is not waited for after a restart
+            await self.store.put(job, output)  # what failed is not waited for again
         try:
             if not self.media.path(output.file):
                 await self._patiently(self._keep, job, output)
-        except GatewayError as err:
-            job.notes.append(f"The file can't be fetched now ({err}); it is kept at Flow.")
-        await self.store.put(output)
+        except (GatewayError, OSError) as err:
+            job.notes.append(f"The file can't be fetched now ({err}); it's kept at Flow.")
 
-    async def _keep(self, job: Job, output: Output) -> None:
-        """Finds the live URL; with the cache on, brings the file here."""
-        if not self.settings["cache.enabled"]:
+    async def _keep(self, job, output):
+        if self.settings["cache.enabled"]:
+            self._tell(job, "Fetching the file")
+            async with self.fetch(job, output) as reply:
+                output.file = await self.media.keep(chunks(reply))
+        else:
             await self.link(job, output)
-            return
-        self._tell(job, "Fetching the file")
-        async with self.fetch(job, output) as reply:
-            output.file = await self.media.keep(reply.content.iter_chunked(1 << 18))
 
-    async def _upscale(self, job: Job, token: Token, output: Output) -> None:
-        """The second step: its result takes the place of the output, its failure leaves that as it
-        was. What is sent is on disk first, so a restart polls for it and never sends it again."""
-        names = ("name", "media", "url", "url_expires", "file")
-        self._tell(job, f"Upscaling to {job.plan.upscale}")
+    async def _upscale(self, job, token, output):
+        """Its result takes the place of the output; its failure leaves that as it was."""
+        size = job.plan.upscale
+        self._tell(job, f"Upscaling to {size}")
         try:
-            if not output.made or job.plan.kind == "image":
-                output.made = {name: getattr(output, name) for name in names}
-                await self.store.put(output)
-                status = await self._patiently(self.upstream.upscale, token, job, output)
-            elif output.name == output.made["name"]:  # a restart came before the answer
-                status = self.upstream.upscaled(output)
-            else:
-                status = Status(output.name, media=output.media)
-            output.name, output.url, output.file = status.name, "", ""
-            output.url_expires, output.answers = 0.0, 0
-            await self._take(output, status)
+            status = await self._ask_to_upscale(job, token, output)
+            output.update(name=status.name, url="", url_expires=0.0, file="", answers=0)
+            output.upscale = Upscale.RUNNING
+            await self._note(output, status)
             if status.data and not output.file:
                 raise GatewayError("internal_error", "the disk is full")
             await self.store.put(output)
-            await self._await(job, [output], now() + self.settings["generation.video_timeout"])
+            await self._await(job, [output], self._deadline("video"))
             if output.state == "failed":
                 raise GatewayError(**output.error)
         except GatewayError as err:
-            vars(output).update(output.made, state="done", error={})
-            job.notes.append(f"Upscaling to {job.plan.upscale} failed, this is the original: {err}")
-        output.upscaled = True
+            output.update(**output.original, state="done", error={})
+            job.notes.append(f"Upscaling to {size} failed, this is the original: {err}")
+        output.upscale = Upscale.ENDED
 
-    async def _patiently(self, call: Callable, *arguments: Any) -> Any:
+    async def _ask_to_upscale(self, job, token, output):
+        """What is sent is on disk first: after a restart a clip is only polled."""
+        upstream = self.pool.adapter_for(token)
+        if job.plan.kind == "video" and output.upscale == Upscale.RUNNING:
+            return Status(output.name, media=output.media)
+        if job.plan.kind == "video" and output.upscale == Upscale.ASKED:
+            return upstream.upscaled(output)
+        output.update(original=output.handle(), upscale=Upscale.ASKED)
+        await self.store.put(output)
+        return await self._patiently(upstream.upscale, token, job, output)
+
+    async def _patiently(self, call, *arguments):
         """A call that spends nothing, made again where that can help."""
-        for attempt in range(1, self.TRIES):
+        for pause in backoff(times=self.RETRIES):
             try:
                 return await call(*arguments)
             except GatewayError as err:
-                if err.does not in ("again", "account") and err.upstream != 404:  # not there yet
+                retry = err.effect in (Effect.RETRY, Effect.ACCOUNT)
+                if not retry and err.upstream != 404:  # not there yet
                     raise
                 log.warning("%s; trying again", err)
-                await asyncio.sleep(2**attempt)
+                await asyncio.sleep(pause)
         return await call(*arguments)
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data
-
-
-# ---- 9. Reading requests --------------------------------------------------------------------
+# ---- 10. Reading requests --------------------------------------------------------------
 # Prompts that chat clients send on their own: where, pattern, answer; %s is a title.
 SIDE_PROMPTS = (
     ("user", r"^### Task:[\s\S]*follow[_ -]?ups?[\s\S]*<chat_history>", '{"follow_ups": []}'),
@@ -1951,24 +2641,28 @@ SIDE_PROMPTS = (
     ("system", r"professional conversation summarizer|user's conversation into a title", "%s"),
 )
 EDIT_WORDS = re.compile(
-    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn|swap"
-    r"|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background|zoom|crop"
-    r"|fix)\b|[改换变加减去删除修调把它这再更]|背景|颜色"
+    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn"
+    r"|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background"
+    r"|zoom|crop|fix)\b|[改换变加减去删除修调把它这再更]|背景|颜色"
 )
+PICTURE_LINK = re.compile(r"!\[[^\]]{0,99}\]\((\S{1,4000}?)\)")
+SYSTEM_ROLES = ("system", "developer")
+PICTURE_FIELDS = ("image", "images", "references", "input_image", "input_reference")
+PICTURE_KEYS = ("image_url", "url", "data", "b64_json")
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
-FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # they mean: the default one
-# read: makes its Generation; text: answers a client's own prompt; images: go to message.images.
-Chat = namedtuple("Chat", "model stream usage images text read")
+FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # the default is meant
+FORM_ERRORS = (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError)
 
 
-async def read_json(request: web.Request) -> dict:
+async def read_json(request):
     """The JSON object in a request. Raises invalid_request."""
     try:
         raw = await request.read()
-        body = await asyncio.to_thread(json.loads, raw)  # it can be long: the loop gets a turn
+        body = await asyncio.to_thread(json.loads, raw)  # the loop gets a turn
         if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half a surrogate pair is no text
-            body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
+            text = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+            body = json.loads(text)
     except (ValueError, RecursionError) as err:
         raise bad(f"The body is not JSON: {str(err)[:120]}") from None
     if not isinstance(body, dict):
@@ -1976,422 +2670,613 @@ async def read_json(request: web.Request) -> dict:
     return body
 
 
-async def read_body(request: web.Request) -> dict:
-    """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]` make a
-    list, `name[key]` an object; files are bytes; what is empty is absent."""
-    kind = request.content_type
-    curl = kind == "application/x-www-form-urlencoded" and (await request.read())[:1] == b"{"
-    if curl or not kind.startswith(("multipart/", "application/x-www-form")):  # -d, no header
+async def read_body(request):
+    """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]`
+    make a list, `name[key]` an object; files are bytes; what is empty is absent."""
+    is_form = request.content_type.startswith("multipart/")
+    if request.content_type == "application/x-www-form-urlencoded":
+        is_form = not (await request.read()).startswith(b"{")  # curl -d without a header
+    if not is_form:
         return await read_json(request)
     try:
         form = await request.post()
-    except (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError) as err:
+    except FORM_ERRORS as err:
         raise bad(f"The form can't be read: {str(err)[:120]}") from None
-    lists: dict[str, list] = defaultdict(list)
+    fields = defaultdict(list)
     for name, value in form.items():
-        value = await asyncio.to_thread(value.file.read) if hasattr(value, "file") else value
-        value = bytes(value) if isinstance(value, bytearray) else value  # data without a file name
+        if isinstance(value, web.FileField):
+            value = await asyncio.to_thread(value.file.read)
+        elif isinstance(value, bytearray):  # it had no file name
+            value = bytes(value)
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
         if value:
-            lists[name].append({key: value} if key and not key.isdigit() else value)
-    for name, values in lists.items():
-        if all(isinstance(value, dict) for value in values):
-            lists[name] = [functools.reduce(lambda one, other: one | other, values)]
-    return {name: values if len(values) > 1 else values[0] for name, values in lists.items()}
+            fields[name].append({key: value} if key and not key.isdigit() else value)
+    return {name: join_values(values) for name, values in fields.items()}
 
 
-def read_links(body: dict, *names: str) -> list:
-    """The pictures in these fields, in order: each a URL, data URL, base64 or bytes, alone, in a
-    list, or in an object like {url} or {image_url: {url}}."""
-    found, waiting = [], [body.get(name) for name in names]
+def join_values(values):
+    """The values of one form field: an object, a list, or the only one."""
+    if all(isinstance(value, dict) for value in values):
+        return dict(ChainMap(*reversed(values)))
+    return values if len(values) > 1 else values[0]
+
+
+def read_links(body, *names):
+    """The pictures in these fields, in order: each a URL, data URL, base64 or bytes, alone,
+    in a list, or in an object like {url} or {image_url: {url}}."""
+    links = []
+    waiting = [body.get(name) for name in reversed(names)]
     while waiting:
-        value = waiting.pop(0)
+        value = waiting.pop()
         if isinstance(value, list):
-            waiting[:0] = value
+            waiting.extend(reversed(value))
         elif isinstance(value, dict):
-            known = [value[key] for key in ("image_url", "url", "data", "b64_json") if key in value]
-            if not known:
+            keys = [key for key in PICTURE_KEYS if key in value]
+            if not keys:
                 raise bad("A picture is a file, URL or base64", names[0], "invalid_image")
-            waiting[:0] = known[:1]
+            waiting.append(value[keys[0]])
         elif value not in (None, "", b""):
-            found.append(value)
-    return found
+            links.append(value)
+    return links
 
 
-def one_of(body: Mapping, name: str, choices: Sequence, default: Any) -> Any:
-    """A parameter: of `choices` the one that is given, perhaps as text."""
-    if (given := body.get(name)) in (None, ""):
+def one_of(body, name, choices, default):
+    """The one of `choices` that is sent, perhaps as text. Raises invalid_request."""
+    sent = body.get(name)
+    if sent in (None, ""):
         return default
     for choice in choices:
-        if str(given).lower() == str(choice).lower():
+        if str(sent).lower() == str(choice).lower():
             return choice
-    known = " or ".join(map(str, choices))
+    allowed = " or ".join(map(str, choices))
     if isinstance(choices, range):
-        known = f"a whole number from {choices[0]} to {choices[-1]}"
-    raise bad(f"{name} must be {known}, not {str(given)[:40]!r}", name)
+        allowed = f"a whole number from {choices[0]} to {choices[-1]}"
+    raise bad(f"{name} must be {allowed}, not {str(sent)[:40]!r}", name)
 
 
-def refuse(body: dict, names: Iterable[str]) -> None:
+def refuse(body, names):
     for name in filter(body.get, names):
-        raise bad(f"{name} is Sora's; Flow has nothing like it", name, "unsupported_parameter")
+        raise bad(f"{name} is Sora's, not Flow's", name, "unsupported_parameter")
 
 
-def read_size(body: dict) -> str:
+def read_size(body):
     side = SIDE_SIZES.get(one_of(body, "orientation", list(SIDE_SIZES), ""))
     return body.get("aspect_ratio") or side or body.get("size") or ""
 
 
-def read_common(body: dict, settings: Settings, kind: str) -> tuple[str, str, bool]:
-    """-> (prompt, model id, whether that is the default, as the request names none or OpenAI's)."""
-    prompt, model = body.get("prompt"), body.get("model") or ""
+def read_prompt(body):
+    prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise bad("prompt is missing: say in it what to make", "prompt")
+    return prompt
+
+
+def read_model(body):
+    """The model id; "" where the request names none, or one of OpenAI's."""
+    model = body.get("model") or ""
     if not isinstance(model, str) or len(model) > 200:
         raise bad("model is not one; GET /v1/models lists what there is", "model")
-    default = not model or bool(FOREIGN_MODEL.match(model))
-    return prompt, settings[f"{kind}s.default_model"] if default else model, default
+    return "" if FOREIGN_MODEL.match(model) else model
 
 
-async def make_generation(media, prompt, plan, links, param="image", **more) -> Generation:
+def read_metadata(body):
+    """An object, or its JSON text, that the client finds again in the video object."""
+    metadata = body.get("metadata") or None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        short = len(json.dumps(metadata, allow_nan=False)) < 20_000
+        if short and isinstance(metadata, dict | None):
+            return metadata
+    raise bad("metadata must be a JSON object of less than 20,000 characters", "metadata")
+
+
+async def make_generation(media, plan, prompt, links, param="image", **more):
     """Holds the number of pictures against the plan, and reads them."""
-    (least, most), count = plan.images, len(links)
+    least, most = plan.images
     if plan.mode == "extend" and not more.get("source"):
         raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
-    if plan.mode == "text" and most == 0 < count:
-        left_out = f"{plan.model} takes no pictures; they were left out."
-        more["notes"], links = [left_out, *more.get("notes", [])], ()
-    elif not least <= count <= most:
-        words = f"{plan.model} takes {least} to {most} pictures; this request brings {count}"
-        raise bad(words, param, "invalid_image")
+    if plan.mode == "text" and most == 0 and links:
+        note = f"{plan.model} takes no pictures; they were left out."
+        more["notes"] = [note, *more.get("notes", [])]
+        links = []
+    elif not least <= len(links) <= most:
+        message = f"{plan.model} takes {least} to {most} pictures; here are {len(links)}"
+        raise bad(message, param, "invalid_image")
     images = await asyncio.gather(*(media.input_image(link, param) for link in links))
     return Generation(plan, prompt, images=images, **more)
 
 
-async def read_picture(body: dict, media: Media, edit: bool) -> Generation:
+async def read_picture(body, media, edit):
     """POST /v1/images/generations and /v1/images/edits."""
     if body.get("mask"):
-        raise bad("Flow knows no masks: say what to change", "mask", "unsupported_parameter")
-    prompt, model, _ = read_common(body, media.settings, "image")
-    links = read_links(body, "image", "images", "references", "input_image", "input_reference")
+        message = "Flow knows no masks: say what to change"
+        raise bad(message, "mask", "unsupported_parameter")
+    prompt = read_prompt(body)
+    settings = media.settings
+    model = read_model(body) or settings["images.default_model"]
+    links = read_links(body, *PICTURE_FIELDS)
     if edit and not links:
         raise bad("An edit needs a picture in image", "image")
     scale = one_of(body, "image_size", SIZES, "1K")
     model += "" if scale == "1K" else f"-{scale}"
-    plan = resolve(model, size=read_size(body), overrides=media.settings.models)
+    plan = resolve(model, size=read_size(body), overrides=settings.models)
     if plan.kind != "image":
         raise bad(f"{model} makes clips: POST /v1/videos", "model")
-    return await make_generation(media, prompt, plan, links, n=one_of(body, "n", range(1, 5), 1))
+    n = one_of(body, "n", range(1, 5), 1)
+    return await make_generation(media, plan, prompt, links, n=n)
 
 
-async def read_clip(body: dict, media: Media, mode="", source: Job | None = None) -> Generation:
-    """POST /v1/videos; with a mode ("edit" or "extend") what makes a new clip from that source."""
-    refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
-    one_of(body, "n", (1,), 1)
-    prompt, model, default = read_common(body, media.settings, "video")
-    seconds, size = one_of(body, "seconds", range(1, 61), 0), read_size(body)
-    links = read_links(body, "input_reference", "image", "images", "input_image", "references")
-    more = {"metadata": read_metadata(body)}
-    if source:
-        if mode == "edit" or default:
-            model = EDITOR if mode == "edit" else source.plan.family.replace("3_1_", "3_1-")
-        size = size or SIDE_SIZES.get(source.plan.ratio, "")
-        clip = source.done()[0]
-        more["source"] = {"job": source.id, "token_id": source.token_id, "project": source.project}
-        more["source"] |= {"media": clip.media or clip.name, "scene": clip.scene}
-    if default and seconds and mode != "edit":  # a client of Sora knows Sora's lengths only
-        plan = resolve(model, images=len(links), mode=mode)
-        known = {} if _split(model)[1] & {*LENGTHS} else COSTS.get(plan.family, {})
-        can = [length for length, costs in known.items() if None not in costs] or [plan.seconds]
-        nearest = min(can, key=lambda length: abs(length - seconds))
-        if nearest != seconds:
-            more["notes"] = [f"{model} makes {nearest} s, not {seconds}."]
-        seconds = nearest
-    given = {"size": size, "images": len(links), "mode": mode, "overrides": media.settings.models}
-    plan = resolve(model, seconds=0 if mode == "edit" else seconds, **given)
-    if "image" in (plan.kind, source and source.plan.kind):
-        param = "model" if plan.kind == "image" else "video"
-        raise bad("Pictures are made and edited at /v1/images", param)
-    if mode == "edit":
-        plan = dataclasses.replace(plan, seconds=source.plan.seconds)
-    if source and plan.ratio != source.plan.ratio:
-        raise bad(f"What is made from a clip has its shape, {source.plan.ratio}", "size")
-    if source and seconds not in (0, plan.seconds):
+@dataclass(frozen=True)
+class ClipRequest:
+    """What all requests for clips have in common."""
+
+    prompt: str
+    model: str  # "": the default one
+    seconds: int  # 0: the model's own
+    size: str
+    links: list
+    metadata: dict | None
+
+    @classmethod
+    def read(cls, body):
+        one_of(body, "n", (1,), 1)
+        return cls(
+            prompt=read_prompt(body),
+            model=read_model(body),
+            seconds=one_of(body, "seconds", range(1, 61), 0),
+            size=read_size(body),
+            links=read_links(body, "input_reference", *PICTURE_FIELDS[:-1]),
+            metadata=read_metadata(body),
+        )
+
+    def plan(self, settings, model, seconds, source=None, mode=""):
+        """source: the job of the clip that this one is made from. Raises as resolve;
+        invalid_request for a model of pictures, and for another shape."""
+        options = {"images": len(self.links), "mode": mode, "overrides": settings.models}
+        shape = source.plan.ratio if source else ""
+        size = self.size or SIDE_SIZES.get(shape, "")
+        plan = resolve(model, size=size, seconds=seconds, **options)
+        if plan.kind == "image":
+            raise bad("Pictures are made and edited at /v1/images", "model")
+        if source and plan.ratio != shape:
+            raise bad(f"What is made from a clip has its shape, {shape}", "size")
+        return plan
+
+    def nearest_length(self, model, mode=""):
+        """A client of Sora, which names Sora's models or none, knows only Sora's lengths: it
+        gets the nearest that accounts of each tier make -> (seconds, notes)."""
+        if self.model or not self.seconds:
+            return self.seconds, []
+        plan = resolve(model, images=len(self.links), mode=mode)
+        named = parse_id(model).first(LENGTHS)
+        possible = [] if named else lengths_of(plan.family, "", everywhere=True)
+        possible = possible or [plan.seconds]
+        nearest = min(possible, key=lambda length: abs(length - self.seconds))
+        note = f"{model} makes {nearest} s, not {self.seconds}."
+        return nearest, [] if nearest == self.seconds else [note]
+
+    async def generation(self, media, plan, **more):
+        more["metadata"] = self.metadata
+        return await make_generation(media, plan, self.prompt, self.links, **more)
+
+
+async def read_clip(body, media):
+    """POST /v1/videos."""
+    refuse(body, SORA_ONLY)
+    request = ClipRequest.read(body)
+    model = request.model or media.settings["videos.default_model"]
+    seconds, notes = request.nearest_length(model)
+    plan = request.plan(media.settings, model, seconds)
+    return await request.generation(media, plan, notes=notes)
+
+
+async def read_edit(body, media, source):
+    """POST /v1/videos/edits, /v1/videos/{id}/remix: a new clip, as long as the source."""
+    refuse(body, SORA_ONLY[2:])
+    request = ClipRequest.read(body)
+    handle = source_handle(source)
+    plan = request.plan(media.settings, EDITOR, 0, source, "edit")
+    plan = dataclasses.replace(plan, seconds=source.plan.seconds)
+    if request.seconds not in (0, plan.seconds):
         raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
-    return await make_generation(media, prompt, plan, links, **more)
+    return await request.generation(media, plan, source=handle)
 
 
-def read_metadata(body: dict) -> dict | None:
-    """An object, or its JSON text, that the client finds again in the video object."""
-    given = body.get("metadata") or None
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        given = json.loads(given) if isinstance(given, str) else given
-        if isinstance(given, dict | None) and len(json.dumps(given, allow_nan=False)) < 20_000:
-            return given
-    raise bad("metadata must be a JSON object of less than 20,000 characters", "metadata")
+async def read_extension(body, media, source):
+    """POST /v1/videos/extensions: a new clip that goes on where the source ends."""
+    refuse(body, SORA_ONLY[2:])
+    request = ClipRequest.read(body)
+    handle = source_handle(source)
+    model = request.model or source.plan.family.replace("3_1_", "3_1-")
+    seconds, notes = request.nearest_length(model, "extend")
+    plan = request.plan(media.settings, model, seconds, source, "extend")
+    return await request.generation(media, plan, source=handle, notes=notes)
 
 
-def read_chat(body: dict, media: Media) -> Chat:
-    """POST /v1/chat/completions. The prompt is the text of the user's last turn; system messages
-    and earlier turns are not part of it."""
-    model, messages = body.get("model"), body.get("messages")
+def source_handle(source):
+    """What is kept of the clip that a new one is made from. Raises invalid_request."""
+    if source.plan.kind == "image":
+        raise bad("Pictures are made and edited at /v1/images", "video")
+    clip = source.done()[0]
+    return {
+        "job": source.id,
+        "token_id": source.token_id,
+        "project": source.project,
+        "media": clip.media or clip.name,
+        "scene": clip.scene,
+    }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a chat: the text of all its parts, and its pictures."""
+
+    role: str
+    text: str
+    links: list
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """POST /v1/chat/completions."""
+
+    body: dict
+    model: str
+    turns: list[Turn]
+    last: Turn  # of the user, whose text is the prompt
+    system: str
+    stream: bool
+    usage: bool  # the client wants token counts at the end of a stream
+    inline: bool  # pictures go to message.images
+
+
+def read_chat(body):
+    """Raises invalid_request."""
+    model = body.get("model")
+    messages = body.get("messages")
     refuse(body, SORA_ONLY)
     if not isinstance(model, str) or not 0 < len(model) <= 200:
-        raise bad("model is missing, or not one; GET /v1/models lists what there is", "model")
+        raise bad("model is missing, or not one; GET /v1/models lists them", "model")
     if not isinstance(messages, list) or not messages:
         raise bad("messages must be a list of at least one message", "messages")
-    turns = [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if not (users := [turn for turn in turns if turn[0] == "user"]):
+    turns = [read_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    users = [turn for turn in turns if turn.role == "user"]
+    if not users:
         raise bad("messages holds no message of the user", "messages")
-    _, prompt, links = users[-1]
-    system = "\n".join(text for role, text, _ in turns if role in ("system", "developer"))
-    stream, usage = body.get("stream") is True, bool(dig(body, "stream_options", "include_usage"))
-    inline = isinstance(kinds := body.get("modalities"), list) and "image" in kinds
-    chat = Chat(model, stream, usage, inline, "", None)
-    if media.settings["chat.answer_side_prompts"] and (text := side_answer(prompt, system)):
-        return chat._replace(text=text)
-    if not prompt.strip():
-        raise bad("The user's last message holds no text: there is no prompt", "messages")
-    read = functools.partial(read_turns, body, media, turns, prompt, links, system)
-    return chat._replace(read=read)
+    return ChatRequest(
+        body=body,
+        model=model,
+        turns=turns,
+        last=users[-1],
+        system="\n".join(turn.text for turn in turns if turn.role in SYSTEM_ROLES),
+        stream=body.get("stream") is True,
+        usage=bool(dig(body, "stream_options", "include_usage")),
+        inline="image" in dig(body, "modalities", kind=list, default=[]),
+    )
 
 
-async def read_turns(body, media, turns: list, prompt: str, links: list, system) -> Generation:
-    """What the last turn of a chat asks for."""
-    settings, model, links = media.settings, body["model"], links or read_links(body, "image")
-    plan = resolve(model, size=read_size(body), images=len(links), overrides=settings.models)
-    n = one_of(body, "n", range(1, 5), 1)
-    made = await make_generation(media, prompt, plan, links, "messages", n=n)
-    if plan.kind == "image" and not made.images and settings["chat.continue_pictures"]:
-        images = await _continued(turns, prompt, media)
-        notes = ["The chat's last picture went along as a reference."] if images else []
-        made = made._replace(images=images, notes=[*made.notes, *notes])
-    if settings["chat.use_system_prompt"] and system:
-        made = made._replace(prompt=f"{system}\n\n{prompt}")
-    return made
-
-
-def _read_message(message: Any, where: str) -> tuple[str, str, list]:
-    """-> (role, the text of all its parts, its picture links)."""
-    role, content = dig(message, "role"), dig(message, "content", default=None)
+def read_turn(message, where):
+    role = dig(message, "role")
+    content = dig(message, "content", default=None)
     if not isinstance(role, str) or not role:
         raise bad(f"{where} must be an object with a role", "messages")
     if isinstance(content, str) or (content is None and role != "user"):
-        return role, content or "", []
+        return Turn(role, content or "", [])
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
     texts, links = [], []
     for part in content:
-        kind, text, link = dig(part, "type"), dig(part, "text"), dig(part, "image_url")
+        kind = dig(part, "type")
+        text = dig(part, "text")
+        link = dig(part, "image_url")
         if not isinstance(kind, str) or not kind or not isinstance(text, str):
-            raise bad(f"{where}.content holds a part that is not like {{type, text}}", "messages")
-        texts += [text] if text else []
-        links += [dig(link, "url") if isinstance(link, dict) else link] if "image" in kind else []
-    return role, "\n".join(texts), links
+            raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
+        texts.append(text)
+        if "image" in kind:
+            links.append(dig(link, "url") if isinstance(link, dict) else link)
+    return Turn(role, "\n".join(filter(None, texts)), links)
 
 
-async def _continued(turns: list, prompt: str, media: Media) -> list[bytes]:
+async def read_chat_generation(chat, media):
+    """What the user's last turn asks for; other turns are no part of the prompt."""
+    settings = media.settings
+    prompt = chat.last.text
+    if not prompt.strip():
+        raise bad("The user's last message holds no text: there is no prompt", "messages")
+    links = chat.last.links or read_links(chat.body, "image")
+    options = {"images": len(links), "overrides": settings.models}
+    plan = resolve(chat.model, size=read_size(chat.body), **options)
+    more = {"n": one_of(chat.body, "n", range(1, 5), 1)}
+    if plan.kind == "image" and not links and settings["chat.continue_pictures"]:
+        links = await continued_picture(chat, media)
+        if links:
+            more["notes"] = ["The chat's last picture went along as a reference."]
+    if settings["chat.use_system_prompt"] and chat.system:
+        prompt = f"{chat.system}\n\n{prompt}"
+    return await make_generation(media, plan, prompt, links, "messages", **more)
+
+
+async def continued_picture(chat, media):
     """The chat's last picture, where the last turn asks for an edit and brings none."""
-    answers = " ".join(text for role, text, _ in turns if role == "assistant")
-    links = re.findall(r"!\[[^\]]{0,99}\]\((\S{1,4000}?)\)", answers)
-    if not links or not EDIT_WORDS.search(prompt):
+    answers = " ".join(turn.text for turn in chat.turns if turn.role == "assistant")
+    links = PICTURE_LINK.findall(answers)
+    if not links or not EDIT_WORDS.search(chat.last.text):
         return []
     kept = media.path(links[-1].rpartition("/")[2])
-    with contextlib.suppress(GatewayError):  # it may be gone by now: then without it
+    try:
         source = await asyncio.to_thread(kept.read_bytes) if kept else links[-1]
         return [await media.input_image(source, "messages")]
-    return []
+    except GatewayError:  # it may be gone by now: then without it
+        return []
 
 
-def side_answer(prompt: str, system: str) -> str:
-    """The answer to a client's own prompt (title, tags, follow-ups); "" for a real one."""
-    prompt = prompt[:8000]  # the patterns would take long on a long one
-    said = re.search(r"\buser\W+(\w.{0,50})", prompt, re.IGNORECASE)
-    title = re.sub(r'["\\\s]+', " ", said[1]).strip() if said else "Flow"
+def side_answer(chat):
+    """The answer to a client's own prompt (title, tags, …); "" for a real one."""
+    prompt = chat.last.text[:8000]  # the patterns would take long on a long one
+    quoted = re.search(r"\buser\W+(\w.{0,50})", prompt, re.IGNORECASE)
+    title = re.sub(r'["\\\s]+', " ", quoted[1]).strip() if quoted else "Flow"
     for where, pattern, answer in SIDE_PROMPTS:
-        if re.search(pattern, prompt if where == "user" else system):
+        if re.search(pattern, prompt if where == "user" else chat.system):
             return answer.replace("%s", title)
     return ""
 
 
-# ---- 10. Client API -------------------------------------------------------------------------
-USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-IMAGE_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-IMAGE_USAGE |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
-# Our states in the words of OpenAI's Videos API; clients know no others.
-VIDEO_STATES = dict.fromkeys(OPEN, "in_progress") | dict.fromkeys(OPEN[:2], "queued")
-VIDEO_STATES |= {"completed": "completed", "failed": "failed", "cancelled": "failed"}
-PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}  # of a wide clip
-DERIVED = {"remix": "edit", "edits": "edit", "extensions": "extend"}  # end of a path -> mode
-LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.(?:mp4|png)")
-PASSED_ON = ("Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "ETag")
-FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
-STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-STREAM_HEADERS |= {"X-Accel-Buffering": "no"}
+# ---- 11. Client API --------------------------------------------------------------------
+EMPTY_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+EMPTY_IMAGE_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+EMPTY_IMAGE_USAGE["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
+VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know no others
+    "queued": "queued",
+    "submitting": "queued",
+    "unknown": "in_progress",
+    "running": "in_progress",
+    "settling": "in_progress",
+    "completed": "completed",
+    "failed": "failed",
+    "cancelled": "failed",
+}
+# The sides of a wide clip, by its upscale.
+CLIP_PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}
 # A clip in a chat answer: no single form plays everywhere (setting chat.video_content).
-_HTML, _LINK = '<video src="{0}" controls="controls">\n{0}\n</video>', "[video.mp4]({0})"
-CLIP_FORMS = {"html": _HTML, "link": _LINK, "both": f"{_HTML}\n\n{_LINK}"}
+CLIP_FORMS = {
+    "html": '<video src="{0}" controls="controls">\n{0}\n</video>',
+    "link": "[video.mp4]({0})",
+    "both": '<video src="{0}" controls="controls">\n{0}\n</video>\n\n[video.mp4]({0})',
+}
+OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.(?:mp4|png)")
+PASSED_ON = ("Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "ETag")
+FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
+STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 STREAM_END = b"data: [DONE]\n\n"
 API_PREFIX = re.compile(r"^(/flow)?(/v1)*/")
+# Headers that tell of a request's job. (Before aiohttp 3.14 such a key was a text.)
+JOB_HEADERS = web.RequestKey("job", dict) if hasattr(web, "RequestKey") else "job_headers"
 
 
-def bearer(request: web.Request) -> str:
+def bearer(request):
     """The key of a request: `Bearer K`, or the bare key that older clients send."""
-    return re.sub(r"^Bearer\s+", "", request.headers.get("Authorization", ""), flags=re.I).strip()
+    header = request.headers.get("Authorization", "")
+    return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
 
 
-def same(given: str, known: str) -> bool:
-    return hmac.compare_digest(given.encode(errors="backslashreplace"), known.encode())
+def same(secret, other):
+    return hmac.compare_digest(secret.encode(errors="backslashreplace"), other.encode())
 
 
-def digest(secret: str | bytes) -> str:
+def digest(secret):
     data = secret.encode(errors="backslashreplace") if isinstance(secret, str) else secret
     return hashlib.sha256(data).hexdigest()
 
 
-def sse(data: dict, event="") -> bytes:
+def sse(data, event=""):
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {json.dumps(data)}\n\n".encode()
 
 
-async def stream_answer(request: web.Request, headers: dict, events: AsyncIterator, failed):
-    """Sends events as they come, the headers at once; `failed` makes the last one of an error."""
-    reply = web.StreamResponse(headers=STREAM_HEADERS | headers)
+async def stream_answer(request, events, failed):
+    """Sends events as they come, the headers at once; `failed` renders a last error."""
+    reply = web.StreamResponse(headers=STREAM_HEADERS)
     await reply.prepare(request)
     try:
         async for event in events:
             await reply.write(event)
     except ConnectionError:  # the client has gone
         raise
-    except Exception as bug:
-        await reply.write(failed(bug if isinstance(bug, GatewayError) else unexpected(request)))
+    except Exception as err:
+        error = err if isinstance(err, GatewayError) else unexpected(request)
+        await reply.write(failed(error))
     await reply.write_eof()
     return reply
 
 
-def error_event(err: GatewayError) -> bytes:
-    return sse({"type": "error"} | err.body(), "error")
-
-
-def unexpected(request: web.Request) -> GatewayError:
+def unexpected(request):
     """For a bug, in its except clause: logged whole, told without its insides."""
     log.exception("%s %s", request.method, request.path)
-    return GatewayError("internal_error", "Something went wrong in the gateway; its log says more")
+    return GatewayError("internal_error", "Something went wrong; the log here says more")
 
 
-def model_object(model: str) -> dict:
-    frames = "i2v" in model or "interpolation" in model or model.endswith("-fl")
-    plan = resolve(model, images=2 if frames else 0)
-    endpoint = "image-generation" if plan.kind == "image" else "openai-video"
-    head = {"id": model, "object": "model", "created": 1764547200, "owned_by": "flow2api"}
-    head["description"] = f"{plan.kind.capitalize()} generation - {plan.describe()}"
-    return head | {"supported_endpoint_types": ["openai", endpoint], "pictures": plan.images}
-
-
-def fingerprint(request: Any) -> str:
+def fingerprint(request):
     """The same for the same fields and files of a request, whatever their form."""
 
-    def shorter(value: Any) -> Any:
+    def shorten(value):
         if isinstance(value, dict):
-            return {name: shorter(item) for name, item in value.items()}
+            return {name: shorten(item) for name, item in value.items()}
         if isinstance(value, list):
-            return list(map(shorter, value))
-        return digest(value) if isinstance(value, str | bytes) and len(value) > 999 else value
+            return [shorten(item) for item in value]
+        long = isinstance(value, str | bytes) and len(value) > 999
+        return digest(value) if long else value
 
-    with contextlib.suppress(RecursionError):
-        return digest(json.dumps(shorter(request), sort_keys=True, default=repr))
-    raise bad("The body is nested too deeply")
+    try:
+        return digest(json.dumps(shorten(request), sort_keys=True, default=repr))
+    except RecursionError:
+        raise bad("The body is nested too deeply") from None
 
 
 class Gateway:
-    """The parts of a running gateway, on an open store, and the handlers of /v1 and /tmp."""
+    """The parts of a running gateway, on an open store, and what all its APIs need."""
 
-    def __init__(self, settings: Settings, store: Store, adapter=RestFlow):
-        self.settings, self.store, self.wire = settings, store, Wire(settings)
-        self.pool = Pool(settings, store, adapter(settings, self.wire))
+    def __init__(self, settings, store):
+        self.settings = settings
+        self.store = store
+        self.wire = Wire(settings)
+        parts = settings, self.wire, store
+        adapters = {name: adapter(*parts) for name, adapter in ADAPTERS.items()}
+        self.pool = Pool(settings, store, adapters)
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
-        self.requests = self.bodies = 0  # under way: their number, the bytes of their bodies
-        self.keyed = weakref.WeakValueDictionary()  # Idempotency-Key -> lock, while one is read
+        self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
 
-    def logged_in(self, request: web.Request) -> bool:
-        """Whether its owner asks: admin_flow2api.py can tell."""
-        return False
-
-    async def close(self) -> None:
+    async def close(self):
         await self.jobs.stop()
         await self.wire.close()
         await asyncio.to_thread(self.store.close)
 
+    def counters(self):
+        tokens = self.pool.tokens.values()
+        active = sum(token.is_active for token in tokens)
+        counters = {"total_tokens": len(tokens), "active_tokens": active}
+        for what in ("image", "video", "error"):
+            totals = [getattr(token, f"{what}_count") for token in tokens]
+            todays = [token.counts_of_today().get(what, 0) for token in tokens]
+            counters[f"total_{what}s"] = sum(totals)
+            counters[f"today_{what}s"] = sum(todays)
+        return counters
+
     @contextlib.asynccontextmanager
-    async def job_of(self, request: web.Request, body: dict, read: Callable, detached=False):
-        """The job of a creating request, and headers for its answer; abandoned at the end, unless
-        its client can come back. Under a known Idempotency-Key nothing is read or made."""
-        given, path = request.headers.get("Idempotency-Key", ""), API_PREFIX.sub("", request.path)
-        if len(given) > 255 or not given.isprintable():
-            raise bad("An Idempotency-Key may have 255 printable characters at most")
-        hashed = await asyncio.to_thread(fingerprint, [path, body])
-        # OpenAI's packages send a request again that took them too long, and count that.
-        again = request.headers.get("x-stainless-retry-count", "0") != "0"
-        mark = {"key": given or f"\n{hashed}", "request": hashed}  # which no given one can be
-        job, headers = None, {}
-        async with self.keyed.setdefault(mark["key"], asyncio.Lock()):
-            if (given or again) and (job := await self.jobs.repeated(mark, bool(given))):
-                headers = {"Idempotent-Replayed": "true"}
-            keep = detached or bool(given)
-            try:
-                job = job or await self.jobs.create(await read(), path.split("/")[0], mark, keep)
-            except GatewayError:  # sent again, it is not the earlier request that was like it
-                earlier = None if given or again else await self.jobs.repeated(mark, False)
-                if earlier and earlier.ended:
-                    await self.store.delete(("keys", "key", mark["key"]))
-                raise
-        headers |= {"X-Job-Id": job.id, "x-should-retry": "false"}  # a retry would pay twice
+    async def admit(self, request, body, read, detached=False):
+        """The job of a creating request, while its client waits; abandoned at the end,
+        unless the client can come back. A repeated request gets the job that it has made;
+        nothing is read then. The job's headers go to the answer."""
+        job, replayed = await self._find_or_create(request, body, read, detached)
+        headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
+        request[JOB_HEADERS] = {**headers, **replayed}
         job.clients += 1
         try:
-            outputs = job.done() if "Idempotent-Replayed" in headers else []
-            gone = (output for output in outputs if not self.media.path(output.file))
-            await asyncio.gather(*(self.jobs.link(job, output) for output in gone))
-            yield job, headers
+            if replayed:
+                gone = [out for out in job.done() if not self.media.path(out.file)]
+                await asyncio.gather(*(self.jobs.link(job, output) for output in gone))
+            yield job
         except GatewayError as err:
-            err.headers = headers
-            if job.submitted_at and err.status >= 500:
-                err.status = 424  # which no client repeats by itself
-            raise
+            if not job.submitted_at or err.status < 500:
+                raise
+            raise GatewayError("interrupted", f"{err}; see /v1/videos/{job.id}") from None
         finally:
             job.clients -= 1
             if not job.clients:
                 await asyncio.shield(self.jobs.abandon(job))
 
-    def expect_done(self, job: Job) -> None:
+    async def _find_or_create(self, request, body, read, detached):
+        """-> the job, and a header where it is that of an earlier request."""
+        path = API_PREFIX.sub("", request.path)
+        key = await self._key(request, path, body)
+        # OpenAI's packages send a request again that took them too long, and count that.
+        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
+        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
+            job = await self.jobs.find(key) if key.explicit or retried else None
+            if job:
+                return job, {"Idempotent-Replayed": "true"}
+            origin = path.split("/")[0]
+            detached = detached or key.explicit
+            try:
+                return await self.jobs.create(await read(), origin, key, detached), {}
+            except GatewayError:  # sent again, it is not the earlier one that was like it
+                earlier = None if key.explicit else await self.jobs.find(key)
+                if earlier and earlier.ended:
+                    await self.store.delete(("request_keys", "job_id", earlier.id))
+                raise
+
+    async def _key(self, request, path, body):
+        value = request.headers.get("Idempotency-Key", "")
+        if len(value) > 255 or not value.isprintable():
+            raise bad("An Idempotency-Key may have 255 printable characters at most")
+        request_hash = await asyncio.to_thread(fingerprint, [path, body])
+        return RequestKey(value or request_hash, request_hash, explicit=bool(value))
+
+
+class Api:
+    """What the handlers of all APIs share."""
+
+    def __init__(self, gateway):
+        self.gateway = gateway
+        self.settings = gateway.settings
+        self.store = gateway.store
+        self.pool = gateway.pool
+        self.media = gateway.media
+        self.jobs = gateway.jobs
+
+    async def find_job(self, job_id):
+        """Raises task_not_found."""
+        if job := await self.jobs.get(job_id):
+            return job
+        raise GatewayError("task_not_found", f"There is no video {job_id[:80]!r}")
+
+    async def job_of(self, request):
+        return await self.find_job(request.match_info["id"])
+
+    def token_of(self, request):
+        """The token that the path names. Raises not_found."""
+        if token := self.pool.tokens.get(int(request.match_info["id"])):
+            return token
+        raise GatewayError("not_found", "There is no such token")
+
+    def expect_done(self, job):
         """Raises task_not_completed, or generation_failed with the job's own reason."""
         if not job.ended:
-            state = VIDEO_STATES[job.state]
-            raise GatewayError("task_not_completed", f"Task not completed. Current status: {state}")
+            message = f"Task not completed. Current status: {VIDEO_STATES[job.state]}"
+            raise GatewayError("task_not_completed", message)
         if job.error:
-            err = GatewayError("generation_failed", job.error["message"])
-            err.status, err.type = 400, TYPES[400]  # as the seeds have it here
-            raise err
+            raise GatewayError("generation_failed", job.error["message"])
 
-    def output_url(self, request: web.Request, job: Job, output: Output, file=False) -> str:
-        """Where a client gets an output without a key: here while it is kept, else at Google.
-        `file`, or none known: an address of ours with a file's name, that serves it from there."""
-        if self.media.path(output.file):
-            name = output.file
-        elif file or not output.url:
-            ending = "mp4" if job.plan.kind == "video" else "png"
-            name = f"{job.id}_{self.link_secret(job)}_{job.done().index(output)}.{ending}"
-        else:
+    def output_url(self, request, job, output, own=False):
+        """Where a client gets an output without a key: here if it is kept, else at Google.
+        `own`, or none there: an address of ours with a file's name, that passes it on."""
+        kept = self.media.path(output.file)
+        if not kept and not own and output.url:
             return output.url
+        ending = "mp4" if job.plan.kind == "video" else "png"
+        name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
         base = self.settings["cache.base_url"].rstrip("/") or request.url.origin()
-        return f"{base}/tmp/{name}"
+        return f"{base}/tmp/{output.file if kept else name}"
 
-    def link_secret(self, job: Job) -> str:
-        """The part of a key-less link that nobody can guess, whoever knows the job's id."""
-        return digest(f"{job.batch} {job.id}")[:24]
+    def own_urls(self, request, job):
+        return [self.output_url(request, job, output, own=True) for output in job.done()]
 
-    async def send_output(self, request, job: Job, query: Mapping, thumbnail=False):
-        """The file of an output, with ranges: as it is kept here, else passed on from Google in
-        constant memory (or by a redirect, where the settings say so)."""
+    def video_object(self, request, job):
+        """A job as OpenAI's video object; clients fail on other types."""
+        status = VIDEO_STATES[job.state]
+        error = public_error(job)
+        percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
+        video = {
+            "id": job.id,
+            "object": "video",
+            "model": job.plan.model,
+            "status": status,
+            "progress": percent,
+            "prompt": job.prompt,
+            "created_at": int(job.created_at),
+            "completed_at": int(job.completed_at) or None,
+            "expires_at": None,
+            "size": pixels(job.plan),
+            "seconds": str(job.plan.seconds),
+            "remixed_from_video_id": job.source.get("job"),
+            "error": error,
+        }
+        if job.metadata is not None:
+            video["metadata"] = job.metadata
+        if job.notes:
+            video["notes"] = job.notes
+        if error:
+            video["fail_reason"] = error["message"]
+        if status == "completed":
+            urls = self.own_urls(request, job)
+            more = {"urls": urls} if len(urls) > 1 else {}
+            video.update(url=urls[0], video_url=urls[0], **more)
+        return video
+
+    async def send_output(self, request, job, query, thumbnail=False):
+        """The file of an output, with ranges: as it is kept here, else passed on from
+        Google in constant memory (or by a redirect, where the settings say so)."""
         self.expect_done(job)
         output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
         kept = self.media.path(output.file)
@@ -2400,18 +3285,20 @@ class Gateway:
         redirect = self.settings["videos.content"] == "redirect" and not thumbnail
         if redirect and (url := await self.jobs.link(job, output)):
             return web.Response(status=302, headers={"Location": url})
+        return await self._pass_on(request, job, output, thumbnail)
+
+    async def _pass_on(self, request, job, output, thumbnail):
         reply = web.StreamResponse(headers=FILE_HEADERS)
         ranges = {"Range": request.headers["Range"]} if "Range" in request.headers else {}
         try:
-            async with self.jobs.fetch(job, output, thumbnail, **ranges) as upstream:
-                told = upstream.headers
-                reply.headers.update({name: told[name] for name in PASSED_ON if name in told})
-                reply.set_status(upstream.status)
+            async with self.jobs.fetch(job, output, thumbnail, **ranges) as source:
+                for name in filter(source.headers.__contains__, PASSED_ON):
+                    reply.headers[name] = source.headers[name]
+                reply.set_status(source.status)
                 await reply.prepare(request)
-                async for chunk in upstream.content.iter_chunked(1 << 16):
-                    if request.method == "HEAD":
-                        break
-                    await reply.write(chunk)
+                if request.method != "HEAD":
+                    async for chunk in chunks(source, 1 << 16):
+                        await reply.write(chunk)
         except GatewayError as err:
             if not reply.prepared:
                 raise
@@ -2419,409 +3306,1519 @@ class Gateway:
             raise ConnectionResetError from None  # so that the client sees it, too
         return reply
 
-    async def list_models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": list(map(model_object, MODELS))})
 
-    async def get_model(self, request: web.Request) -> web.Response:
-        return web.json_response(model_object(request.match_info["model"]))
+def public_error(job):
+    if not job.error:
+        return None
+    return {"code": job.error["code"], "message": job.error["message"]}
 
-    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions, streamed or not."""
+
+def pixels(plan):
+    """The size of an output: "1280x720"; of a picture its shape."""
+    wide, high = CLIP_PIXELS.get(plan.upscale, CLIP_PIXELS[""])
+    if plan.kind == "image":
+        return plan.ratio
+    return f"{wide}x{high}" if plan.ratio == "landscape" else f"{high}x{wide}"
+
+
+def link_secret(job):
+    """The part of a key-less link that nobody can guess, whoever knows the job's id."""
+    return digest(f"{job.batch} {job.id}")[:24]
+
+
+class ChatApi(Api):
+    """Chat completions."""
+
+    async def complete(self, request):
         body = await read_json(request)
-        chat = read_chat(body, self.media)
-        if not chat.read:
+        chat = read_chat(body)
+        text = side_answer(chat) if self.settings["chat.answer_side_prompts"] else ""
+        if text:
             log.info("a client's own prompt was answered without generating")
-            return await ChatAnswer(self, request, chat).send({})
-        async with self.job_of(request, body, chat.read) as (job, headers):
-            return await ChatAnswer(self, request, chat, job).send(headers)
-
-    async def make_pictures(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/images/generations, /v1/images/edits."""
-        body, edit = await read_body(request), request.path.endswith("/edits")
-        default = self.settings["images.response_format"]
-        form = one_of(body, "response_format", ("b64_json", "url"), default)
-        stream = one_of(body, "stream", (True, False), False)
-        read = functools.partial(read_picture, body, self.media, edit)
-        async with self.job_of(request, body, read) as (job, headers):
-            if stream:
-                name = "image_edit.completed" if edit else "image_generation.completed"
-                events = self.picture_events(request, job, form, name)
-                return await stream_answer(request, headers, events, error_event)
-            await self.jobs.completed(job)
-            data = [await self.picture(request, job, output, form) for output in job.done()]
-            answer = {"created": int(job.created_at), "data": data}
-            return web.json_response(answer, headers=headers)
-
-    async def picture(self, request: web.Request, job: Job, output: Output, form: str) -> dict:
-        """An element of `data`: with b64_json or url, never both."""
-        about = {"revised_prompt": job.prompt}
-        if form == "url":
-            return about | {"url": self.output_url(request, job, output)}
-        if path := self.media.path(output.file):
-            data = await asyncio.to_thread(path.read_bytes)
-        else:
-            async with self.jobs.fetch(job, output) as reply:
-                data = await reply.read()
-        return about | {"b64_json": (await asyncio.to_thread(base64.b64encode, data)).decode()}
-
-    async def picture_events(self, request, job: Job, form: str, name: str) -> AsyncIterator[bytes]:
-        """The events of OpenAI's Images API: one for each picture that is done."""
-        async for _ in self.jobs.watch(job):
-            yield b": ping\n"
-        about = {"type": name, "created_at": int(job.created_at), "size": "auto", "quality": "auto"}
-        about |= {"background": "opaque", "usage": IMAGE_USAGE}
-        for output in job.done():
-            item = await self.picture(request, job, output, form)
-            start = base64.b64decode(item.get("b64_json", "")[:24])
-            kind = sniff(start)[0].removeprefix("image/") if start else "png"
-            yield sse(about | item | {"output_format": kind}, name)
-
-    def video_object(self, request: web.Request, job: Job) -> dict:
-        """A job as OpenAI's video object; its types are strict, clients fail on others."""
-        plan, state = job.plan, VIDEO_STATES[job.state]
-        percent = {"completed": 100, "queued": 0}.get(state, self.jobs.progress(job)[0])
-        sides = sorted(PIXELS.get(plan.upscale, PIXELS[""]), reverse=plan.ratio == "landscape")
-        size = "{}x{}".format(*sides) if plan.kind == "video" else plan.ratio
-        shown = {"id": job.id, "object": "video", "model": plan.model, "status": state}
-        shown |= {"progress": percent, "prompt": job.prompt, "created_at": int(job.created_at)}
-        shown |= {"completed_at": int(job.completed_at) or None, "expires_at": None, "size": size}
-        shown |= {"seconds": str(plan.seconds), "remixed_from_video_id": job.source.get("job")}
-        shown |= {"metadata": job.metadata} if job.metadata is not None else {}
-        shown |= {"notes": job.notes} if job.notes else {}
-        error = {"code": job.error["code"], "message": job.error["message"]} if job.error else None
-        shown |= {"error": error} | ({"fail_reason": error["message"]} if error else {})
-        urls = [self.output_url(request, job, output, file=True) for output in job.done()]
-        if state == "completed":
-            shown |= {"url": urls[0], "video_url": urls[0]} | ({"urls": urls} if urls[1:] else {})
-        return shown
-
-    def video_answer(self, request: web.Request, job: Job, headers: dict) -> web.Response:
-        headers = headers | ({} if job.ended else {"openai-poll-after-ms": "5000"})
-        return web.json_response(self.video_object(request, job), headers=headers)
-
-    async def known_job(self, job_id: str) -> Job:
-        if job := await self.jobs.get(job_id):
-            return job
-        raise GatewayError("task_not_found", f"There is no video {job_id[:80]!r}")
-
-    async def make_video(self, request: web.Request) -> web.Response:
-        """POST /v1/videos, and what makes a clip from a clip: {id}/remix, edits, extensions."""
-        body, source = await read_body(request), None
-        remixed = body.get("remix_target_id")
-        if mode := DERIVED.get(request.path.rpartition("/")[2], "edit" if remixed else ""):
-            video = request.match_info.get("id") or remixed or body.get("video")
-            video = dig(video, "id", default=video)
-            if not video or not isinstance(video, str):
-                raise bad('video must be {"id": …} of a clip made here; no files', "video")
-            source = await self.known_job(video)
-            self.expect_done(source)
-        read = functools.partial(read_clip, body, self.media, mode, source)
-        wait = not one_of(body, "async_mode", (True, False, 1, 0), True)
-        async with self.job_of(request, body, read, detached=True) as (job, headers):
-            if wait:
-                await self.jobs.completed(job)
-            return self.video_answer(request, job, headers)
-
-    async def get_video(self, request: web.Request) -> web.Response:
-        """GET /v1/videos/{id}: of any job, from what is known here."""
-        return self.video_answer(request, await self.known_job(request.match_info["id"]), {})
-
-    async def list_videos(self, request: web.Request) -> web.Response:
-        """GET /v1/videos?limit&after&order: the clips that any API has asked for."""
-        query = request.query
-        limit = one_of(query, "limit", range(1, 101), 20)
-        oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
-        if after := query.get("after", ""):
-            await self.known_job(after)
-        given = {"after": after, "oldest_first": oldest_first, "limit": limit + 1}
-        jobs = await self.jobs.page("video", **given)
-        data = [self.video_object(request, job) for job in jobs[:limit]]
-        shown = {"object": "list", "data": data, "has_more": len(jobs) > limit}
-        ids = [video["id"] for video in data] or [None]
-        return web.json_response(shown | {"first_id": ids[0], "last_id": ids[-1]})
-
-    async def delete_video(self, request: web.Request) -> web.Response:
-        job = await self.known_job(request.match_info["id"])
-        await self.jobs.delete(job)
-        return web.json_response({"id": job.id, "object": "video.deleted", "deleted": True})
-
-    async def video_content(self, request: web.Request) -> web.StreamResponse:
-        """GET /v1/videos/{id}/content?variant=video|thumbnail; index: of several outputs."""
-        job = await self.known_job(request.match_info["id"])
-        variant = one_of(request.query, "variant", ("video", "thumbnail"), "video")
-        return await self.send_output(request, job, request.query, variant == "thumbnail")
-
-    async def serve_media(self, request: web.Request) -> web.StreamResponse:
-        """GET /tmp/{name}: a file without a key, by a name that can't be guessed: one that is kept
-        here, or an output of a job (see output_url)."""
-        name = request.match_info["name"]
-        if path := self.media.path(name):
-            return web.FileResponse(path, headers=FILE_HEADERS)
-        match = LINK.fullmatch(name)
-        job = await self.jobs.get(match[1]) if match else None
-        if not job or not same(match[2], self.link_secret(job)):
-            raise GatewayError("not_found", "There is no such file, or it has expired")
-        return await self.send_output(request, job, {"index": match[3]})
-
-    async def stats(self, request: web.Request) -> web.Response:
-        """GET /v1/stats, /api/stats: eight counters."""
-        return web.json_response({"success": True, "stats": self.counters()} | self.counters())
-
-    def counters(self) -> dict[str, int]:
-        tokens = self.pool.tokens.values()
-        shown = {"total_tokens": len(tokens), "active_tokens": sum(t.is_active for t in tokens)}
-        day = today()
-        for what in ("image", "video", "error"):
-            shown[f"total_{what}s"] = sum(getattr(token, f"{what}_count") for token in tokens)
-            shown[f"today_{what}s"] = sum(t.today.get(what, 0) for t in tokens if t.day == day)
-        return shown
-
-    async def token_tasks(self, request: web.Request) -> web.Response:
-        """GET /v1/tokens/{id}/…: open jobs of a token, finished ones (profile-feed), or one job."""
-        token = self.token(request)
-        if wanted := request.match_info.get("job"):
-            job = await self.known_job(wanted)
-            if job.token_id != token.id:
-                raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
-            return web.json_response({"success": True, "task": self.task_object(request, job)})
-        name, jobs = "tasks", [job for job in self.jobs.open.values() if job.token_id == token.id]
-        if request.path.endswith("feed"):
-            limit = one_of(request.query, "limit", range(1, 101), 8)
-            given = {"token_id": token.id, "states": ("completed",), "limit": limit}
-            name, jobs = "items", await self.jobs.page(**given)
-        shown = {"success": True, "token_id": token.id, "count": len(jobs)}
-        return web.json_response(shown | {name: [self.task_object(request, job) for job in jobs]})
-
-    def task_object(self, request: web.Request, job: Job) -> dict:
-        shown = self.video_object(request, job)
-        shown = {name: shown[name] for name in ("id", "status", "prompt", "progress")}
-        urls = (self.output_url(request, job, output, file=True) for output in job.done())
-        shown |= {"progress_pct": shown.pop("progress") / 100, "title": job.plan.describe()}
-        return shown | {"generations": [{"id": job.id, "url": url} for url in urls]}
-
-    def token(self, request: web.Request) -> Token:
-        """The token that the path names. Raises not_found."""
-        if token := self.pool.tokens.get(int(request.match_info["id"])):
-            return token
-        raise GatewayError("not_found", "There is no such token")
-
-    async def health(self, request: web.Request) -> web.Response:
-        """GET /health: that the process serves, and no details."""
-        return web.json_response({"status": "ok"})
-
-    async def absent(self, request: web.Request) -> web.Response:
-        raise GatewayError("not_implemented", f"{request.path[:80]}: Flow has nothing like it")
+            return await ChatAnswer(self, request, chat, None, text).send()
+        read = functools.partial(read_chat_generation, chat, self.media)
+        async with self.gateway.admit(request, body, read) as job:
+            return await ChatAnswer(self, request, chat, job, "").send()
 
 
 class ChatAnswer:
     """Renders a job, or a text, in the format of OpenAI's chat completions."""
 
-    def __init__(self, gateway: Gateway, request: web.Request, chat: Chat, job: Job | None = None):
-        self.gateway, self.request, self.chat, self.job = gateway, request, chat, job
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(now())
+    def __init__(self, api, request, chat, job, text):
+        self.api = api
+        self.request = request
+        self.chat = chat
+        self.job, self.text = job, text
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.created = int(now())
 
-    async def send(self, headers: dict) -> web.StreamResponse:
+    async def send(self):
         if self.chat.stream:
-            return await stream_answer(self.request, headers, self.events(), self.failed)
+            return await stream_answer(self.request, self.events(), self.failed)
         if self.job:
-            await self.gateway.jobs.completed(self.job)
-        choice = {"message": {"role": "assistant", **self.message()}, "finish_reason": "stop"}
-        body = self.envelope(choice, kind="chat.completion") | {"usage": USAGE}
-        return web.json_response(body, headers=headers)
+            await self.api.jobs.completed(self.job)
+        message = {"role": "assistant", **self.message()}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return {**self.envelope("chat.completion", choice), "usage": EMPTY_USAGE}
 
-    def envelope(self, *choices: dict, kind="chat.completion.chunk") -> dict:
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.chat.model}
-        return head | {"choices": [{"index": 0, **choice} for choice in choices]}
+    def envelope(self, kind, *choices):
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.chat.model,
+            "choices": choices,
+        }
 
-    def message(self) -> dict:
-        """content, and images where the client asked for them there."""
-        if not (job := self.job):
-            return {"content": self.chat.text}
-        found = (self.gateway.output_url(self.request, job, output) for output in job.done())
-        links, form = list(filter(None, found)), self.gateway.settings["chat.video_content"]
-        form = CLIP_FORMS[form] if job.plan.kind == "video" else "![Generated Image]({0})"
-        parts = [form.format(url) for url in links]
-        images = self.chat.images and job.plan.kind == "image"
-        failed = [output.error["message"] for output in job.outputs if output.error]
-        failed += ["Flow made none of it"] * (job.n - len(job.outputs))
-        notes = [*job.notes, *(f"One of {job.n} failed: {words}" for words in failed)]
-        text = "\n\n".join(([] if images else parts) + notes) or f"{len(links)} made."
-        rows = [{"type": "image_url", "image_url": {"url": url}} for url in links]
-        rows = [row | {"index": index} for index, row in enumerate(rows)]
-        return {"content": text} | ({"images": rows} if images else {})
+    def delta(self, finish=None, **delta):
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return sse(self.envelope("chat.completion.chunk", choice))
 
-    def delta(self, finish: str | None = None, **delta: Any) -> bytes:
-        return sse(self.envelope({"delta": delta, "finish_reason": finish}))
+    def message(self):
+        job = self.job
+        if not job:
+            return {"content": self.text}
+        urls = [self.api.output_url(self.request, job, output) for output in job.done()]
+        notes = [*job.notes, *self.failures()]
+        if self.chat.inline and job.plan.kind == "image":
+            images = [
+                {"type": "image_url", "image_url": {"url": url}, "index": index}
+                for index, url in enumerate(urls)
+            ]
+            return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
+        form = CLIP_FORMS[self.api.settings["chat.video_content"]]
+        if job.plan.kind == "image":
+            form = "![Generated Image]({0})"
+        return {"content": "\n\n".join([*map(form.format, urls), *notes])}
 
-    def failed(self, err: GatewayError) -> bytes:
+    def failures(self):
+        reasons = [output.error["message"] for output in self.job.outputs if output.error]
+        reasons += ["Flow made none of it"] * (self.job.n - len(self.job.outputs))
+        return [f"One of {self.job.n} failed: {reason}" for reason in reasons]
+
+    def failed(self, err):
         """Some clients show only the text, some only the event."""
         return self.delta(content=f"{err}\n") + sse(err.body()) + STREAM_END
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The role at once; progress as reasoning_content, or an empty delta each HEARTBEAT
-        seconds; at the end the content."""
-        job, jobs = self.job, self.gateway.jobs
-        said = f"Job {job.id}: {job.plan.describe()}\n" if job else ""
-        yield self.delta(role="assistant", **({"reasoning_content": said} if job else {}))
-        if job:
-            async for _ in jobs.watch(job):
-                line = progress_line(jobs, job)
-                yield self.delta(**({"reasoning_content": line} if line != said else {}))
-                said = line
+    async def events(self):
+        """The role at once; progress as reasoning_content, or an empty delta as a sign of
+        life; at the end the content."""
+        if job := self.job:
+            line = f"Job {job.id}: {job.plan.describe()}\n"
+            yield self.delta(role="assistant", reasoning_content=line)
+            async for _ in self.api.jobs.watch(job):
+                before = line
+                line = progress_line(self.api.jobs, job)
+                news = {"reasoning_content": line} if line != before else {}
+                yield self.delta(**news)
+        else:
+            yield self.delta(role="assistant")
         yield self.delta(**self.message())
         yield self.delta("stop")
         if self.chat.usage:
-            yield sse(self.envelope() | {"usage": USAGE})
+            yield sse({**self.envelope("chat.completion.chunk"), "usage": EMPTY_USAGE})
         yield STREAM_END
 
 
-def progress_line(jobs: Jobs, job: Job) -> str:
+def progress_line(jobs, job):
     """A line on where the job stands; no number in it is invented."""
     if job.stage or not job.outputs:
-        waiting = [waiting for waiting, _ in jobs.pool.waiting.values()]
-        before = f" ({waiting.index(job)} before this one)" if job in waiting[1:] else ""
-        return (job.stage or "Starting") + before + "\n"
-    percent, known = jobs.progress(job)
-    guess = f", about {percent}% (by the time that {known} earlier ones took)" if known else ""
+        queue = [waiting.job.id for waiting in jobs.pool.queue]
+        before = queue.index(job.id) if job.id in queue else 0
+        place = f" ({before} before this one)" if before else ""
+        return f"{job.stage or 'Starting'}{place}\n"
+    percent, number = jobs.progress(job)
     ready = f"{len(job.done())} of {job.n} done, " if job.n > 1 else ""
-    return f"{ready}generating for {int(now() - job.submitted_at)} s{guess}\n"
+    guess = f", about {percent}% (by the time that {number} earlier ones took)"
+    seconds = int(now() - job.submitted_at)
+    return f"{ready}generating for {seconds} s{guess if number else ''}\n"
 
 
-# ---- 11. Main -------------------------------------------------------------------------------
-GATEWAY = web.AppKey("gateway", Gateway)
-PUBLIC, KEY, ADMIN, EITHER = "public", "key", "admin", "either"
-SORA_PATHS = ("characters", "characters/search", "videos/characters", "videos/characters/{name}")
-SORA_PATHS += ("invite-codes", "profiles/{name}", "users/{name}/feed", "feed", "enhance_prompt")
-TOKEN_PATH = r"/v1/tokens/{id:\d{1,18}}"
-ROUTES = (  # methods, path, handler, who may call it
-    ("GET", "/health", Gateway.health, PUBLIC),
-    ("GET", "/tmp/{name}", Gateway.serve_media, PUBLIC),
-    ("GET", "/v1/models", Gateway.list_models, KEY),
-    ("GET", "/v1/models/{model}", Gateway.get_model, KEY),
-    ("POST", "/v1/chat/completions", Gateway.chat_completions, KEY),
-    ("POST", "/v1/images/{_:generations|edits}", Gateway.make_pictures, KEY),
-    ("POST", "/v1/videos", Gateway.make_video, KEY),
-    ("GET", "/v1/videos", Gateway.list_videos, KEY),
-    ("POST", "/v1/videos/{_:edits|extensions}", Gateway.make_video, KEY),
-    ("GET", "/v1/videos/{id}", Gateway.get_video, KEY),
-    ("DELETE", "/v1/videos/{id}", Gateway.delete_video, KEY),
-    ("POST", "/v1/videos/{id}/remix", Gateway.make_video, KEY),
-    ("GET", "/v1/videos/{id}/content", Gateway.video_content, KEY),
-    ("GET", "/v1/stats", Gateway.stats, KEY),
-    ("GET", TOKEN_PATH + "/{_:pending-tasks(-v2)?|profile-feed}", Gateway.token_tasks, KEY),
-    ("GET", TOKEN_PATH + "/tasks/{job}", Gateway.token_tasks, KEY),
-    *(("*", f"/v1/{path}", Gateway.absent, KEY) for path in SORA_PATHS),
+class ImagesApi(Api):
+    """Images: each answer has its pictures as base64 or as addresses."""
+
+    async def generate(self, request):
+        return await self._make(request, False, "image_generation.completed")
+
+    async def edit(self, request):
+        return await self._make(request, True, "image_edit.completed")
+
+    async def _make(self, request, edit, event):
+        body = await read_body(request)
+        default = self.settings["images.response_format"]
+        form = one_of(body, "response_format", ("b64_json", "url"), default)
+        stream = one_of(body, "stream", (True, False), False)
+        read = functools.partial(read_picture, body, self.media, edit)
+        async with self.gateway.admit(request, body, read) as job:
+            if stream:
+                events = self._events(request, job, form, event)
+                return await stream_answer(request, events, self.failed)
+            await self.jobs.completed(job)
+            data = [await self._picture(request, job, output, form) for output in job.done()]
+            return {"created": int(job.created_at), "data": data}
+
+    async def _picture(self, request, job, output, form):
+        """An element of `data`: with b64_json or url, never both."""
+        if form == "url":
+            url = self.output_url(request, job, output)
+            return {"revised_prompt": job.prompt, "url": url}
+        if path := self.media.path(output.file):
+            data = await asyncio.to_thread(path.read_bytes)
+        else:
+            async with self.jobs.fetch(job, output) as source:
+                data = b"".join([chunk async for chunk in chunks(source)])
+        encoded = await asyncio.to_thread(base64.b64encode, data)
+        return {"revised_prompt": job.prompt, "b64_json": encoded.decode()}
+
+    def failed(self, err):
+        return sse({"type": "error", **err.body()}, "error")
+
+    async def _events(self, request, job, form, name):
+        """The events of OpenAI's Images API: one for each picture that is done."""
+        async for _ in self.jobs.watch(job):
+            yield b": ping\n"
+        for output in job.done():
+            picture = await self._picture(request, job, output, form)
+            start = base64.b64decode(picture.get("b64_json", "")[:24])
+            media_type = sniff(start)[0] if start else "image/png"
+            event = {
+                "type": name,
+                "created_at": int(job.created_at),
+                "size": "auto",
+                "quality": "auto",
+                "background": "opaque",
+                "output_format": media_type.removeprefix("image/"),
+                "usage": EMPTY_IMAGE_USAGE,
+            }
+            yield sse({**event, **picture}, name)
+
+
+class VideosApi(Api):
+    """Videos: created at once, asked for until they are completed."""
+
+    async def create(self, request):
+        body = await read_body(request)
+        if target := body.get("remix_target_id"):
+            return await self._derive(request, body, target, read_edit)
+        read = functools.partial(read_clip, body, self.media)
+        return await self._make(request, body, read)
+
+    async def remix(self, request):
+        body = await read_body(request)
+        return await self._derive(request, body, request.match_info["id"], read_edit)
+
+    async def edit(self, request):
+        body = await read_body(request)
+        return await self._derive(request, body, body.get("video"), read_edit)
+
+    async def extend(self, request):
+        body = await read_body(request)
+        return await self._derive(request, body, body.get("video"), read_extension)
+
+    async def _derive(self, request, body, video, reader):
+        """A new clip from a finished one; video: its id, or an object with it."""
+        job_id = dig(video, "id", default=video)
+        if not job_id or not isinstance(job_id, str):
+            raise bad('video must be {"id": …} of a clip made here; no files', "video")
+        source = await self.find_job(job_id)
+        self.expect_done(source)
+        read = functools.partial(reader, body, self.media, source)
+        return await self._make(request, body, read)
+
+    async def _make(self, request, body, read):
+        wait = not one_of(body, "async_mode", (True, False, 1, 0), True)
+        async with self.gateway.admit(request, body, read, detached=True) as job:
+            if wait:
+                await self.jobs.completed(job)
+            return self._answer(request, job)
+
+    def _answer(self, request, job):
+        headers = {} if job.ended else {"openai-poll-after-ms": "5000"}
+        return web.json_response(self.video_object(request, job), headers=headers)
+
+    async def get(self, request):
+        return self._answer(request, await self.job_of(request))
+
+    async def list(self, request):
+        """?limit&after&order: the clips that any API has asked for."""
+        query = request.query
+        limit = one_of(query, "limit", range(1, 101), 20)
+        oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
+        if after := query.get("after", ""):
+            await self.find_job(after)
+        filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
+        jobs = await self.jobs.page(**filters, limit=limit + 1)
+        videos = [self.video_object(request, job) for job in jobs[:limit]]
+        return {
+            "object": "list",
+            "data": videos,
+            "has_more": len(jobs) > limit,
+            "first_id": videos[0]["id"] if videos else None,
+            "last_id": videos[-1]["id"] if videos else None,
+        }
+
+    async def delete(self, request):
+        job = await self.job_of(request)
+        await self.jobs.delete(job)
+        return {"id": job.id, "object": "video.deleted", "deleted": True}
+
+    async def content(self, request):
+        """?variant=video|thumbnail; index: of several outputs."""
+        job = await self.job_of(request)
+        query = request.query
+        variant = one_of(query, "variant", ("video", "thumbnail"), "video")
+        return await self.send_output(request, job, query, variant == "thumbnail")
+
+
+def model_object(model):
+    frames = "i2v" in model or "interpolation" in model or model.endswith("-fl")
+    plan = resolve(model, images=2 if frames else 0)
+    endpoint = "image-generation" if plan.kind == "image" else "openai-video"
+    return {
+        "id": model,
+        "object": "model",
+        "created": 1764547200,
+        "owned_by": "flow2api",
+        "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
+        "supported_endpoint_types": ["openai", endpoint],
+        "pictures": plan.images,
+    }
+
+
+class ServiceApi(Api):
+    """Models, files, health, and what programs of the seeds ask of an account."""
+
+    async def health(self, request):
+        return {"status": "ok"}
+
+    async def models(self, request):
+        return {"object": "list", "data": [*map(model_object, MODELS)]}
+
+    async def model(self, request):
+        return model_object(request.match_info["model"])
+
+    async def file(self, request):
+        """A file without a key, by a name that nobody guesses: one that is kept here, or an
+        output of a job (see output_url)."""
+        name = request.match_info["name"]
+        if path := self.media.path(name):
+            return web.FileResponse(path, headers=FILE_HEADERS)
+        match = OUTPUT_LINK.fullmatch(name)
+        job = await self.jobs.get(match[1]) if match else None
+        if not job or not same(match[2], link_secret(job)):
+            raise GatewayError("not_found", "There is no such file, or it has expired")
+        return await self.send_output(request, job, {"index": match[3]})
+
+    async def stats(self, request):
+        counters = self.gateway.counters()
+        return {"success": True, "stats": counters, **counters}
+
+    async def pending_tasks(self, request):
+        """The open jobs of a token."""
+        token = self.token_of(request)
+        jobs = [job for job in self.jobs.open.values() if job.token_id == token.id]
+        return self._tasks(request, token, "tasks", jobs)
+
+    async def finished_tasks(self, request):
+        token = self.token_of(request)
+        limit = one_of(request.query, "limit", range(1, 101), 8)
+        jobs = await self.jobs.page(token_id=token.id, states=("completed",), limit=limit)
+        return self._tasks(request, token, "items", jobs)
+
+    async def task(self, request):
+        token = self.token_of(request)
+        job = await self.find_job(request.match_info["job"])
+        if job.token_id != token.id:
+            raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
+        return {"success": True, "task": self._task(request, job)}
+
+    def _tasks(self, request, token, name, jobs):
+        tasks = [self._task(request, job) for job in jobs]
+        head = {"success": True, "token_id": token.id, "count": len(tasks)}
+        return {**head, name: tasks}
+
+    def _task(self, request, job):
+        video = self.video_object(request, job)
+        urls = self.own_urls(request, job)
+        return {
+            "id": job.id,
+            "status": video["status"],
+            "prompt": job.prompt,
+            "title": job.plan.describe(),
+            "progress_pct": video["progress"] / 100,
+            "generations": [{"id": job.id, "url": url} for url in urls],
+        }
+
+    async def absent(self, request):
+        message = f"{request.path[:80]}: Flow has nothing like it"
+        raise GatewayError("not_implemented", message)
+
+
+# ---- 12. Admin API ---------------------------------------------------------------------
+# Paths, fields and types are those of the programs before this one, for their pages.
+SESSION = "flow2api_session"  # the cookie of our own page; other programs send a Bearer
+SESSION_SECONDS, GUESS_SECONDS = 7 * 86400, 900
+GUESSES_HERE, GUESSES = 10, 100  # failed logins in that time: of an address, of all
+PAGE_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " connect-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:"
 )
-NO_ROUTE = "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
-NO_ROUTE += " (a client that asks for the Responses API: set it to chat completions)"
-HTTP_ERRORS = {404: ("not_found", NO_ROUTE), 405: ("method_not_allowed", "it has other methods")}
-HTTP_ERRORS |= {413: ("request_too_large", "the body is larger than limits.body_mb allows")}
-ALIASES = ("/v1", "", "/flow/v1", "/v1/v1")  # of /v1: people get base URLs wrong in these ways
-PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "86400"}
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+# What the original's page asks for: path under /api -> fields and their settings.
+PROXY = {"proxy_enabled": "proxy.proxy_enabled", "proxy_url": "proxy.proxy_url"}
+TIMEOUTS = {name: f"generation.{name}" for name in ("image_timeout", "video_timeout")}
+CACHE = {"enabled": "cache.enabled", "timeout": "cache.timeout", "base_url": "cache.base_url"}
+REFRESH = "token_refresh.enabled"
+CONFIGS = {
+    "proxy/config": PROXY,
+    "config/proxy": {"enabled": "proxy.proxy_enabled", **PROXY},
+    "config/generation": TIMEOUTS,
+    "generation/timeout": TIMEOUTS,
+    "cache/config": CACHE,
+    "cache/enabled": {"enabled": "cache.enabled"},
+    "cache/base-url": {"base_url": "cache.base_url"},
+    "token-refresh/config": {
+        "enabled": REFRESH,
+        "interval": "token_refresh.interval",
+        "at_auto_refresh_enabled": REFRESH,
+        "scheduler_running": REFRESH,
+    },
+    "token-refresh/enabled": {"enabled": REFRESH},
+    "admin/config": {
+        "admin_username": "global.admin_username",
+        "api_key": "global.api_key",
+        "error_ban_threshold": "admin.error_ban_threshold",
+        "debug_enabled": "admin.debug",
+    },
+    "admin/apikey": {"new_api_key": "global.api_key"},
+    "admin/debug": {"enabled": "admin.debug"},
+    "plugin/config": {
+        "connection_token": "plugin.connection_token",
+        "auto_enable_on_update": "plugin.auto_enable_on_update",
+    },
+}
+# What a text that is set here must be like, beyond what Settings asks for.
+WEB_ADDRESS = r"https?://[^\s/]+\S*"
+TEXT_FORMS = {
+    "global.admin_username": (r"\S.*", "must be a name"),
+    "global.api_key": ("[!-~]{6,}", "must have 6 characters or more, and no blanks"),
+    "plugin.connection_token": ("([!-~]{16,})?", "needs 16+ characters, no blanks"),
+    "cache.base_url": (f"({WEB_ADDRESS})?", "must look like https://host:port"),
+    "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
+    "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
+}
+READ_AT_START = ("server.host", "server.port")  # they can stop the next start
+NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
+TOKEN_FIELDS = {  # what a request may set of an account
+    **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
+    **dict.fromkeys(("is_active", "image_enabled", "video_enabled"), bool),
+    **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
+    **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
+}
+BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
+NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
 
 
-async def admit(handler: Callable, role: str, request: web.Request) -> web.StreamResponse:
-    """Calls the handler, for those who may, as far as there is room."""
-    gateway, given = request.app[GATEWAY], bearer(request)
-    key, owner = gateway.settings["global.api_key"], role in (ADMIN, EITHER)
-    if not (role == PUBLIC or (owner and gateway.logged_in(request))):
-        if role == ADMIN:
-            raise GatewayError("invalid_api_key", "Invalid or expired admin token")
-        if not key or not same(given, key):
-            raise GatewayError("invalid_api_key", "Invalid API key: send Authorization: Bearer KEY")
-    most, room = gateway.settings["limits.requests"], gateway.settings["limits.bodies_mb"] << 20
-    size = (request.content_length or request.client_max_size) if request.can_read_body else 0
-    size *= role != PUBLIC  # whoever asks has shown no key: what is announced may never come
-    if size > request.client_max_size:  # later would not help
-        raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
-    if role == KEY and (gateway.requests >= most or gateway.bodies + size > room):
-        raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
-    gateway.requests, gateway.bodies = gateway.requests + 1, gateway.bodies + size
+def hash_password(password, salt):
+    data = password.encode(errors="replace")
+    key = hashlib.scrypt(data, salt=salt, n=1 << 14, r=8, p=1)
+    return f"scrypt${salt.hex()}${key.hex()}"
+
+
+def password_matches(password, stored):
+    """`stored`: a hash, or the text that stands in setting.toml."""
+    match = re.match(r"scrypt\$([0-9a-f]+)\$", stored)
+    hashed = hash_password(password, bytes.fromhex(match[1])) if match else password
+    return stored != "" and same(hashed, stored)
+
+
+def sent_session(request):
+    """The session of a request: a Bearer, or the cookie, which only our page may use."""
+    sent = bearer(request)
+    site = request.headers.get("Sec-Fetch-Site", "")
+    if sent and not sent.lower().startswith("basic "):  # that is a proxy's before us
+        return sent
+    own_page = site in ("none", "same-origin")
+    if not site:  # plain http: a page of another port can POST, but not JSON
+        foreign = request.method == "POST" and "Origin" in request.headers
+        own_page = not foreign or request.content_type == "application/json"
+    return request.cookies.get(SESSION, "") if own_page else ""
+
+
+class Sessions:
+    """Who is logged in to the admin page, and who has guessed too often."""
+
+    def __init__(self, settings, store):
+        self.settings, self.store = settings, store
+        self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
+        self.guesses = []  # failed logins: when, from which address
+
+    def key_of(self, session):
+        """A session's hash. It changes with the password, which ends them all."""
+        return digest(f"{session} {self.settings['global.admin_password']}")
+
+    def keep(self, session, seconds=SESSION_SECONDS):
+        """Lets a session last for so long from now on; 0 ends it."""
+        ends = {**self.ends, self.key_of(session): now() + seconds}
+        self.ends = {key: end for key, end in ends.items() if end > now()}
+        return self.store.put_setting("sessions", self.ends)
+
+    def logged_in(self, request):
+        session = sent_session(request)
+        rest = self.ends.get(self.key_of(session), 0) - now()
+        if 0 < rest < SESSION_SECONDS - 3600:  # once an hour, for a restart
+            self.keep(session)
+        return rest > 0
+
+    async def check_password(self, request, password):
+        """Raises too_many_logins."""
+        start = now() - GUESS_SECONDS
+        address = request.remote
+        guesses = [guess for guess in self.guesses if guess[0] > start]
+        from_here = sum(guess[1] == address for guess in guesses)
+        if from_here >= GUESSES_HERE or len(guesses) >= GUESSES:
+            message = "Too many failed logins; wait a quarter of an hour"
+            raise GatewayError("too_many_logins", message, retry_after=GUESS_SECONDS)
+        self.guesses = [*guesses, (now(), address)]  # before the wait, as many can come
+        stored = self.settings["global.admin_password"]
+        if good := await asyncio.to_thread(password_matches, str(password), stored):
+            self.guesses = [guess for guess in self.guesses if guess[1] != address]
+        return good
+
+
+def ok(message, **more):
+    return {"success": True, "message": message, **more}
+
+
+def mask(secret):
+    """What may be shown of a secret, and of an address with a password in it."""
+    if "://" in secret:
+        return re.sub("//.*@", "//…@", secret)
+    return f"{secret[:4]}…{secret[-4:]}" if len(secret) > 20 else "…" * bool(secret)
+
+
+def token_object(token, masked=False):
+    """As GET /api/tokens gives it, session and access token in clear, or masked."""
+    hide = mask if masked else str
+    paused = token.paused_until > now()
+    return {
+        "id": token.id,
+        "email": token.email,
+        "name": token.name,
+        "remark": token.remark,
+        "is_active": token.is_active,
+        "reason": token.reason,
+        "st": hide(token.st),
+        "at": hide(token.at),
+        "token": hide(token.at),
+        "at_expires": iso(token.at_expires),
+        "proxy_url": hide(token.proxy_url),
+        "credits": token.credits or 0,
+        "user_paygate_tier": token.tier or None,
+        "tier": TIERS.get(token.tier, ""),
+        "current_project_id": token.project_id or None,
+        "current_project_name": token.project_name or None,
+        "image_enabled": token.image_enabled,
+        "video_enabled": token.video_enabled,
+        "image_concurrency": token.image_concurrency,
+        "video_concurrency": token.video_concurrency,
+        "image_count": token.image_count,
+        "video_count": token.video_count,
+        "error_count": token.error_count,
+        "use_count": token.use_count,
+        "failures": token.failures,
+        "created_at": iso(token.created_at),
+        "last_used_at": iso(token.last_used_at),
+        "paused_until": iso(token.paused_until),
+        "paused_for": str(token.paused_for) if paused else "",
+        "busy": token.busy,
+    }
+
+
+def read_token_fields(body):
+    """The fields that a request sets; null and a masked proxy keep what is there."""
+    fields = {}
+    for name, kind in TOKEN_FIELDS.items():
+        value = body.get(name, body.get(f"current_{name}"))
+        if value is None:
+            continue
+        if type(value) is not kind or (kind is int and not -1 <= value < 10**9):
+            raise bad(f"{name} must be of type {kind.__name__}; numbers, -1 up", name)
+        fields[name] = value
+    proxy = fields.get("proxy_url", "")
+    if "…" in proxy:
+        del fields["proxy_url"]
+    elif not good_proxy(proxy):
+        raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
+    return fields | AWAKE if fields.get("is_active") else fields
+
+
+def read_session_token(body):
+    text = body.get("session_token") or body.get("st")
+    st = clean_session_token(text) if isinstance(text, str) else ""
+    if not re.fullmatch("[ -~]+", st):
+        raise bad("st, the session token, is missing or not one", "st")
+    return st
+
+
+def read_setting(name, raw):
+    """The value that is set; None: what stands behind counts. Raises invalid_request."""
+    if name not in SETTING:
+        raise bad(f"There is no setting {name}", name)
+    if raw is None:
+        return None
+    draft, form = Settings(), TEXT_FORMS.get(name)
     try:
-        return await handler(gateway, request)
-    finally:
-        gateway.requests, gateway.bodies = gateway.requests - 1, gateway.bodies - size
+        draft.put("admin page", name, raw, "the new value")
+    except SettingError as err:
+        raise bad(str(err), name) from None
+    if form and not re.fullmatch(form[0], raw):
+        raise bad(f"{name} {form[1]}", name)
+    if name == "proxy.proxy_url" and (not good_proxy(raw) or "…" in raw):
+        raise bad(f"{name} {PROXY_FORM}", name)
+    return draft.layers["admin page"].get(name)
+
+
+def token_action(action):
+    """A handler: does something to the token that the path names, and shows it."""
+
+    async def handler(self, request):
+        token = self.token_of(request)
+        await action(self, token)
+        shown = token_object(token, masked=True)
+        credits = token.credits or 0
+        about = {"status": "success", "email": token.email, "username": token.name}
+        return ok("Done", token=shown, credits=credits, **about)
+
+    return handler
+
+
+class AdminApi(Api):
+    """/api, /metrics and the page."""
+
+    def __init__(self, gateway):
+        super().__init__(gateway)
+        self.tokens = self.pool.tokens
+        self.sessions = Sessions(self.settings, self.store)
+
+    async def login(self, request):
+        """-> a session token for /api, good for seven days after its last use."""
+        body = await read_json(request.clone(client_max_size=1 << 16))  # no key yet
+        good = await self.sessions.check_password(request, body.get("password"))
+        name = body.get("username")
+        if not good or not same(str(name), self.settings["global.admin_username"]):
+            raise GatewayError("invalid_api_key", "Invalid credentials")
+        session = "admin-" + secrets.token_urlsafe(32)
+        await self.sessions.keep(session)
+        body = ok("Login successful", token=session, username=name)
+        answer = web.json_response(body)
+        options = {"httponly": True, "samesite": "Strict", "secure": request.secure}
+        answer.set_cookie(SESSION, session, max_age=100 * SESSION_SECONDS, **options)
+        return answer
+
+    async def logout(self, request):
+        await self.sessions.keep(sent_session(request), seconds=0)
+        return ok("Logged out successfully")
+
+    async def change_password(self, request):
+        body = await read_json(request)
+        if not await self.sessions.check_password(request, body.get("old_password")):
+            raise bad("The old password is wrong", "old_password")
+        password = body.get("new_password")
+        if not isinstance(password, str) or len(password) < 8:
+            raise bad("A new password needs 8 characters or more", "new_password")
+        hashed = await asyncio.to_thread(hash_password, password, secrets.token_bytes(16))
+        name = {"global.admin_username": body["username"]} if body.get("username") else {}
+        await self._change({"global.admin_password": hashed, **name})
+        return ok("Password changed; log in again")
+
+    async def _change(self, changes):
+        """Sets settings, all or none, at once and for good; None goes back to what stands
+        behind, a masked secret stays. Raises invalid_request, conflict."""
+        settings, new, rows = self.settings, {}, []
+        for name, raw in changes.items():
+            if name in HIDDEN and raw == mask(settings[name]):
+                continue
+            source = settings.source(name)
+            if source in ("command line", "environment"):
+                raise bad(f"{name} is set by the {source}: change that", name, "conflict")
+            new[name] = read_setting(name, raw)
+            row = {"name": f"admin page:{name}", "data": to_json(new[name])}
+            rows.append(("settings", row))
+        await self.store.put_rows(*rows)
+        layer = settings.layers["admin page"]
+        layer.update(new)
+        for name in new:
+            if layer[name] is None:
+                del layer[name]
+
+    def _shown(self, name, masked):
+        value = self.settings[name]
+        return mask(value) if masked and name in HIDDEN else value
+
+    async def set_config(self, request):
+        fields = CONFIGS[request.match_info["group"]]
+        body = await read_json(request)
+        sent = {field: raw for field, raw in body.items() if field in fields}
+        if not sent:
+            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
+        changes = {fields[field]: raw for field, raw in sent.items() if raw is not None}
+        await self._change(changes)
+        return await self.get_config(request, "Saved")
+
+    async def get_config(self, request, message=""):
+        fields = CONFIGS[request.match_info["group"]]
+        masked = request.query.get("mask") == "1"
+        config = {field: self._shown(name, masked) for field, name in fields.items()}
+        origin = str(request.url.origin())
+        if "base_url" in fields:
+            config["effective_base_url"] = config["base_url"] or origin
+        if "connection_token" in fields:
+            config["connection_url"] = f"{origin}/api/plugin/update-token"
+        return ok(message, config=config, **config)
+
+    async def list_settings(self, request):
+        names = [name for name in SETTING if name not in NOT_SET_HERE]
+        rows = [vars(SETTING[name]).copy() for name in names]
+        for row in rows:
+            row["source"] = self.settings.source(row["name"])
+            row["value"] = self._shown(row["name"], masked=True)
+        return {"success": True, "settings": rows}
+
+    async def change_settings(self, request):
+        body = await read_json(request)
+        for name, raw in body.items():
+            if name in NOT_SET_HERE or (name in READ_AT_START and raw is not None):
+                raise bad(f"{name} is not changed here: set it in setting.toml", name)
+        await self._change(body)
+        return ok("Saved")
+
+    async def list_tokens(self, request):
+        masked = request.query.get("mask") == "1"
+        return [token_object(token, masked) for token in reversed(self.tokens.values())]
+
+    async def add_token(self, request):
+        body = await read_json(request)
+        st = read_session_token(body)
+        fields = read_token_fields(body)
+        if any(token.st == st and token.is_active for token in self.tokens.values()):
+            raise bad("This session token is in the pool already", "st", "conflict")
+        token, new = await self.pool.add(st, **fields)
+        message = "Token added" if new else "Known account: its session is updated"
+        names = ("id", "email", "credits", "project_id", "project_name")
+        about = {name: getattr(token, name) for name in names}
+        return ok(message, token=about, token_id=token.id)
+
+    async def update_token(self, request):
+        """Sets what is named; Google is asked about a new session only."""
+        token = self.token_of(request)
+        body = await read_json(request)
+        fields = read_token_fields(body)
+        proxy = str(body.get("proxy_url"))
+        if "…" in proxy and proxy != mask(token.proxy_url):
+            raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
+        st = str(body.get("st") or "")
+        st = read_session_token(body) if st and "…" not in st else token.st
+        if st != token.st:
+            draft = Token(st=st, adapter=token.adapter)
+            draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+            account = await self.pool.adapter_for(draft).sign_in(draft)
+            if account["email"] not in ("", token.email):
+                raise bad(f"This session is of {account['email']}", "st", "conflict")
+            fields = {"name": account["name"], **draft.session(), **AWAKE, **fields}
+        await self.pool.update(token, **fields)
+        return ok("Token updated", token=token_object(token, masked=True))
+
+    async def delete_token(self, request):
+        await self.pool.remove(self.token_of(request))
+        return ok("Token deleted")
+
+    @token_action
+    async def enable_token(self, token):
+        await self.pool.update(token, **AWAKE)
+
+    @token_action
+    async def disable_token(self, token):
+        await self.pool.update(token, is_active=False)
+
+    @token_action
+    async def renew_token(self, token):
+        await self.pool.adapter_for(token).sign_in(token)
+
+    @token_action
+    async def check_token(self, token):
+        await self.pool.check(token)
+
+    async def enable_all(self, request):
+        return await self._update_all("enabled", AWAKE)
+
+    async def disable_all(self, request):
+        return await self._update_all("disabled", {**AWAKE, "is_active": False})
+
+    async def _update_all(self, counter, changes):
+        tokens = list(self.tokens.values())
+        for token in tokens:
+            await self.pool.update(token, **changes)
+        return ok("Done", **NO_COUNTS | {counter: len(tokens)})
+
+    async def delete_disabled(self, request):
+        tokens = self.tokens.values()
+        idle = [token for token in tokens if not (token.is_active or token.busy.total())]
+        for token in idle:
+            await self.pool.remove(token)
+        return ok("Done", **NO_COUNTS | {"deleted": len(idle)})
+
+    async def test_all(self, request):
+        """Asks Google about the active accounts; only_active=false: about all;
+        only_disabled=true: about the others. Enables or disables them by the answer."""
+        states = {True, False}
+        counts = Counter(NO_COUNTS)
+        if one_of(request.query, "only_active", (True, False), True):
+            states = {True}
+        if one_of(request.query, "only_disabled", (True, False), False):
+            states = {False}
+        for token in list(self.tokens.values()):
+            if token.is_active not in states:
+                continue
+            try:
+                await self.pool.check(token)
+                counts["valid"] += 1
+                if not token.is_active:
+                    await self.pool.update(token, **AWAKE)
+                    counts["auto_enabled"] += 1
+            except GatewayError as err:
+                counts["invalid"] += 1
+                if token.is_active and err.effect is Effect.SESSION:
+                    self.pool.blame(token, err)
+                    counts["auto_disabled"] += 1
+        return ok("Done", **counts)
+
+    async def import_tokens(self, request):
+        """{tokens: objects as GET gives, or session tokens}. One that is refused stops
+        no other; of an account that is here, what is not named stays."""
+        items = (await read_json(request)).get("tokens")
+        details = []
+        errors = []
+        if not isinstance(items, list):
+            raise bad("tokens must be a list", "tokens")
+        counts = {"added": 0, "updated": 0, "skipped": 0, "failed": 0}
+        for item in items:
+            item = item if isinstance(item, dict) else {"st": item}
+            try:
+                detail = await self._import(item)
+                counts[detail["status"]] += 1
+                details.append(detail)
+            except GatewayError as err:
+                errors.append(f"{item.get('email') or 'an account'}: {err}")
+                counts["failed"] += 1
+        return ok("Imported", **counts, errors=errors, details=details)
+
+    async def _import(self, item):
+        st = read_session_token(item)
+        fields = read_token_fields(item)
+        new = False
+        token = {token.st: token for token in self.tokens.values()}.get(st)
+        if token:
+            await self.pool.update(token, **fields)
+        else:
+            token, new = await self.pool.add(st, **fields)
+        status = "added" if new else "updated"
+        return {"token_id": token.id, "email": token.email, "status": status}
+
+    async def convert_session(self, request):
+        draft = Token(st=read_session_token(await read_json(request)))
+        account = await self.pool.adapter_for(draft).sign_in(draft)
+        about = {"access_token": draft.at, "email": account["email"]}
+        return ok("ST converted to AT", **about, expires=iso(draft.at_expires))
+
+    async def plugin_update(self, request):
+        """{session_token}, with the connection token as Bearer."""
+        secret = self.settings["plugin.connection_token"]
+        if not secret or not same(bearer(request), secret):
+            raise GatewayError("invalid_api_key", "Invalid connection token")
+        st = read_session_token(await read_json(request))
+        asleep = {token.id for token in self.tokens.values() if not token.is_active}
+        token, new = await self.pool.add(st)
+        enabled = token.id in asleep
+        action = "added" if new else "updated"
+        if enabled and not self.settings["plugin.auto_enable_on_update"]:
+            await self.pool.update(token, is_active=False)
+            enabled = False
+        return ok(f"Token {action}", action=action, token_id=token.id, auto_enabled=enabled)
+
+    def _job_object(self, request, job):
+        """A job as its owner may see it: the video object, and whose and how it was."""
+        token = self.jobs.token_of(job) or Token()
+        cost = (job.plan.cost(token.tier) or 0) * job.n if job.submitted_at else 0
+        start = job.submitted_at or job.created_at
+        return {
+            **self.video_object(request, job),
+            "state": job.state,
+            "stage": job.stage,
+            "kind": job.plan.kind,
+            "plan": job.plan.describe(),
+            "n": job.n,
+            "origin": job.origin,
+            "token_id": job.token_id,
+            "account": token.email,
+            "username": token.name,
+            "cost": cost,
+            "duration": (job.completed_at or now()) - start,
+            "urls": self.own_urls(request, job),
+        }
+
+    async def list_jobs(self, request):
+        query = request.query
+        limit = one_of(query, "limit", range(1, 501), 50)
+        model = query.get("model", "")
+        state = one_of(query, "state", VIDEO_STATES, "")
+        token_id = one_of(query, "token_id", self.tokens, None)
+        if after := query.get("after", ""):
+            await self.find_job(after)
+        jobs = await self.jobs.page(
+            states=[state], token_id=token_id, model=model, after=after, limit=limit + 1
+        )
+        rows = [self._job_object(request, job) for job in jobs[:limit]]
+        more = len(jobs) > limit
+        return {"success": True, "jobs": rows, "has_more": more}
+
+    async def get_job(self, request):
+        job = await self.job_of(request)
+        return ok("Done", job=self._job_object(request, job))
+
+    async def delete_job(self, request):
+        job = await self.job_of(request)
+        await self.jobs.delete(job)
+        return ok("Done", job=self._job_object(request, job))
+
+    async def cancel_job(self, request):
+        job = await self.job_of(request)
+        await self.jobs.cancel(job)
+        return ok("Done", job=self._job_object(request, job))
+
+    def _log_object(self, request, job):
+        """A job as a row of the original's log, base64 cut out."""
+        row = self._job_object(request, job)
+        asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
+        return {
+            "id": job.id,
+            "task_id": job.id,
+            "task_status": job.state,
+            "operation": f"generate_{job.plan.kind}",
+            "status_code": GatewayError(**job.error).status if job.error else 200,
+            "token_id": job.token_id,
+            "token_email": row["account"],
+            "token_username": row["username"],
+            "duration": row["duration"],
+            "progress": row["progress"],
+            "notes": job.notes,
+            "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created_at)),
+            "request_body": re.sub("[0-9A-Za-z+/]{200,}=*", "…", asked),
+            "response_body": to_json(job.error or {"urls": row["urls"]}),
+        }
+
+    async def list_logs(self, request):
+        limit = one_of(request.query, "limit", range(1, 1001), 100)
+        jobs = await self.jobs.page(limit=limit)
+        start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
+        new = [job for job in jobs if job.created_at > start]
+        return [self._log_object(request, job) for job in new]
+
+    async def clear_logs(self, request):
+        """Begins anew; the jobs stay, for those who ask for them."""
+        await self.store.put_setting("log", now())
+        return ok("Cleared")
+
+    async def get_log(self, request):
+        job = await self.job_of(request)
+        return self._log_object(request, job)
+
+    async def state(self, request):
+        tokens = [token_object(token, masked=True) for token in self.tokens.values()]
+        jobs = [self._job_object(request, job) for job in self.jobs.open.values()]
+        stats = self.gateway.counters()
+        return {"success": True, "tokens": tokens, "jobs": jobs, "stats": stats}
+
+    def _credits(self):
+        return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
+
+    async def system_info(self, request):
+        info = self.gateway.counters()
+        info.update(total_credits=self._credits(), version=__version__)
+        info["cache_bytes"] = await asyncio.to_thread(self.media.expire, math.inf)
+        return {"success": True, "info": info, **info}
+
+    async def empty_cache(self, request):
+        stay = await asyncio.to_thread(self.media.expire, -1)
+        return ok("Emptied", cache_bytes=stay)
+
+    async def test_proxy(self, request):
+        """{proxy_url}: whether Google is reached, by the set one or none."""
+        fields = read_token_fields(await read_json(request))
+        proxy = fields.get("proxy_url") or self.settings["proxy.proxy_url"]
+        url = self.settings["flow.labs_base_url"]
+        timeout = aiohttp.ClientTimeout(15)
+        start = now()
+        async with self.gateway.wire.stream(url, proxy=proxy, timeout=timeout) as reply:
+            about = {"status_code": reply.status, "test_url": url}
+            about["final_url"] = str(reply.url)
+            return ok("Reached", **about, elapsed_ms=int((now() - start) * 1000))
+
+    async def metrics(self, request):
+        states = Counter(job.state for job in self.jobs.open.values())
+        rows = {**self.gateway.counters(), "credits": self._credits()}
+        rows["waiting_jobs"] = len(self.pool.queue)
+        rows.update({f'jobs{{state="{state}"}}': states[state] for state in OPEN})
+        text = "".join(f"flow2api_{name} {value}\n" for name, value in rows.items())
+        headers = {"Content-Type": "text/plain; version=0.0.4"}
+        return web.Response(text=text, headers=headers)
+
+    async def page(self, request):
+        """Its one script and its one style may run by their hashes, and nothing else."""
+        path = Path(__file__).with_name("admin.html")
+        text = await asyncio.to_thread(path.read_text, "utf-8")
+        policy = PAGE_POLICY
+        for tag, inside in re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL):
+            code = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            policy += f"; {tag}-src 'sha256-{code}'"
+        headers = {**PAGE_HEADERS, "Content-Security-Policy": policy}
+        return web.Response(text=text, content_type="text/html", headers=headers)
+
+
+# ---- 13. Simulated Flow ----------------------------------------------------------------
+# fmt: off
+LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
+    "V_;xVNGqu<$Sls!Wnf@p0MS5flvtK*m|I|C2o#%`o1b6Cz`&4`Tb7Z+fC89bFfi~hU|?hbAp~GVRfW!XV89EQfJnBaC@~w"
+    "zjw#6o+sTY+8qi(_{PtkAw*iPfz>+(2Q!*2Q429ejbbmR3^@bh+a}+aDa*ALwWtl0d=(ZH(X6B^<86su5V1tmYRY`%!$)p"
+    "serXe|tr?e<X0m5c9C@x9L0kUTlmlUTUsp$Yk0uHZ%JmLZNhzCv;=s@ECe;^5pT4zS51Kj@~GDxNa>1Bc(`cDtIfC8BXL<"
+    "raftZ-vwV9Pk+#Hg|fq_4Q7q!`H-4q%vp*djppB8!8t3{Wf?O^gFdn*imiklX_jHw9vDJQ!$4az4U5rky~#D>o&v1V|gEb"
+    "~G{VQx;)hkxg!3Xe=pU5D?w>`~AM(uh;Fuiar1}u{+L^VXYB40AXq|#<LngnAQlUCqwW-9|$wj0nW^9fHNx(cpvlu00"
+), -15)
+# fmt: on
+UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)  # the matrix of the track, and turned
+TURNED = (0, 65536, 0, -65536 & 0xFFFFFFFF, 0, 0, 72 << 16, 0, 1 << 30)
+MATRICES = [b"".join(number.to_bytes(4) for number in row) for row in (UPRIGHT, TURNED)]
+PORTRAIT_CLIP = MATRICES[1].join(LANDSCAPE_CLIP.rsplit(MATRICES[0], 1))
+SIMULATED_SIZES = {
+    "LANDSCAPE": (1376, 768),
+    "PORTRAIT": (768, 1376),
+    "SQUARE": (1024, 1024),
+    "LANDSCAPE_FOUR_THREE": (1200, 896),
+    "PORTRAIT_THREE_FOUR": (896, 1200),
+}
+SIMULATED_TIERS = ("PAYGATE_TIER_NOT_PAID", "PAYGATE_TIER_ONE", "PAYGATE_TIER_TWO")
+# A pattern of upstream keys, and credits by tier; -: not there. The first match counts.
+SIMULATED_PRICES = r"""
+    _low_priority$                -   -   0
+    _4k$                          -   -  50
+    _1080p$                       -   0   0
+    lite_[46]s                    -   -   5
+    _lite$                       10  10   5
+    fast_[46]s                    -   -  10
+    fast\w*_ultra                 -   -  10
+    _fast                        20  20   -
+    quality_[46]s                 -   - 100
+    ^veo_3_1_(t2v|i2v_s|extend) 100 100 100
+    ^abra_edit$                  20  20  20
+    ^abra_..v_4s$                 7   7   7
+    ^abra_..v_6s$                10  10  10
+    ^abra_..v_8s$                12  12  12
+    ^abra_..v_10s$               15  15  15
+    ^[A-Z_0-9]+$                  0   0   0
+"""
+DEMO_ACCOUNTS = {"pro": ("PAYGATE_TIER_ONE", 1000), "ultra": ("PAYGATE_TIER_TWO", 25000)}
+
+
+def block_picture(text, width, height):
+    """A PNG made from a text: eight by eight blocks in two colours of its hash."""
+    code = hashlib.sha256(text.encode(errors="replace")).digest()
+    rows = [bytes(code[y] >> x * 8 // width & 1 for x in range(width)) for y in range(8)]
+    pixels = zlib.compress(b"".join(b"\0" + rows[y * 8 // height] for y in range(height)))
+    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
+    chunks = {b"IHDR": head, b"PLTE": code[8:14], b"IDAT": pixels, b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks.items():
+        png += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return png
+
+
+@dataclass
+class SimulatedAccount:
+    """A Google account; at: its last access token."""
+
+    email: str
+    tier: str
+    credits: int
+    at: str = ""
+
+
+@dataclass
+class Medium:
+    """Something that the simulated Flow has made, or is making until `ready`."""
+
+    name: str
+    kind: str  # "image" or "video"
+    prompt: str
+    ratio: str  # a key of SIMULATED_SIZES
+    ready: float
+    project: str
+    batch: str
+    scene: str
+
+    def state(self):
+        end = "FAILED" if "unsafe" in self.prompt else "SUCCESSFUL"
+        return "MEDIA_GENERATION_STATUS_" + ("ACTIVE" if now() < self.ready else end)
+
+    def file(self, scale=1):
+        """A picture of its prompt; or a clip, the prompt in a box that players skip."""
+        text = f"{self.name} {self.prompt}"
+        if self.kind == "image":
+            width, height = SIMULATED_SIZES[self.ratio]
+            return block_picture(text, width * scale, height * scale)
+        note = b"free" + text.encode(errors="replace")[:4000]
+        clip = PORTRAIT_CLIP if self.ratio == "PORTRAIT" else LANDSCAPE_CLIP
+        return clip + (len(note) + 4).to_bytes(4) + note
+
+
+class SimulatedFlow:
+    """A small Google over HTTP on loopback: sessions, projects, credits, uploads,
+    pictures, clips, upscaling, keys, prices; its content policy refuses "unsafe"."""
+
+    def __init__(self, image_seconds=2.0, video_seconds=12.0, anybody=False):
+        """anybody: each session token is an account, of the Pro plan."""
+        self.image_seconds = image_seconds
+        self.video_seconds = video_seconds
+        self.anybody, self.address = anybody, ""
+        self.accounts = {}  # session token -> SimulatedAccount
+        self.media = {}  # name -> Medium
+
+    def add_account(self, email, tier, credits, st=""):
+        st = st or secrets.token_urlsafe(150)
+        self.accounts[st] = SimulatedAccount(email, tier, credits)
+        return st
+
+    def routes(self):
+        return {
+            "GET /fx/api/auth/session": self.session,
+            "POST /fx/api/trpc/project.createProject": self.create_project,
+            "GET /fx/api/trpc/media.getMediaUrlRedirect": self.redirect,
+            "GET /fx/api/trpc/flow.projectInitialData": self.listing,
+            "GET /v1/credits": self.credits,
+            "POST /v1/flow/uploadImage": self.upload,
+            "POST /v1/projects/{project}/flowMedia:batchGenerateImages": self.pictures,
+            "POST /v1/flow/upsampleImage": self.upscale_picture,
+            "POST /v1/video:batchCheckAsyncVideoGenerationStatus": self.statuses,
+            "POST /v1/video:batchAsyncGenerateVideo{mode}": self.clips,
+            "GET /media/{kind}/{name}": self.file,
+        }
+
+    async def start(self, *middlewares):
+        """Serves on a free port of 127.0.0.1, see `address` -> its runner. middlewares:
+        see each call first, to switch faults on."""
+        app = web.Application(client_max_size=1 << 30, middlewares=middlewares)
+        for route, handler in self.routes().items():
+            app.router.add_route(*route.split(), functools.partial(self._answer, handler))
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        return runner
+
+    async def _answer(self, handler, request):
+        """Finds whose call it is, by the access token or by the cookie."""
+        at = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        st = request.headers.get("Cookie", "").partition("=")[2]
+        if st and self.anybody and st not in self.accounts:
+            name = hashlib.sha256(st.encode()).hexdigest()[:6]
+            self.add_account(f"{name}@demo.example", SIMULATED_TIERS[1], 1000, st)
+        by_access = {account.at: account for account in self.accounts.values() if account.at}
+        account = by_access.get(at) or self.accounts.get(st)
+        if not account and handler not in (self.session, self.file):
+            return self.refusal(401, "CREDENTIALS_MISSING")
+        body = await request.json() if request.body_exists else {}
+        answer = await handler(request, body, account)
+        return web.json_response(answer) if isinstance(answer, dict) else answer
+
+    def refusal(self, status, reason="", message="Requested entity was not found."):
+        error = {"code": status, "message": message, "details": [{"reason": reason}]}
+        return web.json_response({"error": error}, status=status)
+
+    def trpc(self, **body):
+        return {"result": {"data": {"json": {"status": 200, **body}}}}
+
+    async def session(self, request, body, account):
+        if not account:
+            return {}
+        account.at = f"ya29.{secrets.token_urlsafe(32)}"
+        user = {"name": account.email.partition("@")[0], "email": account.email}
+        expires = iso(now() + 3600).replace("+00:00", ".000Z")
+        return {"user": user, "expires": expires, "access_token": account.at}
+
+    async def create_project(self, request, body, account):
+        return self.trpc(result={"projectId": str(uuid.uuid4())})
+
+    async def listing(self, request, body, account):
+        project = json.loads(request.query["input"])["json"]["projectId"]
+        media = [medium for medium in self.media.values() if medium.project == project]
+        flows = []
+        for medium in media:
+            ids = {"primaryMediaId": medium.name, "batchId": medium.batch}
+            flows.append({"name": medium.scene, "metadata": ids})
+        contents = {"workflows": flows, "media": [*map(self.medium_object, media)]}
+        return self.trpc(projectContents=contents)
+
+    async def redirect(self, request, body, account):
+        medium = self.media.get(request.query.get("name", ""))
+        if not medium:
+            return self.refusal(404)
+        thumbnail = request.query.get("mediaUrlType") == "MEDIA_URL_TYPE_THUMBNAIL"
+        kind = "image" if thumbnail else medium.kind
+        raise web.HTTPTemporaryRedirect(self.url(medium, kind))
+
+    def url(self, medium, kind):
+        return f"{self.address}/media/{kind}/{medium.name}?Expires={int(now()) + 18000}"
+
+    async def credits(self, request, body, account):
+        return {"credits": account.credits, "userPaygateTier": account.tier}
+
+    async def upload(self, request, body, account):
+        return {"media": {"name": str(uuid.uuid4())}}
+
+    def charge(self, account, elements):
+        """Takes the credits, or answers why not."""
+        key = elements[0].get("videoModelKey") or elements[0]["imageModelName"]
+        rows = [row.split() for row in SIMULATED_PRICES.strip().splitlines()]
+        matches = [prices for pattern, *prices in rows if re.search(pattern, key)]
+        if not matches:
+            return self.refusal(404)
+        price = matches[0][SIMULATED_TIERS.index(account.tier)]
+        if price == "-":
+            return self.refusal(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED")
+        if int(price) * len(elements) > account.credits:
+            return self.refusal(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
+        account.credits -= int(price) * len(elements)
+        return None
+
+    def make(self, body, kind, project, given_name=""):
+        """Makes the outputs of a submit -> what Google says of them."""
+        batch = body.get("mediaGenerationContext", {}).get("batchId", "")
+        media = []
+        for element in body["requests"]:
+            holder = element if kind == "image" else element.get("textInput", {})
+            parts = holder.get("structuredPrompt", {}).get("parts", [{"text": ""}])
+            ratio = element.get("imageAspectRatio") or element["aspectRatio"]
+            ratio = ratio.partition("RATIO_")[2]
+            ready = now() + (self.video_seconds if kind == "video" else 0)
+            name = given_name or str(uuid.uuid4())
+            scene = str(uuid.uuid4())
+            text = parts[0]["text"]
+            medium = Medium(name, kind, text, ratio, ready, project, batch, scene)
+            self.media[name] = medium
+            media.append(self.medium_object(medium))
+        return media
+
+    async def pictures(self, request, body, account):
+        if refused := self.charge(account, body["requests"]):
+            return refused
+        if "unsafe" in json.dumps(body):
+            return self.refusal(400, "PUBLIC_ERROR_UNSAFE_GENERATION", "Refused.")
+        await asyncio.sleep(self.image_seconds)
+        return {"media": self.make(body, "image", request.match_info["project"])}
+
+    async def upscale_picture(self, request, body, account):
+        await asyncio.sleep(self.image_seconds)
+        scale = 4 if body["targetResolution"].endswith("4K") else 2
+        larger = await asyncio.to_thread(self.media[body["mediaId"]].file, scale)
+        return {"encodedImage": base64.b64encode(larger).decode()}
+
+    async def clips(self, request, body, account):
+        source = body["requests"][0].get("videoInput", {}).get("mediaId")
+        if source and source not in self.media:
+            return self.refusal(404)
+        if refused := self.charge(account, body["requests"]):
+            return refused
+        larger = request.match_info["mode"] == "UpsampleVideo"
+        name = f"{source}_upsampled" if larger else ""
+        media = self.make(body, "video", body["clientContext"]["projectId"], name)
+        return {"media": media, "remainingCredits": account.credits}
+
+    async def statuses(self, request, body, account):
+        media = [self.media.get(item["name"]) for item in body["media"]]
+        if not all(media):
+            return self.refusal(404)
+        return {"media": [*map(self.medium_object, media)]}
+
+    def medium_object(self, medium):
+        status = {"mediaGenerationStatus": medium.state()}
+        if medium.state().endswith("FAILED"):
+            status["error"] = {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}
+        kind = medium.kind
+        made = {"fifeUrl": self.url(medium, kind)} if kind == "image" else {}
+        return {
+            "name": medium.name,
+            "projectId": medium.project,
+            "workflowId": medium.scene,
+            kind: {f"generated{kind.capitalize()}": made},
+            "mediaMetadata": {"mediaStatus": status},
+        }
+
+    async def file(self, request, body, account):
+        """A file, whole or a range of it; of a clip under /media/image/ its thumbnail."""
+        kind = request.match_info["kind"]
+        medium = self.media.get(request.match_info["name"])
+        if not medium:
+            return self.refusal(404)
+        data = medium.file()
+        if kind != medium.kind:
+            data = block_picture(medium.prompt, 320, 180)
+        headers = {"Content-Type": "image/png" if kind == "image" else "video/mp4"}
+        headers.update({"Accept-Ranges": "bytes", "ETag": f'"{medium.name}"'})
+        part, size = request.http_range, len(data)
+        if part.start is None:
+            return web.Response(body=data, headers=headers)
+        start, end, _ = part.indices(size)
+        if start >= end:
+            return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        return web.Response(status=206, body=data[start:end], headers=headers)
+
+
+# ---- 14. Main --------------------------------------------------------------------------
+class Role(enum.Enum):
+    """Who may call a route."""
+
+    PUBLIC = "everybody"
+    KEY = "who has the API key"
+    ADMIN = "who is logged in"
+    EITHER = "who has the API key, or is logged in"
+
+
+GATEWAY = web.AppKey("gateway", Gateway)
+SESSIONS = web.AppKey("sessions", Sessions)
+TOKEN_ID = r"{id:\d{1,18}}"
+V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
+CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
+# Of the programs before this one; Flow has nothing like it.
+ABSENT = "characters characters/search videos/characters videos/characters/{name}"
+ABSENT += " invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"
+ABSENT_ADMIN = "tokens/rt2at tokens/batch-activate tokens/batch-activate-username"
+ABSENT_ADMIN += f" tokens/{TOKEN_ID}/sora2/activate tokens/{TOKEN_ID}/activate-username"
+ABSENT_ADMIN += " watermark-free/config cloudflare/{_:.*} characters{_:.*}"
+ROUTES = {
+    Role.PUBLIC: {
+        "GET /{_:(login|manage)?}": AdminApi.page,
+        "GET /health": ServiceApi.health,
+        "GET /tmp/{name}": ServiceApi.file,
+        "POST /api/{_:(admin/)?}login": AdminApi.login,
+        "POST /api/plugin/update-token": AdminApi.plugin_update,
+    },
+    Role.KEY: {
+        "GET /v1/models": ServiceApi.models,
+        "GET /v1/models/{model}": ServiceApi.model,
+        "POST /v1/chat/completions": ChatApi.complete,
+        "POST /v1/images/generations": ImagesApi.generate,
+        "POST /v1/images/edits": ImagesApi.edit,
+        "POST /v1/videos": VideosApi.create,
+        "GET /v1/videos": VideosApi.list,
+        "POST /v1/videos/edits": VideosApi.edit,
+        "POST /v1/videos/extensions": VideosApi.extend,
+        "GET /v1/videos/{id}": VideosApi.get,
+        "DELETE /v1/videos/{id}": VideosApi.delete,
+        "POST /v1/videos/{id}/remix": VideosApi.remix,
+        "GET /v1/videos/{id}/content": VideosApi.content,
+        "GET /v1/stats": ServiceApi.stats,
+        f"GET {V1_TOKEN}/{{_:pending-tasks(-v2)?}}": ServiceApi.pending_tasks,
+        f"GET {V1_TOKEN}/profile-feed": ServiceApi.finished_tasks,
+        f"GET {V1_TOKEN}/tasks/{{job}}": ServiceApi.task,
+        **{f"* /v1/{path}": ServiceApi.absent for path in ABSENT.split()},
+    },
+    Role.EITHER: {"GET /metrics": AdminApi.metrics},
+    Role.ADMIN: {
+        "POST /api/{_:(admin/)?}logout": AdminApi.logout,
+        "POST /api/admin/{_:(change-)?}password": AdminApi.change_password,
+        f"GET {CONFIG}": AdminApi.get_config,
+        f"POST {CONFIG}": AdminApi.set_config,
+        "GET /api/settings": AdminApi.list_settings,
+        "POST /api/settings": AdminApi.change_settings,
+        "GET /api/tokens": AdminApi.list_tokens,
+        "POST /api/tokens": AdminApi.add_token,
+        "POST /api/tokens/{_:import|batch-add}": AdminApi.import_tokens,
+        "POST /api/tokens/st2at": AdminApi.convert_session,
+        "POST /api/tokens/batch-enable": AdminApi.enable_all,
+        "POST /api/tokens/batch-disable": AdminApi.disable_all,
+        "POST /api/tokens/batch-test": AdminApi.test_all,
+        "DELETE /api/tokens/batch-delete-disabled": AdminApi.delete_disabled,
+        f"PUT {API_TOKEN}{{_:(/status)?}}": AdminApi.update_token,
+        f"DELETE {API_TOKEN}": AdminApi.delete_token,
+        f"POST {API_TOKEN}/enable": AdminApi.enable_token,
+        f"POST {API_TOKEN}/disable": AdminApi.disable_token,
+        f"POST {API_TOKEN}/refresh-at": AdminApi.renew_token,
+        f"POST {API_TOKEN}/{{_:test|refresh-credits}}": AdminApi.check_token,
+        "GET /api/jobs": AdminApi.list_jobs,
+        "GET /api/jobs/{id}": AdminApi.get_job,
+        "DELETE /api/jobs/{id}": AdminApi.delete_job,
+        "POST /api/jobs/{id}/cancel": AdminApi.cancel_job,
+        "GET /api/logs": AdminApi.list_logs,
+        "DELETE /api/logs": AdminApi.clear_logs,
+        "GET /api/logs/{id}": AdminApi.get_log,
+        "GET /api/state": AdminApi.state,
+        "GET /api/stats": ServiceApi.stats,
+        "GET /api/system/info": AdminApi.system_info,
+        "DELETE /api/cache": AdminApi.empty_cache,
+        "POST /api/proxy/test": AdminApi.test_proxy,
+        **{f"* /api/{path}": ServiceApi.absent for path in ABSENT_ADMIN.split()},
+    },
+}
+V1_PREFIXES = ("/v1", "", "/flow/v1", "/v1/v1")  # people get base URLs wrong so
+NO_ROUTE = (
+    "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
+    " (a client that asks for the Responses API: set it to chat completions)"
+)
+HTTP_ERRORS = {  # of aiohttp -> code, message
+    404: ("not_found", NO_ROUTE),
+    405: ("method_not_allowed", "it has other methods"),
+    413: ("request_too_large", "the body is larger than limits.body_mb allows"),
+}
+EXPOSED_HEADERS = (
+    "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after,"
+    " x-should-retry, idempotent-replayed"
+)
+
+
+class Door:
+    """Calls handlers for those who may, as far as there is room."""
+
+    def __init__(self, settings, sessions):
+        self.settings = settings
+        self.sessions = sessions
+        self.requests = self.bodies = 0  # under way, and the bytes of their bodies
+
+    async def admit(self, role, handler, request):
+        """Raises invalid_api_key, request_too_large, queue_full."""
+        self._authorise(role, request)
+        most, size = request.client_max_size, 0
+        if role is not Role.PUBLIC and request.can_read_body:  # anybody can announce
+            size = most if request.content_length is None else request.content_length
+        if size > most:  # later would not help
+            raise web.HTTPRequestEntityTooLarge(most, size)
+        crowded = self.requests >= self.settings["limits.requests"]
+        room = (self.settings["limits.bodies_mb"] << 20) - self.bodies
+        if role is Role.KEY and (crowded or size > room):
+            raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
+        self.requests += 1
+        self.bodies += size
+        try:
+            answer = await handler(request)
+        finally:
+            self.requests -= 1
+            self.bodies -= size
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        return web.json_response(answer)  # most handlers return just that
+
+    def _authorise(self, role, request):
+        owner = role is not Role.KEY and self.sessions.logged_in(request)
+        if role is Role.PUBLIC or owner:
+            return
+        if role is Role.ADMIN:
+            raise GatewayError("invalid_api_key", "Invalid or expired admin token")
+        key = self.settings["global.api_key"]
+        if not key or not same(bearer(request), key):
+            raise GatewayError("invalid_api_key", "Send Authorization: Bearer YOUR_API_KEY")
 
 
 @web.middleware
-async def tell_errors(request: web.Request, handler) -> web.StreamResponse:
-    """Every failure in the caller's format: {"detail"} under /api, OpenAI's object elsewhere."""
-    if request.method == "OPTIONS":  # CORS: browser clients send their key in a header
-        asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
-        return web.Response(status=204, headers={"Access-Control-Allow-Headers": asked} | PREFLIGHT)
+async def answer_errors(request, handler):
+    """Failures in the caller's format: {"detail"} under /api, else OpenAI's object."""
     try:
+        if request.method == "OPTIONS":
+            return preflight(request)
         return await handler(request)
     except GatewayError as err:
-        fault = err
+        error = err
     except web.HTTPException as err:
-        code, why = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
-        fault = GatewayError(code, f"{request.method} {request.path[:80]}: {why}")
+        code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
+        error = GatewayError(code, f"{request.method} {request.path[:80]}: {message}")
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except Exception:
-        fault = unexpected(request)
-    wait = {"Retry-After": str(int(fault.retry_after))} if fault.retry_after else {}
-    wait |= {"x-should-retry": "false"} if fault.status in (409, 501) else {}  # it would not help
-    detail = {"success": False, "detail": str(fault), "message": str(fault)}
-    body = detail if request.path.startswith("/api/") else fault.body()
-    reason = fault.code.replace("_", " ")  # some clients show nothing else
-    return web.json_response(body, status=fault.status, reason=reason, headers=wait | fault.headers)
+        error = unexpected(request)
+    headers = {"Retry-After": str(int(error.retry_after))} if error.retry_after else {}
+    if error.status in (409, 501):  # it would not help
+        headers["x-should-retry"] = "false"
+    body = error.body()
+    if request.path.startswith("/api/"):
+        body = {"success": False, "detail": str(error), "message": str(error)}
+    reason = error.code.replace("_", " ")  # some clients show nothing else
+    return web.json_response(body, status=error.status, reason=reason, headers=headers)
 
 
-async def expose(request: web.Request, response: web.StreamResponse) -> None:
+def preflight(request):
+    """CORS: browser clients send their key in a header."""
+    asked = request.headers.get("Access-Control-Request-Headers")
+    headers = {"Access-Control-Allow-Headers": asked or "authorization, content-type"}
+    headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+    headers["Access-Control-Max-Age"] = "86400"
+    return web.Response(status=204, headers=headers)
+
+
+async def add_headers(request, response):
+    """What every answer bears: of which job it is, and what a browser may read of it."""
+    response.headers.update(request.get(JOB_HEADERS, {}))
     if not request.path.startswith("/api/"):
-        shown = "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after"
-        shown += ", x-should-retry, idempotent-replayed"
         response.headers["Access-Control-Allow-Origin"] = "*"
-        response.headers["Access-Control-Expose-Headers"] = shown
+        response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
 
 
-async def workings(app: web.Application) -> AsyncIterator[None]:
-    """Goes on with what was under way, runs what runs for ever, and closes it all at the end."""
+async def background(app):
+    """Goes on with what was under way, and what runs for ever; closes all at the end."""
     gateway = app[GATEWAY]
     await gateway.jobs.resume()
-    loops = gateway.pool.keep_fresh, gateway.jobs.poll_forever, gateway.media.expire_forever
-    tasks = [asyncio.create_task(for_ever(loop())) for loop in loops]
+    jobs = gateway.jobs
+    loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
+    tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
-    await asyncio.gather(*(task for task in tasks if task.cancel()), return_exceptions=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await gateway.close()
 
 
-async def for_ever(loop: Awaitable) -> None:
+async def run_forever(loop):
     try:
-        await loop
-    except Exception:  # without this loop nothing would move any more, and nobody would know
+        await loop()
+    except Exception:  # without it nothing would move any more, and nobody would know
         log.critical("a background loop has died; Flow2API stops", exc_info=True)
         signal.raise_signal(signal.SIGTERM)
 
 
-def beside(name: str) -> Any:
-    """The module of a file of ours that builds on this one; None where it is not there."""
-    sys.modules.setdefault("flow2api", sys.modules[__name__])  # one copy, even if it is __main__
-    if not Path(__file__).with_name(f"{name}.py").exists():
-        return None
-    return importlib.import_module(name)
-
-
-def make_app(settings: Settings, store: Store, adapter=RestFlow) -> web.Application:
+def make_app(settings, store):
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
-    app = web.Application(middlewares=[tell_errors], client_max_size=limit)
-    owners = beside("admin_flow2api")
-    app[GATEWAY] = (owners.AdminApi if owners else Gateway)(settings, store, adapter)
-    for methods, path, handler, role in ROUTES + (owners.ROUTES if owners else ()):
-        admitted = functools.partial(admit, handler, role)
-        for prefix in ALIASES if path.startswith("/v1/") else ("",):
-            for method in methods.split():
-                app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), admitted)])
-    app.on_response_prepare.append(expose)
-    app.on_shutdown.append(app[GATEWAY].jobs.interrupt)
-    app.cleanup_ctx.append(workings)
+    app = web.Application(middlewares=[answer_errors], client_max_size=limit)
+    app[GATEWAY] = gateway = Gateway(settings, store)
+    apis = [api(gateway) for api in (AdminApi, ServiceApi, ChatApi, ImagesApi, VideosApi)]
+    app[SESSIONS] = apis[0].sessions
+    door = Door(settings, app[SESSIONS])
+    for role, routes in ROUTES.items():
+        for route, handler in routes.items():
+            api = next(api for api in apis if handler in vars(type(api)).values())
+            bound = functools.partial(handler, api)
+            add_route(app, route, functools.partial(door.admit, role, bound))
+    app.on_response_prepare.append(add_headers)
+    app.on_shutdown.append(gateway.jobs.interrupt)
+    app.cleanup_ctx.append(background)
     return app
 
 
-def open_store(settings: Settings) -> Store:
-    """Opens the database; it holds what the admin page has set, and the generated secrets."""
+def add_route(app, route, handler):
+    method, path = route.split(" ", 1)
+    for prefix in V1_PREFIXES if path.startswith("/v1/") else ("",):
+        app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), handler)])
+
+
+def open_store(settings):
+    """Opens the database, which holds what the admin page has set, and the secrets."""
     store = Store(settings.data)
     store.open()
     for key, value in store.settings().items():
@@ -2831,152 +4828,174 @@ def open_store(settings: Settings) -> Store:
     return store
 
 
-def hash_password(password: str, salt: bytes) -> str:
-    key = hashlib.scrypt(password.encode(errors="replace"), salt=salt, n=1 << 14, r=8, p=1)
-    return f"scrypt${salt.hex()}${key.hex()}"
-
-
-async def make_secrets(settings: Settings, store: Store) -> dict[str, str]:
-    """Makes the API key and the admin password that nobody has set -> those that are new."""
-    made = {}
+async def make_secrets(settings, store):
+    """Makes the API key and the admin password that nobody has set -> the new ones."""
+    new = {}
     for name, size in (("global.api_key", 24), ("global.admin_password", 12)):
         if not settings[name]:
-            made[name] = kept = secrets.token_urlsafe(size)
+            new[name] = stored = secrets.token_urlsafe(size)
             if name == "global.admin_password":
-                kept = hash_password(kept, secrets.token_bytes(16))
-            settings.layers["generated"][name] = kept
-            await store.put_rows(("settings", {"name": f"generated:{name}", "data": to_json(kept)}))
-    return made
+                stored = hash_password(stored, secrets.token_bytes(16))
+            settings.layers["generated"][name] = stored
+            await store.put_setting(f"generated:{name}", stored)
+    return new
 
 
-def greet(settings: Settings, port: int, made: dict[str, str], demo: bool) -> None:
+def greet(settings, port, new, demo):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    print(f"Flow2API {__version__} on http://{host}:{port}" + "  (demo: a simulated Flow)" * demo)
-    for name, text in made.items():
-        print(f"{name.partition('.')[2]}: {text}")
-    if made and not demo:
-        print("Keep what stands above, it is not shown again; setting.toml can set others.")
-    key = settings["global.api_key"] if demo else made.get("global.api_key", "$KEY")
-    body = '{"model":"veo_3_1-fast","stream":true,"messages":[{"role":"user","content":"a boat"}]}'
-    curl = f'curl -N http://{host}:{port}/v1/chat/completions -H "Authorization: Bearer {key}"'
-    print(f"Try it:\n{curl} -d '{body}'", flush=True)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * demo)
+    for name, secret in new.items():
+        print(f"{name.partition('.')[2]}: {secret}")
+    if new and not demo:
+        print("Keep these: they are not shown again; setting.toml can set others.")
+    key = settings["global.api_key"] if demo else new.get("global.api_key", "$KEY")
+    body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
+    curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
+    print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'', flush=True)
 
 
-async def serve(settings: Settings, demo: bool) -> None:
+async def start_demo(settings):
+    """Starts a simulated Flow, and points the settings to it -> its runner."""
+    seconds = settings["demo.image_seconds"], settings["demo.video_seconds"]
+    flow = SimulatedFlow(*seconds, anybody=True)
+    for name, (tier, credits) in DEMO_ACCOUNTS.items():
+        flow.add_account(f"{name}@demo.example", tier, credits, st=name)
+    runner = await flow.start()
+    demo = {
+        "flow.labs_base_url": f"{flow.address}/fx/api",
+        "flow.api_base_url": f"{flow.address}/v1",
+        "flow.poll_interval": 1.0,
+        "proxy.proxy_enabled": False,
+        "cache.enabled": True,
+        "cache.timeout": 0,
+    }
+    settings.layers["command line"].update(demo)
+    return runner
+
+
+async def serve(settings, demo):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
-    store, adapter, accounts = open_store(settings), RestFlow, ()
-    if demo:
-        if not (simulated := beside("demo_flow2api")):
-            raise SettingError("--demo needs demo_flow2api.py beside flow2api.py")
-        adapter, accounts = simulated.Demo, simulated.ACCOUNTS
-        settings.layers["command line"] |= {"flow.poll_interval": 1.0, "cache.timeout": 0}
-    app = make_app(settings, store, adapter)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=2)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, settings["server.host"], settings["server.port"]).start()
-        for st in accounts:
-            await app[GATEWAY].pool.add(st)
+    async with contextlib.AsyncExitStack() as stack:
+        if demo:
+            stack.push_async_callback((await start_demo(settings)).cleanup)
+        store = open_store(settings)
+        app = make_app(settings, store)
+        options = {"handler_cancellation": True, "shutdown_timeout": 2}
+        runner = web.AppRunner(app, access_log=None, **options)
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        host = settings["server.host"]
+        await web.TCPSite(runner, host, settings["server.port"]).start()
+        for name in DEMO_ACCOUNTS if demo else ():
+            await app[GATEWAY].pool.add(name)
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
         gc.freeze()  # what is imported stays: no need to look at it again and again
-        done = asyncio.Event()
+        stopped = asyncio.Event()
         for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, done.set)
-        await done.wait()
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        await stopped.wait()
         log.info("stopping")
-    finally:
-        await runner.cleanup()
 
 
-def iso(seconds: float) -> str | None:
-    """RFC 3339 in UTC; None for never."""
-    at = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return at.isoformat() if seconds else None
+async def check(settings):
+    """--check: tells the settings, and what is wrong -> is all well? Spends nothing."""
+    for name in SETTING:
+        value = "(set)" if settings[name] and name in HIDDEN else repr(settings[name])
+        print(f"      {name} = {value}  ({settings.source(name)})")
+    all_well = True
+    async for well, text in findings(settings):
+        print("ok   " if well else "WRONG", text)
+        all_well = all_well and well
+    return all_well
 
 
-async def findings(settings: Settings) -> AsyncIterator[tuple[bool, str]]:
-    """What --check tells: (is it well, a line with what to do). Spends nothing."""
+async def findings(settings):
+    """(is it well, a line with what to do)"""
     for warning in settings.warnings:
         yield False, warning
     try:
-        gateway = Gateway(settings, store := open_store(settings))
+        gateway = Gateway(settings, open_store(settings))
     except (StoreError, OSError) as err:
         yield False, f"data folder {settings.data}: {err}"
         return
-    yield True, f"database {store.path}, schema {len(MIGRATIONS)}"
+    yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
-    way = "the proxy" if settings["proxy.proxy_enabled"] else "no proxy"
-    for url in (settings["flow.labs_base_url"], settings["flow.api_base_url"]):
-        try:
-            async with gateway.wire.request("GET", url, timeout=aiohttp.ClientTimeout(15)) as reply:
-                yield reply.status < 500, f"{url} answers {reply.status} through {way}"
-        except (GatewayError, *gateway.wire.not_sent, *NETWORK_ERRORS):
-            yield False, f"{url} can't be reached through {way}; check network and [proxy]"
+    for name in ("flow.labs_base_url", "flow.api_base_url"):
+        yield await check_address(gateway, settings[name])
     if not gateway.pool.tokens:
-        yield False, "no Google account yet: start Flow2API and add one (README, Session token)"
+        yield False, "no Google account yet: start Flow2API and add one (README)"
     for token in gateway.pool.tokens.values():
-        try:
-            await gateway.pool.check(token)
-            why = "" if token.is_active else f"; disabled: {token.reason or 'by hand'}; enable it"
-            words = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
-            words += f", access token until {iso(token.at_expires)}{why}"
-            yield token.is_active, f"account {token.email}: {words}"
-        except GatewayError as err:
-            yield False, f"account {token.email}: {err}"
+        well, text = await check_account(gateway.pool, token)
+        yield well, f"account {token.email}: {text}"
     await gateway.close()
 
 
-async def check(settings: Settings) -> bool:
-    """--check: the settings in force, then the findings -> whether all is well."""
-    for name in SETTING:
-        secret = settings[name] and name in HIDDEN
-        value = "(set)" if secret else repr(settings[name])
-        print(f"      {name} = {value}  ({settings.source(name)})")
-    found = [found async for found in findings(settings)]
-    for well, text in found:
-        print("ok   " if well else "WRONG", text)
-    return all(well for well, _ in found)
+async def check_address(gateway, url):
+    way = "the proxy" if gateway.settings["proxy.proxy_enabled"] else "no proxy"
+    try:
+        async with gateway.wire.stream(url, timeout=SHORT_TIMEOUT) as reply:
+            return reply.status < 500, f"{url} answers {reply.status} through {way}"
+    except GatewayError:
+        return False, f"{url} can't be reached through {way}; check network and [proxy]"
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    rows = "\n".join(f"  {s.name:28} {s.help} [{s.default}]" for s in SETTINGS)
+async def check_account(pool, token):
+    try:
+        await pool.check(token)
+    except GatewayError as err:
+        return False, str(err)
+    text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
+    text += f", access token until {iso(token.at_expires)}"
+    if not token.is_active:
+        text += f"; disabled: {token.reason or 'by hand'}; enable it"
+    return token.is_active, text
+
+
+def parse_arguments(argv):
+    rows = "\n".join(f"  {row.name:28} {row.help} [{row.default}]" for row in SETTINGS)
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
     parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
-    option, beside = parser.add_argument, Path(__file__).with_name("setting.toml")
-    option("--config", type=Path, default=beside, help="default: setting.toml beside flow2api.py")
-    option("--data", dest="data_dir", help="data folder (default: data/ beside the configuration)")
+    option = parser.add_argument
+    beside = Path(__file__).with_name("setting.toml")
+    option("--config", type=Path, default=beside, help="default: setting.toml beside it")
+    option("--data", dest="data_dir", help="data folder; default: data/ beside the config")
     option("--host", help="address to listen on")
     option("--port", help="port to listen on")
     instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--demo", action="store_true", help="run on a simulated Flow; nothing is kept")
-    instead("--check", action="store_true", help="say what is wrong, spend nothing, and exit")
-    instead("--backup", type=Path, metavar="FILE", help="copy the database, even in use, and exit")
+    instead("--demo", action="store_true", help="run on a simulated Flow, keep nothing")
+    instead("--check", action="store_true", help="say what is wrong, spend nothing, exit")
+    instead("--backup", type=Path, metavar="FILE", help="copy the database, and exit")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
 
-def load_settings(arguments: argparse.Namespace) -> Settings:
+def load_settings(arguments):
+    """Raises SettingError."""
     settings = Settings()
     if not arguments.demo:  # the demo touches nothing of the real one
         settings.read_file(arguments.config.expanduser().resolve())
-    settings.read_environment(dict(os.environ))
+    settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
             settings.put("command line", f"server.{option}", value, "command line")
-    for name in set(settings.models) - set(KEYS):
-        settings.warnings.append(f"[models] {name} is unknown; there are {', '.join(KEYS)}")
+    names = dict.fromkeys(product.name for product in PRODUCTS)
+    for name in set(settings.models).difference(names):
+        there_are = ", ".join(names)
+        settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
     return settings
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         settings = load_settings(arguments)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        style = "%(asctime)s %(levelname)s %(message)s"
+        logging.basicConfig(level=logging.INFO, format=style)
         if arguments.check:
             return 0 if asyncio.run(check(settings)) else 1
         if arguments.backup:
