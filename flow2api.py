@@ -1591,9 +1591,14 @@ class RestFlow:
         return response, data
 
     async def _labs(self, token, method, path, **options):
-        """A call to labs.google, which knows the session by its cookie."""
-        cookie = {"Cookie": f"{SESSION_COOKIE}={token.st}"}
-        return await self._call(token, method, "labs", path, cookie, **options)
+        """A call to labs.google, which knows the session by its cookie. A session that
+        has been replaced meanwhile says nothing of the new one."""
+        st = None
+        while st != token.st:
+            st = token.st
+            cookie = {"Cookie": f"{SESSION_COOKIE}={st}"}
+            answer = await self._call(token, method, "labs", path, cookie, **options)
+        return answer
 
     async def _trpc(self, token, method, path, **options):
         """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
