@@ -1648,8 +1648,8 @@ class RestFlow:
         if cookie and len(cookie.value) >= 200:  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
-        email = dig(body, "user", "email", kind=str) or token.email
-        return {"email": email, "name": dig(body, "user", "name", kind=str)}
+        user = dig(body, "user")
+        return {name: dig(user, name, kind=str) for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
