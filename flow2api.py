@@ -2528,17 +2528,25 @@ class Jobs:
         self._pauses.pop(token.id, None)
         if reply.credits is not None:
             await self.pool.update(token, credits=reply.credits)
-        statuses = {status.name: status for status in reply.statuses}
+        await self._hear(reply.statuses, outputs)
+
+    async def _hear(self, statuses, outputs):
+        """Notes an answer to a status call; the jobs that it moves hear when it is on disk."""
+        told = {status.name: status for status in statuses}
         limit = self.settings["flow.max_poll_attempts"]
-        for output, job in outputs.items():
-            if status := statuses.get(output.name):
+        moved = []
+        for output in outputs:
+            if status := told.get(output.name):
                 output.answers += 1
                 await self._note(output, status)
                 if output.state != "pending" or output.answers >= limit:
-                    try:
-                        await self.store.put(output)
-                    finally:  # on a full disk, too: nobody else would wake the job
-                        self._tell(job, job.stage)
+                    moved.append(output)
+        try:
+            if moved:
+                await self.store.put(*moved)
+        finally:  # on a full disk, too: nobody else would wake the jobs
+            for job in {outputs[output] for output in moved}:
+                self._tell(job, job.stage)
 
     async def _note(self, output, status):
         """Notes what Google says of an output; its state last: then it can be fetched."""
@@ -2563,8 +2571,9 @@ class Jobs:
                 message += f" in project {output.project} as {output.media or output.name}"
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
-            await self.store.put(*late)
-            if not late:
+            if late:
+                await self.store.put(*late)
+            else:
                 await self._wait(changed, max(0.01, deadline - now()))
 
     async def _settle(self, job, output):
