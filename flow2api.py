@@ -602,10 +602,12 @@ LISTED = """
     veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}
     veo_3_{1_i2v_s_fast_fl|0_r2v_fast|1_r2v_fast}_{portrait|landscape}
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
+    veo_3_1{|-fast|-lite|-relaxed}-{4s|6s}
     veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}
     omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}
     nano_banana{|_2|_2_lite|_pro}{|-portrait|-landscape|-square|-4-3|-3-4}
     imagen_4{|-portrait|-landscape|-square|-4-3|-3-4}
+    nano_banana_2-{2K|4K}
     nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}
 """
 CHOICES = [[part.split("|") for part in re.split("[{}]", row)] for row in LISTED.split()]
@@ -864,6 +866,7 @@ class Token(Record):
     project_name: str = ""
     is_active: bool = True
     reason: str = ""  # why it is not active, in plain words
+    reason_code: str = ""  # of ERRORS, where a failure has disabled it
     image_enabled: bool = True
     video_enabled: bool = True
     image_concurrency: int = -1  # jobs at once; 0 or less: no limit
@@ -1144,16 +1147,16 @@ class Store:
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
-    def jobs(
-        self, *, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
-    ):
-        """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
+    def jobs(self, *, states=(), after="", oldest_first=False, limit=-1, **filters):
+        """Jobs, the newest first as a rule. `after`: the id that a page starts after.
+        filters: kind, token_id, model, and q: a text that the prompt holds."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
         page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
         tests = {
-            "substr(id, 1, 5) = ?": [kind],
-            "token_id = ?": [token_id],
-            "json_extract(data, '$.plan.model') = ?": [model],
+            "substr(id, 1, 5) = ?": [filters.get("kind")],
+            "token_id = ?": [filters.get("token_id")],
+            "json_extract(data, '$.plan.model') = ?": [filters.get("model")],
+            "instr(lower(json_extract(data, '$.prompt')), lower(?))": [filters.get("q")],
             f"state IN ({', '.join('?' * len(states))})": states,
             page: [after],
         }
@@ -1805,7 +1808,7 @@ class RestFlow:
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
-AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+AWAKE = {"is_active": True, "reason": "", "reason_code": "", "failures": 0, "paused_until": 0.0}
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -1913,7 +1916,7 @@ class Pool:
             token.credits = 0
         too_many = token.failures >= self.settings["admin.error_ban_threshold"]
         if err.effect is Effect.SESSION or too_many:
-            token.update(is_active=False, reason=str(err))
+            token.update(is_active=False, reason=str(err), reason_code=err.code)
             log.warning("%s is disabled: %s", token.email, err)
         token.count("error", 1)
         if not token.removed:
@@ -3596,6 +3599,13 @@ def model_object(model):
         "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
         "supported_endpoint_types": ["openai", endpoint],
         "pictures": plan.images,
+        "kind": plan.kind,
+        "family": plan.family,
+        "ratio": plan.ratio,
+        "seconds": plan.seconds,
+        "upscale": plan.upscale,
+        "prices": plan.prices(),
+        "note": plan.note,
     }
 
 
@@ -3814,14 +3824,10 @@ def mask(secret):
 def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
-    paused = token.paused_until > now()
+    pause = token.paused_for if token.paused_until > now() else None
     return {
-        "id": token.id,
-        "email": token.email,
-        "name": token.name,
-        "remark": token.remark,
-        "is_active": token.is_active,
-        "reason": token.reason,
+        **token.pick("id", "email", "name", "remark", "is_active", "reason"),
+        "reason_code": pause.code if pause else token.reason_code,
         "st": hide(token.st),
         "at": hide(token.at),
         "token": hide(token.at),
@@ -3844,7 +3850,7 @@ def token_object(token, masked=False):
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
-        "paused_for": str(token.paused_for) if paused else "",
+        "paused_for": str(pause or ""),
         "busy": token.busy,
     }
 
@@ -4171,6 +4177,10 @@ class AdminApi(Api):
             "stage": job.stage,
             "kind": job.plan.kind,
             "plan": job.plan.describe(),
+            "family": job.plan.family,
+            "ratio": job.plan.ratio,
+            "upscale": job.plan.upscale,
+            "prices": job.plan.prices(),
             "n": job.n,
             "origin": job.origin,
             "token_id": job.token_id,
@@ -4179,19 +4189,21 @@ class AdminApi(Api):
             "cost": cost,
             "duration": (job.completed_at or now()) - start,
             "urls": self.own_urls(request, job),
+            "kept": all(self.media.path(output.file) for output in job.done()),
         }
 
     async def list_jobs(self, request):
+        """?q (a part of the prompt) &kind &state &model &token_id &after &limit."""
         query = request.query
         limit = one_of(query, "limit", range(1, 501), 50)
-        model = query.get("model", "")
+        filters = {name: query.get(name, "") for name in ("q", "model")}
+        filters["kind"] = one_of(query, "kind", ("image", "video"), "")
         state = one_of(query, "state", VIDEO_STATES, "")
-        token_id = one_of(query, "token_id", self.tokens, None)
+        filters["token_id"] = one_of(query, "token_id", self.tokens, None)
         if after := query.get("after", ""):
             await self.find_job(after)
-        jobs = await self.jobs.page(
-            states=[state], token_id=token_id, model=model, after=after, limit=limit + 1
-        )
+        filters.update(states=[state], after=after, limit=limit + 1)
+        jobs = await self.jobs.page(**filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}

@@ -1655,10 +1655,11 @@ async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world
     w.flow.accounts.clear()
     await until(lambda: not w.token.is_active)
     assert "Sign in to Flow again" in w.token.reason and job.state == "running"
+    assert w.token.reason_code == "account_session_ended"
     expect_error(w, await w.chat(), "no_accounts")
     w.flow.accounts["another.session"] = account
     await w.pool.add("another.session")
-    assert (w.token.is_active, w.token.reason) == (True, "")
+    assert (w.token.is_active, w.token.reason, w.token.reason_code) == (True, "", "")
     assert (await client).content and (await w.chat()).content
     assert (len(w.paid()), account.credits, w.token.busy.total()) == (2, 960, 0)
     w.flow.accounts.clear()
@@ -4378,13 +4379,17 @@ async def test_jobs_are_listed_logged_cancelled_and_deleted(world, clock):
         ("state=queued", queued),
         ("model=nano_banana_pro", picture),
         ("token_id=1", failed, picture),
+        ("kind=image", picture),
+        ("q=A+BOAT", queued),
+        ("q=%25",),
         ("limit=1", queued),
         (f"limit=2&after={queued['id']}", failed, picture),
     ):
         page = await do(f"GET jobs?{query}")
         assert [job["id"] for job in page["jobs"]] == [job["id"] for job in jobs], query
         assert page["has_more"] == (query == "limit=1")
-    assert shaped(picture, {"account": "user1@example.com", "cost": 0}) and picture["urls"]
+    about = {"cost": 0, "kept": False, "prices": {"free": 0, "Pro": 0, "Ultra": 0}}
+    assert shaped(picture, {"account": "user1@example.com"} | about) and picture["urls"]
     cancelled = (await do(f"POST {path}/cancel"))["job"]
     assert shaped(cancelled, {"state": "cancelled", "status": "failed"}) and not w.pool.queue
     assert cancelled["error"]["code"] == "cancelled"
