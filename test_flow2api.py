@@ -137,8 +137,8 @@ class World:
             self.live.put("file", name, value, "test")
         self.store = flow2api.open_store(self.live)
         self.app = flow2api.make_app(self.live, self.store)
-        options = {"access_log": None, "handler_cancellation": True, "shutdown_timeout": 1}
-        self.runner = web.AppRunner(self.app, **options)
+        options = flow2api.SERVER_OPTIONS
+        self.runner = web.AppRunner(self.app, **options, shutdown_timeout=1)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
