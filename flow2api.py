@@ -1107,7 +1107,8 @@ class Store:
         for number, sql in enumerate(MIGRATIONS[version:], version + 1):
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
-        self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
+        if version == len(MIGRATIONS):
+            self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1638,8 +1639,7 @@ def read_medium(item):
         raise TypeError("a name or an address that is no text")
     read_link(url)  # a ValueError where it is no address
     status = dig(item, "mediaMetadata", "mediaStatus")
-    word = dig(status, "mediaGenerationStatus", kind=str)
-    word = word.removeprefix("MEDIA_GENERATION_STATUS_")
+    word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
     ready = url or kind == "image"  # where there is no word
     state = "pending"
     error = None
@@ -2229,7 +2229,7 @@ class Media:
 
     def free_disk(self):
         """Bytes that the disk of the data folder has free."""
-        return shutil.disk_usage(self.kept).free
+        return shutil.disk_usage(self.settings.data).free
 
     async def expire_forever(self):
         """Removes kept files older than `cache.timeout`."""
@@ -2425,7 +2425,7 @@ class Jobs:
     async def watch(self, job):
         """Yields at once, at each change and each HEARTBEAT seconds until the job is
         completed. Raises why it is not."""
-        while job.id in self.open and not job.task.done() and not self.stopping:
+        while job.id in self.open and not (job.ended or job.task.done() or self.stopping):
             changed = job.changed
             yield
             await self._wait(changed, HEARTBEAT)
@@ -2589,6 +2589,9 @@ class Jobs:
             except StoreError:
                 if self.stopping:
                     raise
+                for job in records:
+                    if isinstance(job, Job):
+                        self._tell(job, "Waiting for room on the disk")
                 await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
@@ -2961,7 +2964,7 @@ async def read_body(request):
     """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]`
     make a list, `name[key]` an object; files are bytes; what is empty is absent."""
     kind = request.content_type
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
         return await read_json(request)
     async with request.app[BODIES].read(request, request.client_max_size) as raw:
         if kind.startswith("application/") and raw.startswith(b"{"):  # curl -d, no header
@@ -3002,14 +3005,17 @@ def parse_multipart(content_type, raw):
         head, _, data = part.partition(b"\r\n\r\n")
         headers = email.message_from_bytes(head.strip()[:9999])
         name = headers.get_param("name", header="Content-Disposition")
-        if not isinstance(name, str):
-            raise ValueError("a part has no name")
+        if not isinstance(name, str) or len(head) > 9999:
+            raise ValueError("a part has no name, or a huge head")
         coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
         if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
             raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
         kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
         file = headers.get_filename() is not None or kind in ("image", "video", "audio")
-        yield name, data if file else data.decode()
+        if not file:
+            with contextlib.suppress(UnicodeDecodeError):
+                data = data.decode()
+        yield name, data
 
 
 def join_values(values):
@@ -4026,7 +4032,7 @@ class ServiceApi(Api):
 SESSION = "flow2api_session"  # the cookie of our own page; other programs send a Bearer
 SESSION_SECONDS = 7 * 86400
 GUESS_SECONDS = 900  # that failed logins are remembered
-FREE_GUESSES, GUESSES = 5, 100  # failed logins of an address without a wait; of all
+FREE_GUESSES, GUESSES = 10, 100  # failed logins of an address without a wait; of all
 FRIENDS = 1000  # addresses that are remembered
 PAGE_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
