@@ -82,6 +82,7 @@ from urllib.parse import parse_qs, parse_qsl, quote, urlsplit
 import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
+from yarl import URL
 
 __version__ = "0.2.0"
 log = logging.getLogger("flow2api")
@@ -1312,6 +1313,11 @@ def is_inner(url):
         return "." not in host or host.endswith((".local", ".internal", ".lan"))
 
 
+def as_it_stands(url):
+    """An address that is asked for byte by byte: a signature can be over each of them."""
+    return URL(url, encoded=url.isascii())
+
+
 def public_socket(address):
     """aiohttp's socket factory for strangers' URLs: it sees the address that led there."""
     if not is_public(address[4][0]):
@@ -1413,7 +1419,7 @@ class Wire:
         if key not in self.sessions:
             self.sessions[key] = new_session(*key)
         options.update(proxy=plain, trace_request_ctx=sent)
-        return await self.sessions[key].request(method, url, **options)
+        return await self.sessions[key].request(method, as_it_stands(url), **options)
 
     async def fetch_public(self, url, limit, param):
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
@@ -1423,11 +1429,20 @@ class Wire:
         timeout = aiohttp.ClientTimeout(20)
         try:
             with transport_errors(url):
-                session = aiohttp.ClientSession(connector=connector, timeout=timeout)
-                async with session, session.get(url, max_redirects=4) as response:
+                session = aiohttp.ClientSession(
+                    connector=connector,
+                    timeout=timeout,
+                    headers={"User-Agent": f"Flow2API/{__version__}"},
+                    requote_redirect_url=False,
+                )
+                picture = session.get(as_it_stands(url), max_redirects=4)
+                async with session, picture as response:
                     data = await read_bounded(response, limit)
         except GatewayError as err:
-            raise bad(f"The picture's URL: {err}", param, "invalid_image") from None
+            told = f"The picture's URL: {err}"
+            if self.settings["proxy.proxy_enabled"]:
+                told += " (the proxy is for Google alone, not for the URLs of pictures)"
+            raise bad(told, param, "invalid_image") from None
         if response.status != 200:
             raise bad(f"The picture's URL: HTTP {response.status}", param, "invalid_image")
         if data is None:
@@ -3382,6 +3397,7 @@ FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Option
 FILE_HEADERS["Content-Security-Policy"] = "sandbox"  # what Google sends runs no script here
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+LEFT_SECONDS = 600  # in which the same request is that of a client that has left
 LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
 API_PREFIX = re.compile(r"/*((flow|v1)/+)*")
@@ -3495,6 +3511,7 @@ class Gateway:
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
+        self.left = {}  # hash of a request -> its job, and when its client left unanswered
 
     async def close(self):
         await self.jobs.stop()
@@ -3517,10 +3534,17 @@ class Gateway:
         """The job of a creating request, while its client waits; abandoned at the end,
         unless the client can come back. A repeated request gets the job that it has made;
         nothing is read then. The job's headers go to the answer."""
-        job, replayed = await self._find_or_create(request, body, read, detached)
+        path = re.sub("/+", "/", API_PREFIX.sub("", request.path, count=1)).rstrip("/")
+        key = await self._key(request, path, body)
+        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
+            job = await self._earlier(request, key)
+            headers = {"Idempotent-Replayed": "true"} if job else {}
+            if not job:
+                detached = detached or key.explicit
+                job = await self._create(path.split("/")[0], key, read, detached)
         body.clear()  # a client can wait long; its pictures are on the disk by now
-        headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
-        request[ANSWER_HEADERS].update(headers, **replayed)
+        headers.update({"X-Job-Id": job.id, "x-should-retry": "false"})  # it would pay twice
+        request[ANSWER_HEADERS].update(headers)
         job.clients += 1
         try:
             yield job
@@ -3528,30 +3552,13 @@ class Gateway:
             if not job.submitted_at or err.status < 500:
                 raise
             raise GatewayError("interrupted", f"{err}; see /v1/videos/{job.id}") from None
+        except (asyncio.CancelledError, ConnectionError):  # it has left without an answer
+            self.left[key.request] = job.id, now()
+            raise
         finally:
             job.clients -= 1
             if not job.clients:
                 await asyncio.shield(self.jobs.abandon(job))
-
-    async def _find_or_create(self, request, body, read, detached):
-        """-> the job, and a header where it is that of an earlier request."""
-        path = re.sub("/+", "/", API_PREFIX.sub("", request.path, 1)).rstrip("/")
-        key = await self._key(request, path, body)
-        # OpenAI's packages send a request again that took them too long, and count that.
-        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
-        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
-            job = await self.jobs.find(key) if key.explicit or retried else None
-            if job:
-                return job, {"Idempotent-Replayed": "true"}
-            origin = path.split("/")[0]
-            detached = detached or key.explicit
-            try:
-                return await self.jobs.create(await read(), origin, key, detached), {}
-            except GatewayError:  # sent again, it is not the earlier one that was like it
-                earlier = None if key.explicit else await self.jobs.find(key)
-                if earlier and earlier.ended:
-                    await self.store.delete(("request_keys", "job_id", earlier.id))
-                raise
 
     async def _key(self, request, path, body):
         value = request.headers.get("Idempotency-Key", "")
@@ -3559,6 +3566,28 @@ class Gateway:
             raise bad("An Idempotency-Key may have 255 printable characters at most")
         request_hash = await asyncio.to_thread(fingerprint, [path, body])
         return RequestKey(value or request_hash, request_hash, explicit=bool(value))
+
+    async def _earlier(self, request, key):
+        """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
+        # OpenAI's packages send a request again that took them too long, and count that.
+        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
+        if key.explicit or retried:
+            return await self.jobs.find(key)
+        # Others send it again once they have left. Who is still there wants another one.
+        start = now() - LEFT_SECONDS
+        self.left = {hashed: left for hashed, left in self.left.items() if left[1] > start}
+        job_id, _ = self.left.pop(key.request, ("", 0))
+        job = await self.jobs.get(job_id) if job_id else None
+        return job if job and job.state not in ("failed", "cancelled") else None
+
+    async def _create(self, origin, key, read, detached):
+        try:
+            return await self.jobs.create(await read(), origin, key, detached)
+        except GatewayError:  # sent again, it is not the earlier one that was like it
+            earlier = None if key.explicit else await self.jobs.find(key)
+            if earlier and earlier.ended:
+                await self.store.delete(("request_keys", "job_id", earlier.id))
+            raise
 
 
 class Api:
@@ -3839,7 +3868,10 @@ class ImagesApi(Api):
             data = await asyncio.to_thread(path.read_bytes)
         else:
             async with self.jobs.fetch(job, output) as source:
-                data = b"".join([chunk async for chunk in chunks(source)])
+                with transport_errors(str(source.url)):
+                    data = await read_bounded(source, FILE_SIZES["image"])
+            if data is None:
+                raise changed("Google's picture is too large")
         encoded = await asyncio.to_thread(base64.b64encode, data)
         return {"revised_prompt": job.prompt, "b64_json": encoded.decode()}
 

@@ -774,12 +774,15 @@ async def test_what_a_client_sends_again_by_itself_is_made_once(world, clock, na
     (job,) = w.jobs.open.values()
     await leave(w, client)
     w.token.is_active = False
-    expect_error(w, await create(w, name, headers={}), "no_accounts")
-    repeat = asyncio.create_task(create(w, name, headers=AGAIN))  # of what is under way
-    await until(lambda: job.clients or repeat.done())
+    ways_back = [{}, AGAIN]
+    if name == "clip":  # its client had an answer: what does not count is a new one
+        expect_error(w, await create(w, name, headers=ways_back.pop(0)), "no_accounts")
+    repeats = [asyncio.create_task(create(w, name, headers=more)) for more in ways_back]
+    if name != "clip":
+        await until(lambda: job.clients == 2 or any(repeat.done() for repeat in repeats))
     held.release.set()
     assert (await w.end_of(job.id)).state == "completed" and not w.token.busy.total()
-    for reply in (await repeat, await create(w, name, headers=AGAIN)):
+    for reply in (*await asyncio.gather(*repeats), await create(w, name, headers=AGAIN)):
         assert (reply.status, reply.job_id, reply.replayed) == (200, job.id, True)
     expect_error(w, await create(w, name, headers={}), "no_accounts")
     w.token.is_active = True
