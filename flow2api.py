@@ -2646,14 +2646,14 @@ class Jobs:
 # ---- 10. Reading requests --------------------------------------------------------------
 NO_TEXT = "Nothing was made: this model makes pictures and clips, no text."
 NO_PROMPT = "Nothing was made: end with a message of the user, and allow over 32 tokens."
-# new-api, Dify and others test a connection so. Nobody who only greets a model of pictures
-# and clips wants to pay for one: a person reads what to do, and a test costs nothing.
+# new-api, Dify and others test a connection with a greeting, again and again. A person
+# who writes no more than that reads what to do: a clip of it would be money for nothing.
 GREETING = "This works. Say what to make, for example: a paper boat on a lake."
-# Prompts that chat clients send on their own; each would be a paid clip. A block begins with
-# whose they are, where they stand (in the user's last message, the system message, either,
-# or the system message of a request with tools) and the answer (%s: a title). A prompt, after
-# a |, is known by texts that are all in it: lower case, spaces for line ends, ^ at the start
-# of the message, $ at its end. Nothing that describes a scene may match.
+# Prompts that chat clients send on their own; each would be a paid clip. A block begins
+# with whose they are, where they stand (the user's last message, the system message,
+# either, or the system message of a request with tools) and the answer (%s: a title). A
+# prompt, after a |, is known by texts that are all in it: lower case, in one line, ^ at the
+# start of the message, $ at its end. Nothing that describes a scene may match.
 SIDE_PROMPTS = f"""\
 NextChat; user; %s
 | four to five word title & our conversation
@@ -2728,10 +2728,12 @@ LobeChat; either; []
 Cherry Studio; either; %s
 | conversation into a title & ignoring instructions
 | conversation into a title within & words
-| 总结给出的会话 & 标题 | 將會話 & 10 個字內的標題 | 会話を & 10文字以内のタイトル
-| в виде заголовка & инструкции в диалоге
-| conversation & titre & 10 caractères | conversación & título & 10 caracteres
-| conversa & título & 10 caracteres | gespräch & titel & 10 zeichen
+| 总结给出的会话 & 标题
+
+Cherry Studio; system; %s
+| 會話 & 標題 & 10 | 会話 & タイトル & 10 | 대화 & 제목 & 10 | бесед & заголов & 10
+| диалог & заголов & 10 | gespräch & titel & 10 | unterhaltung & titel & 10
+| conversation & titre & 10 | conversa & título & 10 | conversazione & titolo & 10
 
 Cherry Studio; either; <question>not_needed</question>
 | you are an ai question rephraser
@@ -2823,9 +2825,9 @@ one-api; user; {GREETING}
 
 a connection test (new-api, Dify, …); user; {GREETING}
 | ^hi$ | ^hi there$ | ^hello$ | ^hello there$ | ^hey$ | ^ping$ | ^test$ | ^testing$
-| ^say hi$ | ^say hello$ | ^say ok$ | ^reply with ok$ | ^say this is a test$ | ^1+1$ | ^1+1=$
-| ^who are you$ | ^what model are you$ | ^你是谁$ | ^你好$ | ^您好$ | ^测试$ | ^hola$ | ^hallo$
-| ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
+| ^say hi$ | ^say hello$ | ^say ok$ | ^reply with ok$ | ^say this is a test$ | ^1+1=$
+| ^who are you$ | ^what model are you$ | ^你是谁$ | ^你好$ | ^您好$ | ^测试$ | ^hola$
+| ^hallo$ | ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
 
 a chat client; system; %s
 | generate & title & conversation & only | create & title & conversation & only
@@ -2855,9 +2857,8 @@ a choice of tools; tools; {NO_TEXT}
 | choose the & tool | choose a & tool | choose one & tool | choose which & tool
 | select the & tool | select a & tool | select one & tool | select which & tool
 | pick the & tool | pick a & tool | pick one & tool | which tool | 选择 & 工具"""
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
-LEAST = {"object": {}, "array": [], "number": 0, "integer": 0, "boolean": False, "null": None}
+LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
 # The user's first words, as such prompts quote them.
 QUOTED = re.compile(
     r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
@@ -3234,18 +3235,19 @@ async def continued_picture(chat, media):
 
 
 def side_answer(chat):
-    """-> who asks, and the answer to it, where no picture or clip is wanted: for a client's
-    own prompt (title, tags, …), a test, JSON, a few tokens. Two empty texts for the rest."""
+    """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
+    """
     client, answer = own_prompt(chat)
     title = chat_title(chat)
-    limits = [dig(chat.body, name, kind=int, default=99) for name in TOKEN_LIMITS]
-    form = dig(chat.body, "response_format", kind=dict, default={})
-    if str(form.get("type")).startswith("json"):
+    limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
+    limit = dig(chat.body, "max_tokens", kind=int, default=limit)
+    if "json" in str(dig(chat.body, "response_format", "type")):
         client = client or "a client that wants JSON"
-        schema = dig(form, "json_schema", "schema", default=form.get("schema"))
+        schema = dig(chat.body, "response_format", "json_schema", "schema")
         if schema or not answer.startswith("{"):
             answer = json.dumps(json_instance(schema or TITLE_SCHEMA, title))
-    elif not client and (chat.turns[-1].role != "user" or 0 < min(limits) <= 32):
+    elif not client and (chat.turns[-1].role != "user" or 0 < limit <= 32):
         return "a client that asks for nothing new", NO_PROMPT
     return client, answer.replace("%s", title)
 
@@ -3265,7 +3267,7 @@ def own_prompt(chat):
 
 
 def one_line(text):
-    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put theirs."""
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
     ends = f"{text[:8000]} {text[8000:][-8000:]}"
     return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
 
@@ -3284,7 +3286,8 @@ def json_instance(schema, title, name="", depth=5):
     members = dig(part, "properties", kind=dict, default={})
     kind = dig(part, "type", kind=str)
     if members and depth:
-        return {key: json_instance(members[key], title, key, depth - 1) for key in members}
+        inner = depth - 1
+        return {key: json_instance(members[key], title, key, inner) for key in members}
     if kind == "string" and "title" in name.lower():
         return title
     return dig(part, "enum", 0, default=LEAST.get(kind, ""))
