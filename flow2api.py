@@ -3288,9 +3288,8 @@ def json_instance(schema, title, name="", depth=5):
     if members and depth:
         inner = depth - 1
         return {key: json_instance(members[key], title, key, inner) for key in members}
-    if kind == "string" and "title" in name.lower():
-        return title
-    return dig(part, "enum", 0, default=LEAST.get(kind, ""))
+    least = title if kind == "string" and "title" in name.lower() else LEAST.get(kind, "")
+    return dig(part, "enum", 0, default=least)
 
 
 # ---- 11. Client API --------------------------------------------------------------------

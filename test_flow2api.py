@@ -2519,10 +2519,10 @@ SCHEMA = {"language": TEXT, "chat_title": TEXT} | {
     name: {"type": kind}
     for name, kind in (("sure", "boolean"), ("score", "number"), ("list", "array"))
 }
-SCHEMA |= {"kind": {"enum": ["chat", "other"]}}
+SCHEMA |= {"title_kind": {"enum": ["chat", "other"], "type": "string"}}
 SCHEMA |= {"more": {"anyOf": [{"type": "object", "properties": {"title": TEXT}}, {"type": "null"}]}}
 LEAST = {"language": "", "chat_title": "a paper boat", "sure": False, "score": 0, "list": []}
-LEAST |= {"kind": "chat", "more": {"title": "a paper boat"}}
+LEAST |= {"title_kind": "chat", "more": {"title": "a paper boat"}}
 
 
 def schema(**properties):
