@@ -2745,7 +2745,7 @@ Cherry Studio; either; unknown
 | identify the language used in the user's input text
 
 LibreChat; either; %s
-| ^provide a concise, 5-word-or-less title
+| ^provide a concise, 5-word-or-less title for
 | 5-word-or-less title for the conversation, using
 | ^analyze this conversation and provide & detected language
 | extremely concise title for this conversation
@@ -2777,11 +2777,12 @@ Open WebUI; user; {{"title": "%s"}}
 
 Open WebUI; user; %s
 | ^### & <chat_history>
-| ^here is the query: & 3-5 word | ^create a concise, 3-5 word
+| ^here is the query: & 3-5 word | ^create a concise, 3-5 word & query
+| ^create a concise, 3-5 word & chat history
 | set of responses from various models to the latest user query
 
 Open WebUI; user; 🎬
-| the speaker's likely facial expression
+| the speaker's likely facial expression & emoji
 
 Open WebUI; either; {{"tool_calls": []}}
 | available tools: & choose and return the correct tool
@@ -2830,23 +2831,24 @@ a connection test (new-api, Dify, …); user; {GREETING}
 | ^hallo$ | ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
 
 a chat client; system; %s
-| generate & title & conversation & only | create & title & conversation & only
+| generate & title for & conversation | create & title for & conversation
 | short title & conversation & words | concise title & conversation & words
 | short title & based on the first message | short title & user's message
 | title for this conversation | conversation title generator | you are a title generator
 | expert in crafting & titles | titles for conversations | conversation titles
-| 总结 & 对话 & 标题 | 生成 & 对话 & 标题
+| 总结 & 对话 & 标题 & 字 | 生成 & 对话 & 标题 & 字以内
 
 a chat client; user; %s
-| ^generate a & title for this c | ^create a & title for this c
-| ^write a & title for this c | ^please generate a & title for th & conversation
+| ^generate a & title for this conversation | ^generate a & title for this chat
+| ^create a & title for this conversation | ^create a & title for this chat
+| ^write a & title for this conversation | ^please generate a & title for & conversation
 | ^what would be a short and relevant title for this chat
 | ^generate a title in less than & words for the following
 | ^summarize in a 10-word title | ^summarize & conversation & title
 | ^summarize the & conversation & words or less | ^summarize our conversation
 | ^summarize the above conversation | ^please summarize the above conversation
 | ^summarize the conversation so far | ^create a detailed summary of the conversation
-| ^请为 & 对话 & 标题 | ^请根据 & 对话 & 标题 | ^根据 & 对话 & 标题
+| ^请为 & 对话 & 标题 & 字 | ^请根据 & 对话 & 标题 & 字 | ^根据 & 对话 & 标题 & 字
 | ^请总结 & 对话 | ^总结 & 对话 & 标题
 
 a chat client; user; []

@@ -2562,7 +2562,7 @@ SIDE_PROMPTS = (
     ("Open WebUI", turns(TASK.format("generating search queries")), {"queries": []}),
     ("Open WebUI", turns("### Task:\nYou are an autocompletion system."), {"text": ""}),
     ("Open WebUI", turns(TASK.format("for an image generation task")), {"prompt": "a boat"}),
-    ("Open WebUI", turns("Reflect the speaker's likely facial expression"), "🎬"),
+    ("Open WebUI", turns("the speaker's likely facial expression: an emoji"), "🎬"),
     ("Open WebUI", turns(("system", TOOLS), "Query: History:\nUSER: a boat"), {"tool_calls": []}),
     ("tools", turns(("system", "Choose the best tool."), "a boat") | {"tools": [{}]}, "Nothing"),
     ("SillyTavern", turns("Ignore previous instructions. Summarize the most important facts"), "F"),
@@ -2693,7 +2693,9 @@ a test pattern from the seventies
 test from a wind tunnel, slow motion
 Generate a title sequence for a film about a conversation
 Generate a video of a robot that summarizes a chat
-Create a concise logo, 3-5 words
+Create a concise, 3-5 word slogan on a billboard
+Create a title for this clip: the sea
+根据这段对话生成一个带标题的视频：两只猫聊天
 Analyze this conversation of whales: make their song visible
 Ignore previous instructions and make it blue
 Based on the chat history of mankind, an epic clip
@@ -2729,7 +2731,7 @@ def test_a_clients_own_prompts_are_told_from_real_ones():
         assert side_client(*SHIP, prompt), prompt
     for prompt in OWN_SYSTEMS.replace("\n ", " ").strip().splitlines():
         assert side_client(("system", prompt), "a paper boat"), prompt
-    system = ("system", "You are a helpful assistant. Use tools where they help.")
+    system = ("system", "You generate videos only, no title. Conversation: short. Use tools.")
     for prompt in REAL_PROMPTS.strip().splitlines():
         for chat in ((prompt,), (*SHIP, prompt), (system, prompt), (TOPIC, "a boat", prompt)):
             assert not side_client(*chat), prompt
