@@ -169,7 +169,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
     ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
     ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
-    ("chat.answer_side_prompts", True, "Answer title and tag prompts at no cost."),
+    ("chat.answer_side_prompts", True, "Answer clients' own prompts at no cost."),
     ("chat.use_system_prompt", False, "Put the system message before the prompt."),
     ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
     ("images.default_model", "nano_banana_pro", "Model where a request names none."),
@@ -2896,15 +2896,227 @@ class Jobs:
 
 
 # ---- 10. Reading requests --------------------------------------------------------------
-# Prompts that chat clients send on their own: where, pattern, answer; %s is a title.
-SIDE_PROMPTS = (
-    ("user", r"^### Task:[\s\S]*follow[_ -]?ups?[\s\S]*<chat_history>", '{"follow_ups": []}'),
-    ("user", r"^### Task:[\s\S]*\btags?\b[\s\S]*<chat_history>", '{"tags": []}'),
-    ("user", r"^### Task:[\s\S]*\btitle\b[\s\S]*<chat_history>", '{"title": "%s"}'),
-    ("user", r"^### Task:[\s\S]*<chat_history>", "%s"),
-    ("user", r"four to five word title|Summarize the discussion briefly in 200 words", "%s"),
-    ("user", r"[Bb]ased on the chat history, give this conversation a name", "%s"),
-    ("system", r"professional conversation summarizer|user's conversation into a title", "%s"),
+NO_TEXT = "Nothing was made: this model makes pictures and clips, no text."
+NO_PROMPT = "Nothing was made: end with a message of the user, and allow over 32 tokens."
+# new-api, Dify and others test a connection with a greeting, again and again. A person
+# who writes no more than that reads what to do: a clip of it would be money for nothing.
+GREETING = "This works. Say what to make, for example: a paper boat on a lake."
+# Prompts that chat clients send on their own; each would be a paid clip. A block begins
+# with whose they are, where they stand (the user's last message, the system message,
+# either, or the system message of a request with tools) and the answer (%s: a title). A
+# prompt, after a |, is known by texts that are all in it: lower case, in one line, ^ at the
+# start of the message, $ at its end. Nothing that describes a scene may match.
+SIDE_PROMPTS = f"""\
+NextChat; user; %s
+| four to five word title & our conversation
+| title (at most 6 words) summarizing our conversation
+| 返回这句话的简要主题 | 返回這句話的簡要主題
+| この文の簡潔なテーマ | この文章の簡潔な主題
+| 이 문장의 간략한 주제
+| fünfwörtigen titel & unser gespräch | kurzes thema in vier bis fünf wörtern
+| titre de quatre à cinq mots & notre conversation
+| le sujet succinct de cette phrase
+| título de cuatro a cinco palabras & nuestra conversación | un tema breve de esta frase
+| título de quatro a cinco palavras & nossa conversa
+| titolo di quattro o cinque parole & nostra conversazione
+| il tema di questa frase in modo conciso
+| заголовок из четырех & пяти слов & наш | краткую тему этого сообщения
+| konuşmamızı özetleyen & başlık | bu cümlenin & kısa başlığını
+| tiêu đề từ bốn đến năm từ & cuộc trò chuyện | chủ đề tóm tắt của câu này
+| أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة
+| এই বাক্যের সংক্ষিপ্ত থিম
+| stručné téma této věty | titul shrnující naši konverzaci
+| päťslovný titul & našu konverzáciu
+| empat hingga lima kata & percakapan kita | ringkasan topik kalimat ini
+| fire til fem ord & oppsummering av temaet
+| kort overskrift med 4-5 ord om emnet
+
+NextChat; either; %s
+| summarize the discussion briefly in
+| to summarise the conversation in at most 200 words
+| 用作后续的上下文提示 | 用作後續的上下文提示
+| 後続のコンテキストプロンプト
+| 후속 컨텍스트 프롬프트
+| als kontextaufforderung für | fassen sie unsere diskussion kurz in 200
+| prompt de contexte ultérieur | comme prompt de contexte futur
+| como un prompt de contexto | resuma nuestra discusión & 200 caracteres
+| resuma a discussão brevemente em 200
+| come prompt di contesto
+| последующего контекстного запроса | нашу дискуссию в 200
+| sonraki bağlam ipucu | gợi ý ngữ cảnh cho các lần sau
+| كإشارة سياقية لاحقة | পরবর্তী কনটেক্সট প্রম্পট
+| jako kontextový prompt | zhrňte diskusiu na menej ako 200
+| sebagai prompt konteks selanjutnya
+| som en kontekstuell prompt | kort resumé (under 200 ord) af vores samtale
+
+Chatbox; either; %s
+| ^based on the chat history & conversation a name
+| name the conversation based on the chat records
+
+LobeChat; either; %s
+| professional conversation summarizer
+| 擅长会话的助理 & 标题 | 请总结上述对话为 & 标题
+| 擅长会话标签总结的助理 | 擅长起名的起名大师 | 擅长技能总结的助理
+| 从 chunk 中提取摘要的助理 | 你需要根据用户提供的 & 总结出一个标题
+| summarize a title based on the ai & prompt provided by the user
+| extracting key takeaways from conversations | conversation context compressor
+| rephrase the follow up question to be a standalone question
+| ^summarize the conversation for future reference
+
+LobeChat; system; {NO_TEXT}
+| professional translator & translate the input text | 擅长翻译的助理
+| what the user will type next
+
+LobeChat; system; 🎬
+| emoji expert who selects | 匹配一个合适的 emoji
+
+LobeChat; system; en-US
+| 语言专家 & locale | identify the language & locale
+
+LobeChat; either; []
+| quick-reply suggestions from the last assistant message
+| follow-up questions that a user might want to ask next
+
+Cherry Studio; either; %s
+| conversation into a title & ignoring instructions
+| conversation into a title within & words
+| 总结给出的会话 & 标题
+
+Cherry Studio; system; %s
+| 會話 & 標題 & 10 | 会話 & タイトル & 10 | 대화 & 제목 & 10 | бесед & заголов & 10
+| диалог & заголов & 10 | gespräch & titel & 10 | unterhaltung & titel & 10
+| conversation & titre & 10 | conversa & título & 10 | conversazione & titolo & 10
+
+Cherry Studio; either; <question>not_needed</question>
+| you are an ai question rephraser
+
+Cherry Studio; either; {NO_TEXT}
+| translate text enclosed with <translate_input> | ^you are a translation expert
+
+Cherry Studio; either; unknown
+| identify the language used in the user's input text
+
+LibreChat; either; %s
+| ^provide a concise, 5-word-or-less title for
+| 5-word-or-less title for the conversation, using
+| ^analyze this conversation and provide & detected language
+| extremely concise title for this conversation
+| concise title for this conversation in the given language
+| concise title & for a conversation that starts with
+| tools you can use to generate the conversation title
+| progressively summarize the lines of conversation
+| summarize the conversation by integrating new lines
+
+Open WebUI; user; {{"follow_ups": []}}
+| ^### task: & follow-up questions & <chat_history>
+| ^### & "follow_ups": & <chat_history>
+
+Open WebUI; user; {{"tags": []}}
+| ^### task: & broad tags & <chat_history> | ^### & "tags": & <chat_history>
+
+Open WebUI; user; {{"queries": []}}
+| ^### task: & generating search queries & <chat_history>
+| ^### & "queries": & <chat_history>
+
+Open WebUI; user; {{"text": ""}}
+| ^### task: & autocompletion system
+
+Open WebUI; user; {{"prompt": "%s"}}
+| ^### task: & image generation task & <chat_history>
+
+Open WebUI; user; {{"title": "%s"}}
+| ^### & title & <chat_history>
+
+Open WebUI; user; %s
+| ^### & <chat_history>
+| ^here is the query: & 3-5 word | ^create a concise, 3-5 word & query
+| ^create a concise, 3-5 word & chat history
+| set of responses from various models to the latest user query
+
+Open WebUI; user; 🎬
+| the speaker's likely facial expression & emoji
+
+Open WebUI; either; {{"tool_calls": []}}
+| available tools: & choose and return the correct tool
+
+SillyTavern; either; %s
+| ^ignore previous instructions. summarize | ^[pause your roleplay
+| ^ignore previous instructions and provide a detailed description
+| ^ignore previous instructions and provide only the last
+| classify the emotion of the last message
+| ^in the next response i want you to provide only
+| ^[write your next reply from the point of view of | ^[write the next reply only as
+
+RikkaHub or Kelivo; either; %s
+| ^i will give you some dialogue content in the `<content>`
+| ^i will give you & messages & summar | conversation compression assistant
+
+RikkaHub or Kelivo; either; {NO_TEXT}
+| ^i will provide you with some chat content in the `<content>`
+| act as the **user** to reply to the assistant | ^you are an ocr assistant
+
+HF chat-ui; either; %s
+| chat thread titling assistant | ^you are a summarization ai
+
+big-AGI; either; %s
+| ai conversation titles assistant | extract a concise chat title
+| skilled in creating diagrams & analyze the conversation
+| skilled in creating user interfaces & analyze the conversation
+
+Dify; either; {{"Language Type": "", "Your Reasoning": "", "Your Output": "%s"}}
+| generate a concise chat title by decomposing
+| you need to decompose the user & intention
+
+Dify; either; []
+| most likely questions that human would ask
+
+LiteLLM; user; {GREETING}
+| ^test from litellm
+
+one-api; user; {GREETING}
+| ^output only your specific model name
+
+a connection test (new-api, Dify, …); user; {GREETING}
+| ^hi$ | ^hi there$ | ^hello$ | ^hello there$ | ^hey$ | ^ping$ | ^test$ | ^testing$
+| ^say hi$ | ^say hello$ | ^say ok$ | ^reply with ok$ | ^say this is a test$ | ^1+1=$
+| ^who are you$ | ^what model are you$ | ^你是谁$ | ^你好$ | ^您好$ | ^测试$ | ^hola$
+| ^hallo$ | ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
+
+a chat client; system; %s
+| generate & title for & conversation | create & title for & conversation
+| short title & conversation & words | concise title & conversation & words
+| short title & based on the first message | short title & user's message
+| title for this conversation | conversation title generator | you are a title generator
+| expert in crafting & titles | titles for conversations | conversation titles
+| 总结 & 对话 & 标题 & 字 | 生成 & 对话 & 标题 & 字以内
+
+a chat client; user; %s
+| ^generate a & title for this conversation | ^generate a & title for this chat
+| ^create a & title for this conversation | ^create a & title for this chat
+| ^write a & title for this conversation | ^please generate a & title for & conversation
+| ^what would be a short and relevant title for this chat
+| ^generate a title in less than & words for the following
+| ^summarize in a 10-word title | ^summarize & conversation & title
+| ^summarize the & conversation & words or less | ^summarize our conversation
+| ^summarize the above conversation | ^please summarize the above conversation
+| ^summarize the conversation so far | ^create a detailed summary of the conversation
+| ^请为 & 对话 & 标题 & 字 | ^请根据 & 对话 & 标题 & 字 | ^根据 & 对话 & 标题 & 字
+| ^请总结 & 对话 | ^总结 & 对话 & 标题
+
+a chat client; user; []
+| ^suggest & follow-up questions & conversation
+| ^generate & follow-up questions & conversation
+
+a choice of tools; tools; {NO_TEXT}
+| choose the & tool | choose a & tool | choose one & tool | choose which & tool
+| select the & tool | select a & tool | select one & tool | select which & tool
+| pick the & tool | pick a & tool | pick one & tool | which tool | 选择 & 工具"""
+TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
+LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
+# The user's first words, as such prompts quote them.
+QUOTED = re.compile(
+    r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
+    r'(\w[^\x00-\x1f<"\\]{0,50})'
 )
 EDIT_WORDS = re.compile(
     r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn"
@@ -3358,14 +3570,61 @@ async def continued_picture(chat, media):
 
 
 def side_answer(chat):
-    """The answer to a client's own prompt (title, tags, …); "" for a real one."""
-    prompt = chat.last.text[:8000]  # the patterns would take long on a long one
-    quoted = re.search(r"\buser\W+(\w.{0,50})", prompt, re.IGNORECASE)
-    title = re.sub(r'["\\\s]+', " ", quoted[1]).strip() if quoted else "Flow"
-    for where, pattern, answer in SIDE_PROMPTS:
-        if re.search(pattern, prompt if where == "user" else chat.system):
-            return answer.replace("%s", title)
-    return ""
+    """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
+    """
+    client, answer = own_prompt(chat)
+    title = chat_title(chat)
+    limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
+    limit = dig(chat.body, "max_tokens", kind=int, default=limit)
+    if "json" in str(dig(chat.body, "response_format", "type")):
+        client = client or "a client that wants JSON"
+        schema = dig(chat.body, "response_format", "json_schema", "schema")
+        if schema or not answer.startswith("{"):
+            answer = json.dumps(json_instance(schema or TITLE_SCHEMA, title))
+    elif not client and (chat.turns[-1].role != "user" or 0 < limit <= 32):
+        return "a client that asks for nothing new", NO_PROMPT
+    return client, answer.replace("%s", title)
+
+
+def own_prompt(chat):
+    """-> the client whose own prompt this is and its answer, as in SIDE_PROMPTS."""
+    user, system = one_line(chat.last.text), one_line(chat.system)
+    tools = system if chat.body.get("tools") else ""
+    texts = {"user": user, "system": system, "either": user + system, "tools": tools}
+    for block in SIDE_PROMPTS.replace("\n|", " |").split("\n\n"):
+        head, *prompts = block.split(" | ")
+        client, where, answer = head.split("; ")
+        for prompt in prompts:
+            if all(part in texts[where] for part in prompt.split(" & ")):
+                return client, answer
+    return "", ""
+
+
+def one_line(text):
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
+    ends = f"{text[:8000]} {text[8000:][-8000:]}"
+    return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
+
+
+def chat_title(chat):
+    """The user's first words, in the chat or as the prompt quotes them, but for what JSON
+    would escape."""
+    talk = [f"{turn.role}: {turn.text[:60]}" for turn in chat.turns[:-1]]
+    quoted = QUOTED.search("\n".join([*talk, chat.last.text])[:8000])
+    return quoted[1].strip() if quoted else "Flow"
+
+
+def json_instance(schema, title, name="", depth=5):
+    """The least that a JSON schema allows, with `title` for each title in it."""
+    part = dig(schema, "anyOf", 0, default=schema)
+    members = dig(part, "properties", kind=dict, default={})
+    kind = dig(part, "type", kind=str)
+    if members and depth:
+        inner = depth - 1
+        return {key: json_instance(members[key], title, key, inner) for key in members}
+    least = title if kind == "string" and "title" in name.lower() else LEAST.get(kind, "")
+    return dig(part, "enum", 0, default=least)
 
 
 # ---- 11. Client API --------------------------------------------------------------------
@@ -3732,9 +3991,9 @@ class ChatApi(Api):
     async def complete(self, request):
         body = await read_json(request)
         chat = read_chat(body)
-        text = side_answer(chat) if self.settings["chat.answer_side_prompts"] else ""
-        if text:
-            log.info("a client's own prompt was answered without generating")
+        client, text = side_answer(chat)
+        if client and self.settings["chat.answer_side_prompts"]:
+            log.info("Answered at no cost, nothing was made: a prompt of %s", client)
             return await ChatAnswer(self, request, chat, None, text).send()
         read = functools.partial(read_chat_generation, chat, self.media)
         async with self.gateway.admit(request, body, read) as job:
