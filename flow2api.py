@@ -3582,7 +3582,7 @@ def side_answer(chat):
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
     limit = dig(chat.body, "max_tokens", kind=int, default=limit)
-    if "json" in str(dig(chat.body, "response_format", "type")):
+    if "json" in dig(chat.body, "response_format", "type", kind=str):
         client = client or "a client that wants JSON"
         schema = dig(chat.body, "response_format", "json_schema", "schema")
         if schema or not answer.startswith("{"):
@@ -3597,13 +3597,22 @@ def own_prompt(chat):
     user, system = one_line(chat.last.text), one_line(chat.system)
     tools = system if chat.body.get("tools") else ""
     texts = {"user": user, "system": system, "either": user + system, "tools": tools}
-    for block in SIDE_PROMPTS.replace("\n|", " |").split("\n\n"):
-        head, *prompts = block.split(" | ")
-        client, where, answer = head.split("; ")
-        for prompt in prompts:
-            if all(part in texts[where] for part in prompt.split(" & ")):
-                return client, answer
+    for client, where, answer, parts in SIDE_RULES:
+        text = texts[where]
+        if all(part in text for part in parts):
+            return client, answer
     return "", ""
+
+
+def read_side_prompts(table):
+    """Yields (client, where, answer, the parts of a prompt)."""
+    for block in table.replace("\n|", " |").split("\n\n"):
+        head, *prompts = block.split(" | ")
+        for prompt in prompts:
+            yield *head.split("; "), prompt.split(" & ")
+
+
+SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
 
 
 def one_line(text):
@@ -4002,6 +4011,8 @@ class ChatApi(Api):
             return await ChatAnswer(self, request, chat, None, text).send()
         read = functools.partial(read_chat_generation, chat, self.media)
         async with self.gateway.admit(request, body, read) as job:
+            for turn in chat.turns:
+                turn.links.clear()  # as the body is
             return await ChatAnswer(self, request, chat, job, "").send()
 
 
