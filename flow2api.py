@@ -177,7 +177,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: made when asked for."),
+    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
     ("plugin.auto_enable_on_update", True, "A new session enables its account."),
     ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
@@ -1874,8 +1874,9 @@ class Pool:
                 raise
             raise bad(ENDED_ALREADY, "st") from err
 
-    async def add(self, st, **fields):
-        """The account of a session token -> (token, is it new). Raises as sign_in."""
+    async def add(self, st, wakes=lambda token: True, **fields):
+        """The account of a session token -> (token, is it new). wakes: whether that enables
+        a token. Raises as sign_in."""
         draft = Token(**fields, st=clean_session_token(st), created_at=now())
         account = await self.sign_in(draft)
         if not account["email"]:
@@ -1885,7 +1886,8 @@ class Pool:
         if token is draft:
             self.last_id = draft.id = self.last_id + 1
             self.tokens[draft.id] = draft
-        await self.update(token, **{**account, **draft.session(), **AWAKE, **fields})
+        awake = AWAKE if wakes(token) else {}
+        await self.update(token, **{**account, **draft.session(), **awake, **fields})
         try:
             await self.check(token)
             await self.adapter_for(token).project(token)
@@ -3769,7 +3771,7 @@ PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the fi
     ("^$", f"The session token is missing: {PASTE_IT}"),
     (r"(^|[\s\"':=])ya29\.", f"This is an access token, which ends soon: {PASTE_IT}"),
     (r"^\S+@\S+$", f"This is an e-mail address: {PASTE_IT}"),
-    (r"next-auth\.session-token\.\d", "The cookie is in parts (.0, .1, …): paste all of them"),
+    (r"next-auth\.session-token\.\d", "The cookie is in parts, .0 and .1: paste all"),
     (r"next-auth\.session-token", "This is the cookie's name: paste its value, too"),
     (r"=[^=]|[:;\t{\[]", f"The right cookie is not in this: {PASTE_IT}"),
     (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
@@ -4230,13 +4232,15 @@ class AdminApi(Api):
         self._note_call(last_call=iso(now()))
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
-        token, new = await self.pool.add(st)
+
+        def wakes(token):  # not what its owner has disabled: the browser comes by itself
+            ended = token.reason and self.settings["plugin.auto_enable_on_update"]
+            return token.is_active or ended
+
+        token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
-        enabled = token.id in asleep
+        enabled = token.is_active and token.id in asleep
         action = "added" if new else "updated"
-        if enabled and not self.settings["plugin.auto_enable_on_update"]:
-            await self.pool.update(token, is_active=False)
-            enabled = False
         about = {"action": action, "token_id": token.id, "email": token.email}
         return ok(f"Token {action}", **about, auto_enabled=enabled)
 

@@ -2213,6 +2213,7 @@ async def test_hidden_refusals_are_refusals_and_sessions_and_links_are_read(worl
             assert caught.value.code == code, body
     w.fault = says_on("upload", {"media": [{"name": "n"}]})
     assert await upload(w.token) == "n"
+    form = "__Secure-next-auth.session-token={}"
     monkeypatch.setattr(flow2api, "now", lambda: 1000.0)
     assert flow2api.read_link(SIGNED) == flow2api.Link(SIGNED, 1771256167.0)
     assert flow2api.read_link("https://x.test/?Expires=soon").expires == 4600.0  # an hour
@@ -4273,14 +4274,22 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
     shown = await do("POST plugin/config", connection_token=key)
     assert shown["connection_url"] == w.url + path
     assert shaped(shown, {"pairing_link": f"{w.url}/#{key}", "last_call": None})
-    rows = (("added", False, True), ("updated", True, True), ("updated", False, False))
-    for action, enabled, active in rows:
+    for action, reason, enabled, active in (
+        ("added", "", False, True),
+        ("updated", "ended", True, True),
+        ("updated", "", True, False),  # by hand: no browser enables that
+        ("updated", "ended", False, False),
+    ):
         if action == "updated":
-            await do("POST tokens/2/disable")
+            await w.pool.update(w.pool.tokens[2], is_active=False, reason=reason)
             await do("POST plugin/config", auto_enable_on_update=enabled)
             body["session_token"] = w.flow.add_account("another@example.com", PRO, 5)
         answer = (await w.post(path, body, key=key)).json
-        about = {"action": action, "auto_enabled": enabled, "email": "another@example.com"}
+        about = {
+            "action": action,
+            "auto_enabled": enabled and active,
+            "email": "another@example.com",
+        }
         assert shaped(answer, about)
         assert w.pool.tokens[2].is_active == active
     expect_detail(await w.post(path, {}, key=key))
@@ -4882,7 +4891,7 @@ async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sig
     await page.sees("#connection", "Connected")
     assert w.token.st == first
     assert await page.eval("window.asked") == {"origins": [f"{w.url}/*"]}
-    await w.pool.update(w.token, is_active=False)
+    await w.pool.update(w.token, is_active=False, reason="its session has ended")
     await visit(second[:200], second[200:])
     await until(lambda: w.token.st == second)
     await until(lambda: w.token.is_active)
