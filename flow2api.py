@@ -37,12 +37,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import binascii
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import difflib
+import email
 import enum
+import errno
 import functools
 import gc
 import hashlib
@@ -75,7 +79,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -152,6 +156,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("server.host", "0.0.0.0", "Address to listen on."),
     ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
     ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
+    ("server.trusted_proxies", "127.0.0.1, ::1", "Proxies whose X-Forwarded-* count."),
     ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
     ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
     ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
@@ -177,6 +182,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
+    ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
     ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
     ("plugin.auto_enable_on_update", True, "A new session enables its account."),
     ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
@@ -286,7 +292,9 @@ ERROR_TABLE = (  # HTTP status, effect, codes
     (404, Effect.REQUEST, "not_found model_not_found task_not_found content_not_found"),
     (405, Effect.REQUEST, "method_not_allowed"),
     (409, Effect.REQUEST, "conflict cancelled idempotency_conflict"),
+    (408, Effect.REQUEST, "request_timeout"),
     (413, Effect.REQUEST, "request_too_large"),
+    (415, Effect.REQUEST, "unsupported_encoding"),
     (429, Effect.FINAL, "queue_full too_many_logins"),
     (500, Effect.FINAL, "internal_error"),
     (501, Effect.REQUEST, "not_implemented"),
@@ -299,6 +307,7 @@ ERROR_TABLE = (  # HTTP status, effect, codes
     (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
     (503, Effect.BAN, "account_refused"),
     (503, Effect.SESSION, "account_session_ended"),
+    (507, Effect.FINAL, "disk_full"),
 )
 ERRORS = {code: row[:2] for row in ERROR_TABLE for code in row[2].split()}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -804,7 +813,7 @@ MIGRATIONS = (
             WHEN json_extract(data, '$.upscaled') THEN 'ended'
             WHEN json_extract(data, '$.made.name') IS NULL THEN 'none'
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
-            ELSE 'running' END);
+            ELSE 'running' END) WHERE json_valid(data);
     DROP TABLE logs;""",
 )
 
@@ -827,10 +836,18 @@ class Record:
         return tuple(item.name for item in fields if "in_memory" not in item.metadata)
 
     @classmethod
-    def from_row(cls, row):
-        """What another version has stored beside the record's fields is left out."""
-        values = {**json.loads(row["data"]), **row}
-        return cls(**{name: values[name] for name in cls.stored() if name in values})
+    def from_rows(cls, rows):
+        """What another version has stored beside the record's fields is left out, and so is
+        a row that can't be read: it takes no other along."""
+        records = []
+        for row in rows:
+            try:
+                values = {**json.loads(row["data"]), **row}
+                fields = {name: values[name] for name in cls.stored() if name in values}
+                records.append(cls(**fields))
+            except (ValueError, TypeError, RecursionError) as err:
+                log.error("%s: row %s can't be read and is left out: %s", cls.TABLE, row[0], err)
+        return records
 
     def pick(self, *names):
         return {name: getattr(self, name) for name in names}
@@ -938,6 +955,8 @@ class Output(Record):
     upscale: str = Upscale.NONE
     original: dict = field(default_factory=dict)  # once it is upscaled: the handle it had
     answers: int = in_memory(int)  # status answers so far
+    heard_at: float = in_memory(float)  # when the last one came
+    missing: int = in_memory(int)  # of them in a row, those that knew no such name
 
     def handle(self):
         return self.pick("name", "media", "url", "url_expires", "file")
@@ -987,10 +1006,11 @@ class Job(Record):
     stage: str = in_memory(str)  # what it is at, in words
     task: asyncio.Task | None = in_memory(lambda: None)
     percent: int = in_memory(int)
+    look_at: float = in_memory(float)  # once it ran out of time: when to ask for it again
     clients: int = in_memory(int)  # that wait for it
 
     def __post_init__(self):
-        if isinstance(self.plan, dict):  # as JSON keeps it
+        if not isinstance(self.plan, Plan):  # as JSON keeps it
             self.plan = Plan(**self.plan)
 
     @property
@@ -1028,37 +1048,69 @@ class Store:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
     def open(self):
-        """Raises StoreError, also where another process uses this data folder."""
+        """Raises StoreError: also for what is no database of ours, which stays as it is, and
+        where another process uses this data folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock_path = self.path.with_name("lock.db")
-        for path in (self.path, lock_path):
-            path.touch(0o600)
-        connect = functools.partial(sqlite3.connect, check_same_thread=False)
-        self._reader, self._writer = [connect(self.path, timeout=10) for _ in range(2)]
-        self._lock = connect(lock_path, timeout=0)
-        self._reader.row_factory = sqlite3.Row
+        self._connections = []
         try:
+            self._lock = self._connect("lock.db", timeout=0)
             self._lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
-            self._migrate()
+            if not self.path.exists():
+                self._create()
+            self._reader = self._connect(self.path.name)
+            self._reader.row_factory = sqlite3.Row
+            self._reader.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+            self._migrate(self._inspect())
+            self._writer = self._connect(self.path.name)
             self._writer.execute("PRAGMA synchronous=FULL")
-        except sqlite3.DatabaseError as err:
+        except sqlite3.Error as err:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
             if "locked" in str(err):
                 reason = " is in use by another Flow2API"
             raise StoreError(f"{self.path}{reason}") from None
 
-    def _migrate(self):
-        self._rows("PRAGMA journal_mode=WAL")
+    def _connect(self, name, timeout=10):
+        path = self.path.with_name(name)
+        if not path.exists():
+            path.touch(0o600)
+        connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
+        self._connections.append(connection)
+        return connection
+
+    def _create(self):
+        """A new database, whole or not at all: an empty file is one that was lost."""
+        draft = self.path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        self._connect(draft.name).execute("PRAGMA journal_mode=WAL")
+        self._connections.pop().close()
+        draft.rename(self.path)
+
+    def _inspect(self):
+        """-> the version of its schema. Raises sqlite3.DatabaseError, having changed nothing."""
+        if not self.path.stat().st_size:
+            raise sqlite3.DatabaseError("the file is empty")
         sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
         ((health, version),) = self._rows(sql)
         if health != "ok":
             raise sqlite3.DatabaseError(health)
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
+        if version:
+            for record in (Token, Job, Output):
+                columns = ", ".join(record.COLUMNS)
+                self._rows(f"SELECT {columns}, data FROM {record.TABLE} LIMIT 0")
+        elif self._rows("SELECT name FROM sqlite_master"):
+            raise sqlite3.DatabaseError("this is another program's database")
+        return version
+
+    def _migrate(self, version):
+        self._rows("PRAGMA journal_mode=WAL")
         for number, sql in enumerate(MIGRATIONS[version:], version + 1):
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
+        if version == len(MIGRATIONS):
+            self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1074,7 +1126,7 @@ class Store:
 
     def close(self):
         self._thread.shutdown()  # once all is written
-        for connection in (self._writer, self._reader, self._lock):
+        for connection in reversed(self._connections):
             connection.close()
 
     def put(self, *records):
@@ -1133,11 +1185,11 @@ class Store:
             return self._reader.execute(sql, values).fetchall()
 
     def settings(self):
-        rows = self._rows("SELECT name, data FROM settings")
+        rows = self._rows("SELECT name, data FROM settings WHERE json_valid(data)")
         return {name: json.loads(data) for name, data in rows}
 
     def tokens(self):
-        return [*map(Token.from_row, self._rows("SELECT * FROM tokens ORDER BY id"))]
+        return Token.from_rows(self._rows("SELECT * FROM tokens ORDER BY id"))
 
     def last_owner(self):
         """The highest token id that a job bears."""
@@ -1155,7 +1207,7 @@ class Store:
         tests = {
             "substr(id, 1, 5) = ?": [kind],
             "token_id = ?": [token_id],
-            "json_extract(data, '$.plan.model') = ?": [model],
+            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [model],
             f"state IN ({', '.join('?' * len(states))})": states,
             page: [after],
         }
@@ -1166,11 +1218,11 @@ class Store:
 
     def _jobs(self, where, values):
         rows = self._rows(f"SELECT * FROM jobs {where}", values)
-        jobs = {row["id"]: Job.from_row(row) for row in rows}
+        jobs = {job.id: job for job in Job.from_rows(rows)}
         sql = """SELECT * FROM outputs WHERE job_id IN (SELECT value FROM json_each(?))
             ORDER BY job_id, number"""
-        for row in self._rows(sql, [to_json([*jobs])]):
-            jobs[row["job_id"]].outputs.append(Output.from_row(row))
+        for output in Output.from_rows(self._rows(sql, [to_json([*jobs])])):
+            jobs[output.job_id].outputs.append(output)
         return list(jobs.values())
 
     def job_of_key(self, key, since):
@@ -1186,7 +1238,42 @@ SHORT_TIMEOUT = aiohttp.ClientTimeout(15)
 MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
 PROXY_SCHEMES = ("http", "https", "socks4", "socks5", "socks5h")
 PROXY_FORM = "must look like http://host:port or socks5://host:port"
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
+MAX_ITEMS = 200_000  # commas and brackets in JSON
+MAX_DEPTH = 64
+BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
+# Beside what ipaddress calls not global: special blocks, and IPv6 blocks that carry an
+# IPv4 address (translated, NAT64, 6to4), which could be an inner one.
+SPECIAL_NETS = """
+    192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4 ::/96 ::ffff:0:0:0/96 64:ff9b::/96
+    64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 2002::/16 3fff::/20 5f00::/16 fec0::/10
+"""
+SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
+
+
+def parse_json(raw):
+    """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
+    pair in a text becomes a question mark. Raises ValueError."""
+    pieces = (raw[at : at + (1 << 20)] for at in range(0, len(raw), 1 << 20))
+    if sum(len(piece.translate(None, BASE64)) for piece in pieces) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
+        raise ValueError("it has too many elements")
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        items = itertools.chain.from_iterable(items)
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
+        text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+        value = json.loads(text)
+    return value
 
 
 def dig(body, *path, default="", kind=object):
@@ -1210,13 +1297,36 @@ def good_proxy(url):
     return not url or bool(scheme in PROXY_SCHEMES and host and (port or default_port))
 
 
-def public_socket(address):
-    """aiohttp's socket factory for users' URLs: it sees the address that led there."""
-    ip = ipaddress.ip_address(address[4][0].split("%")[0])
+def is_public(host):
+    """Whether an IP address is one of the open internet. Raises ValueError for a name."""
+    ip = ipaddress.ip_address(host.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    if not ip.is_global or ip.is_multicast or ip in NAT64:
-        raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
+    special = ip.is_multicast or any(ip in net for net in SPECIAL_NETS)
+    return ip.is_global and not special
+
+
+def is_inner(url):
+    """Whether the host of an address is of this machine or network, as far as one sees."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return not is_public(host)
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan"))
+
+
+def public_socket(address):
+    """aiohttp's socket factory for strangers' URLs: it sees the address that led there."""
+    if not is_public(address[4][0]):
+        message = "is not a public address (see server.allow_private_urls)"
+        raise OSError(f"{address[4][0]} {message}")
     return socket.socket(*address[:3])
+
+
+@functools.lru_cache
+def read_networks(text):
+    """The networks of a list like "127.0.0.1, 10.0.0.0/8". Raises ValueError."""
+    items = text.replace(",", " ").split()
+    return [ipaddress.ip_network(item, strict=False) for item in items]
 
 
 @contextlib.contextmanager
@@ -1266,7 +1376,7 @@ class Wire:
 
     def __init__(self, settings):
         self.settings = settings
-        self.sessions = {}  # (SOCKS proxy, fresh or not) -> session
+        self.sessions = {}  # (SOCKS proxy, fresh or not, public or not) -> session
 
     async def call(self, method, url, *, proxy="", spends=False, **options):
         """-> (response, its whole body). proxy: an address, "" for that of the settings.
@@ -1283,21 +1393,25 @@ class Wire:
         return response, data
 
     @contextlib.asynccontextmanager
-    async def stream(self, url, *, proxy="", **options):
-        """A response to GET, unread. Raises proxy_unavailable, upstream_unreachable."""
+    async def stream(self, url, *, proxy="", public=False, **options):
+        """A response to GET, unread. public: its address, and where that leads to, is no
+        inner one, unless Flow's own is. Raises proxy_unavailable, upstream_unreachable."""
+        public = public and not is_inner(self.settings["flow.api_base_url"])
         with transport_errors(url):
-            response = await self._open("GET", url, proxy, options)
+            if public and is_inner(url):
+                raise OSError("it is not a public address")
+            response = await self._open("GET", url, proxy, options, public=public)
         with contextlib.closing(response):
             yield response
 
-    async def _open(self, method, url, proxy, options, sent=None):
+    async def _open(self, method, url, proxy, options, sent=None, public=False):
         """sent: of a submit, an Event to be set as soon as it may have arrived."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
             proxy = self.settings["proxy.proxy_url"]
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
-        key = socks, bool(sent)
+        key = socks, sent is not None, public and not proxy  # a proxy may be an inner one
         if key not in self.sessions:
             self.sessions[key] = new_session(*key)
         options.update(proxy=plain, trace_request_ctx=sent)
@@ -1327,15 +1441,16 @@ class Wire:
             await session.close()
 
 
-def new_session(socks, fresh):
-    """fresh: each request by a connection of its own, and told when it is sent. Raises
-    proxy_unavailable."""
+def new_session(socks, fresh, public):
+    """fresh: each request by a connection of its own, and told when it is sent. public: to
+    public addresses only. Raises proxy_unavailable."""
     options = {"cookie_jar": aiohttp.DummyCookieJar()}
     if fresh:
         trace = aiohttp.TraceConfig()
         trace.on_request_headers_sent.append(note_sent)
         options["trace_configs"] = [trace]
-    make = aiohttp.TCPConnector
+    factory = public_socket if public else None
+    make = functools.partial(aiohttp.TCPConnector, socket_factory=factory)
     if socks:
         try:
             from aiohttp_socks import ProxyConnector
@@ -1367,7 +1482,7 @@ class Status:
     """What Google says of one output."""
 
     name: str
-    state: str = "pending"  # or "done", "failed"
+    state: str = "pending"  # or "done", "failed", "missing": Google knows no such name
     media: str = ""  # the name that later calls (upscale, download) want
     project: str = ""
     url: str = ""
@@ -1551,7 +1666,7 @@ def read_medium(item):
     error = None
     if word.startswith(("FAIL", "ERROR", "CANCEL")):
         reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
-        error = failed_output(" ".join(str(reason) for reason in reasons if reason))
+        error = failed_output(" ".join(text for text in reasons if isinstance(text, str)))
         state = "failed"
     elif word.startswith(("SUCCESS", "COMPLETE")) or ready and not word:
         state = "done"
@@ -1561,22 +1676,21 @@ def read_medium(item):
 
 def read_link(url):
     """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
-    Raises ValueError where it is no address."""
+    Raises ValueError where it is neither an address nor empty."""
+    if not re.match(r"https?://|\Z", url):
+        raise ValueError(f"{url[:40]!r} is no address")
     expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
     return Link(url, now() + 3600 if expires is None else float(expires))
 
 
-def read_answer(response, data, spends=False):
+def read_answer(response, body, spends=False):
     """A reply's JSON object. Raises google_error; upstream_changed; where it `spends`,
     submit_unknown for whatever may hide a success."""
-    body = None
     status = response.status
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(data)
     if isinstance(body, dict) and status < 300:
         return body
     error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-    reasons = (str(dig(item, "reason")) for item in list_at(error, "details"))
+    reasons = (dig(item, "reason", kind=str) for item in list_at(error, "details"))
     reason = next(filter(None, reasons), "")
     refused = 400 <= status < 500 and status not in (408, 499)
     if spends and not refused and "PUBLIC_ERROR" not in reason:
@@ -1584,7 +1698,7 @@ def read_answer(response, data, spends=False):
     if status < 300:
         raise changed("Google answered with something else than JSON")
     wait = read_number(response.headers.get("Retry-After")) or 0
-    raise google_error(status, reason, str(dig(error, "message")), wait)
+    raise google_error(status, reason, dig(error, "message", kind=str), wait)
 
 
 # Names in a status call; those that are asked for one by one, at a time.
@@ -1602,14 +1716,21 @@ class RestFlow:
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
 
     async def _call(self, token, method, site, path, headers, **options):
-        """-> (response, its body). site: labs, api"""
+        """-> (response, its JSON, or None). site: labs, api"""
         url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
         timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
         options.update(headers=headers, timeout=timeout, proxy=token.proxy_url)
         response, data = await self.wire.call(method, url, **options)
         if self.settings["admin.debug"]:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
-        return response, data
+        body = None
+        with contextlib.suppress(ValueError):
+            body = (
+                parse_json(data)
+                if len(data) < 1 << 16
+                else await asyncio.to_thread(parse_json, data)
+            )
+        return response, body
 
     async def _labs(self, token, method, path, **options):
         """A call to labs.google, which knows the session by its cookie. A session that
@@ -1623,13 +1744,13 @@ class RestFlow:
 
     async def _trpc(self, token, method, path, **options):
         """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
-        response, data = await self._labs(token, method, f"trpc/{path}", **options)
+        response, body = await self._labs(token, method, f"trpc/{path}", **options)
         if response.status == 401:
             raise session_ended("Google refused the session token")
-        body = dig(read_answer(response, data), "result", "data", "json", default={})
+        body = dig(read_answer(response, body), "result", "data", "json", default={})
         status = dig(body, "status", kind=int, default=200)
         if status != 200:
-            raise google_error(status, "", str(dig(body, "statusText")))
+            raise google_error(status, "", dig(body, "statusText", kind=str))
         return body
 
     async def _api(self, token, method, path, *, spends=False, **options):
@@ -1643,9 +1764,9 @@ class RestFlow:
                     await self._open_session(token)
                 access = token.at
             bearer = {"Authorization": f"Bearer {access}"}
-            reply, data = await self._call(token, method, "api", path, bearer, **options)
+            reply, body = await self._call(token, method, "api", path, bearer, **options)
             if reply.status != 401:
-                return read_answer(reply, data, spends)
+                return read_answer(reply, body, spends)
         raise session_ended("Google refuses even a fresh access token")
 
     def expires_soon(self, token):
@@ -1657,25 +1778,28 @@ class RestFlow:
 
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
-        response, data = await self._labs(token, "GET", "auth/session")
-        body = read_answer(response, data)
+        response, body = await self._labs(token, "GET", "auth/session")
+        body = read_answer(response, body)
         access = dig(body, "access_token", kind=str)
         if not access or dig(body, "error"):
             raise session_ended("Session ended. Sign in to Flow again, paste its token")
+        if not re.fullmatch("[!-~]+", access):
+            raise changed("Google gave an odd access token")
         expires = now() + 3600
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
         cookie = response.cookies.get(SESSION_COOKIE)
-        if cookie and len(cookie.value) >= 200:  # Google has renewed it
+        if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
         user = dig(body, "user")
-        return {name: dig(user, name, kind=str) for name in ("email", "name")}
+        return {name: dig(user, name, kind=str)[:200] for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
         if token.id and not token.removed:
-            await self.store.put(token)
+            with contextlib.suppress(StoreError):  # a full disk: what is in memory counts
+                await self.store.put(token)
 
     async def balance(self, token):
         """GET credits. Google leaves a balance of zero out."""
@@ -1723,7 +1847,8 @@ class RestFlow:
 
     async def submit(self, token, job, media):
         if job.plan.kind == "image":
-            path = f"projects/{job.project}/flowMedia:batchGenerateImages"
+            project = quote(job.project, safe="")
+            path = f"projects/{project}/flowMedia:batchGenerateImages"
             context = await self._context(token, job, "")
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
@@ -1775,7 +1900,8 @@ class RestFlow:
                 raise
             pause = 60 if len(names) == 1 else 0
             self.alone.update(dict.fromkeys(names, now() + pause))
-            return Reply([])
+            missing = err.upstream == 404 and len(names) == 1
+            return Reply([Status(names[0], "missing")] if missing else [])
         for name in names:
             self.alone.pop(name, None)
         return read_statuses(body, "")
@@ -1814,13 +1940,13 @@ class RestFlow:
         name = quote(output.media or output.name, safe="")
         form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
         path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
-        response, data = await self._labs(token, "GET", path, allow_redirects=False)
+        response, body = await self._labs(token, "GET", path, allow_redirects=False)
         if 300 <= response.status < 400 and "Location" in response.headers:
             with contextlib.suppress(ValueError):
                 return read_link(response.headers["Location"])
         if response.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
-        read_answer(response, data)
+        read_answer(response, body)
         raise changed("Google gave no download address")
 
 
@@ -2079,6 +2205,8 @@ MAGIC = (  # first bytes, media type, file ending
 )
 MEDIA_NAME = re.compile(r"[A-Za-z0-9_-]{22,64}\.(png|jpg|webp|gif|mp4|bin)")
 PART_SECONDS = 86400  # after which a half-written file is nobody's
+FILE_SIZES = {"image": 64 << 20, "video": 2 << 30}  # largest ones that are kept, bytes
+SPARE_DISK = 64 << 20  # bytes that files leave to the database
 
 
 def sniff(data):
@@ -2093,7 +2221,7 @@ def decode_base64(text):
     """The bytes of a data URL, or of base64 in either alphabet. Raises ValueError."""
     text = text.partition(",")[2] if text.startswith("data:") else text
     text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
 
 
 async def one_piece(data):
@@ -2115,20 +2243,30 @@ class Media:
         path = self.kept / name
         return path if MEDIA_NAME.fullmatch(name) and path.is_file() else None
 
-    async def keep(self, chunks):
-        """Writes a file -> a name that nobody can guess; what bears one is whole."""
+    async def keep(self, chunks, kind):
+        """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
+        OSError on a full disk, upstream_changed where it is larger than any `kind`."""
         part = self.kept / f"{secrets.token_urlsafe(24)}.part"
-        start = b""
+        start, size = b"", 0
+        if self.free_disk() < SPARE_DISK:
+            raise OSError(errno.ENOSPC, "the disk is full")
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
                     start = start or chunk[:16]
+                    size += len(chunk)
+                    if size > FILE_SIZES[kind]:
+                        raise changed(f"The file is larger than {FILE_SIZES[kind] >> 20} MB")
                     await asyncio.to_thread(file.write, chunk)
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
         finally:
             part.unlink(missing_ok=True)
+
+    def free_disk(self):
+        """Bytes that the disk of the data folder has free."""
+        return shutil.disk_usage(self.settings.data).free
 
     async def expire_forever(self):
         """Removes kept files older than `cache.timeout`."""
@@ -2151,7 +2289,12 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures -> their names. All or none."""
+        """Writes a job's input pictures -> their names. All or none. Raises queue_full."""
+        size = sum(map(len, images))
+        size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
+        if size > self.settings["limits.inputs_mb"] << 20:
+            message = "The pictures of open jobs fill limits.inputs_mb"
+            raise GatewayError("queue_full", message, retry_after=30)
         names = [f"{job_id}_{number}" for number in range(len(images))]
         try:
             for name, image in zip(names, images, strict=True):
@@ -2174,8 +2317,10 @@ class Media:
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             value = await self.wire.fetch_public(value, limit, param)
         elif isinstance(value, str):
+            if len(value) > limit * 1.4:  # base64 takes 4/3
+                raise too_large(limit, param)
             try:
-                value = decode_base64(value)
+                value = await asyncio.to_thread(decode_base64, value)
             except ValueError:
                 message = "This picture is neither a URL nor base64"
                 raise bad(message, param, "invalid_image") from None
@@ -2195,13 +2340,24 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "unknown": ("running", "settling", "completed", "failed"),
     "running": ("settling", "failed"),
     "settling": ("completed",),
+    "failed": ("settling",),  # of generation_timeout alone: Google was late
 }
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 
 
+LATE_SECONDS = 86400  # a clip that is late is asked for so long
+MISSES = 2  # answers in a row, a minute apart, that know no such upscale
+
+
 def unfinished(outputs):
     return [output for output in outputs if output.state == "pending"]
+
+
+def timed_out(job):
+    """The outputs that a failed job could still get."""
+    outputs = job.outputs if job.state == "failed" else ()
+    return [output for output in outputs if output.error.get("code") == "generation_timeout"]
 
 
 class Jobs:
@@ -2215,12 +2371,16 @@ class Jobs:
         self.settings, self.store = pool.settings, store
         self.pool, self.media = pool, media
         self.open = {}  # job id -> Job
+        self.late = {}  # the same, of those that ran out of time in the last day
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
         self._pauses = defaultdict(lambda: backoff(self.settings["flow.poll_interval"]))
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
+        for job in store.jobs(states=("failed",), limit=500):
+            if timed_out(job) and job.completed_at > now() - LATE_SECONDS:
+                self.late[job.id] = job
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
@@ -2238,6 +2398,9 @@ class Jobs:
         writing = self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
         try:
             await asyncio.shield(writing)
+        except StoreError:
+            self.media.drop_inputs(job.inputs)
+            raise
         except asyncio.CancelledError:  # the client left in this very moment
             await writing
             job.detached = detached and key.explicit  # else it never learnt the id
@@ -2285,6 +2448,7 @@ class Jobs:
         for output in job.outputs:
             if path := self.media.path(output.file):
                 await asyncio.to_thread(path.unlink, missing_ok=True)
+        self.late.pop(job.id, None)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
 
     async def abandon(self, job):
@@ -2298,7 +2462,7 @@ class Jobs:
     async def watch(self, job):
         """Yields at once, at each change and each HEARTBEAT seconds until the job is
         completed. Raises why it is not."""
-        while job.id in self.open and not job.task.done() and not self.stopping:
+        while job.id in self.open and not (job.ended or job.task.done() or self.stopping):
             changed = job.changed
             yield
             await self._wait(changed, HEARTBEAT)
@@ -2347,7 +2511,8 @@ class Jobs:
     async def fetch(self, job, output, thumbnail=False, **headers):
         """A GET of a file. Raises content_not_found, upstream_unreachable, as link."""
         token, reason = self.token_of(job), "no address"
-        options = {"proxy": token.proxy_url if token else "", "timeout": FILE_TIMEOUT}
+        proxy = token.proxy_url if token else ""
+        options = {"proxy": proxy, "timeout": FILE_TIMEOUT, "public": True}
         options["headers"] = {**headers, "Accept-Encoding": "identity"}
         for anew in (False, True):  # an address that has died is asked for anew
             if url := await self.link(job, output, anew, thumbnail):
@@ -2393,13 +2558,22 @@ class Jobs:
         return job
 
     async def _run(self, job):
+        """To its end: what fails in a way that nobody foresaw is done again, ever later."""
         try:
-            await self._advance(job)
-        except GatewayError as err:
-            await self._step(job, "failed", error=err.record(), completed_at=now())
-        except Exception:
-            log.critical("%s stands still until the next start", job.id, exc_info=True)
-        finally:  # on a full disk, too, which refuses the last step
+            for pause in backoff():
+                try:
+                    return await self._advance(job)
+                except GatewayError as err:
+                    fields = {"error": err.record(), "completed_at": now()}
+                    return await self._step(job, "failed", **fields)
+                except Exception:
+                    log.exception("%s: %s failed; again in %d s", job.id, job.state, pause)
+                    if job.state == "submitting":  # it may have been sent
+                        await self._step(job, "unknown")
+                    if job.state == "queued":
+                        self.pool.release(job)
+                    await asyncio.sleep(pause)
+        finally:
             self.pool.release(job)
             self._tell(job)
 
@@ -2409,8 +2583,10 @@ class Jobs:
             await self._submit(job)
         if job.state == "unknown":
             await self._look_for(job)
+        if job.state == "failed":  # Google has finished it after its deadline
+            await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
-            await self._await(job, job.outputs, job.deadline)
+            await self._await(job, job.outputs)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
@@ -2431,13 +2607,29 @@ class Jobs:
         if state not in STEPS.get(job.state, ()):
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
-        await self.store.put(job, *filter(None, records))
+        await self._save(job, *filter(None, records))
         if job.ended:
             self.open.pop(job.id, None)
+            if timed_out(job):
+                self.late[job.id] = job
             self.pool.release(job)
             self.media.drop_inputs(job.inputs)
             log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
         self._tell(job)
+
+    async def _save(self, *records):
+        """Returns when they are on the disk; until a full one has room again, it waits."""
+        for pause in backoff(0.5):
+            try:
+                await self.store.put(*records)
+                break
+            except StoreError:
+                if self.stopping:
+                    raise
+                for job in records:
+                    if isinstance(job, Job):
+                        self._tell(job, "Waiting for room on the disk")
+                await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -2544,45 +2736,68 @@ class Jobs:
         polls = {}  # token id -> task: a slow account holds up no other
         while True:
             await asyncio.sleep(self.settings["flow.poll_interval"])
-            pending = defaultdict(dict)  # token id -> {output: its job}
-            for job in self.open.values():
-                pending[job.token_id] |= dict.fromkeys(unfinished(job.outputs), job)
+            pending = self._pending()
             for token in self.pool.tokens.values():
                 poll, outputs = polls.get(token.id), pending[token.id]
                 if outputs and (not poll or poll.done()):
                     polls[token.id] = asyncio.create_task(self._poll(token, outputs))
 
+    def _pending(self):
+        """token id -> {output to ask for: its job}; what is late ever more rarely."""
+        pending = defaultdict(dict)
+        for job in self.open.values():
+            pending[job.token_id].update(dict.fromkeys(unfinished(job.outputs), job))
+        for job in list(self.late.values()):
+            age = now() - job.completed_at
+            if age > LATE_SECONDS:
+                del self.late[job.id]
+            elif now() >= job.look_at:
+                job.look_at = now() + min(max(age, 60), 3600)
+                pending[job.token_id].update(dict.fromkeys(timed_out(job), job))
+        return pending
+
     async def _poll(self, token, outputs):
-        """A call that fails says nothing of the clips; it comes again, ever later."""
+        """A call that fails says nothing of the clips; it comes again, ever later. The time
+        until then is not theirs: an outage fails none of them."""
+        start = now() - self.settings["flow.poll_interval"]
         try:
             reply = await self.pool.adapter_for(token).poll(token, list(outputs))
-        except GatewayError as err:
-            log.warning("status call for %s: %s", token.email, err)
-            if err.effect is Effect.SESSION and token.is_active:
+            if reply.credits is not None:
+                token.credits = reply.credits
+                self.pool.wake()
+            await self._hear(reply.statuses, outputs)
+            self._pauses.pop(token.id, None)
+        except Exception as err:
+            odd = not isinstance(err, GatewayError | StoreError)
+            log.warning("status call for %s: %s", token.email, err, exc_info=odd)
+            if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
                 self.pool.blame(token, err)
             await asyncio.sleep(next(self._pauses[token.id]))
-            return
-        self._pauses.pop(token.id, None)
-        if reply.credits is not None:
-            await self.pool.update(token, credits=reply.credits)
-        await self._hear(reply.statuses, outputs)
+            for job in set(outputs.values()):
+                job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
         """Notes an answer to a status call; the jobs that it moves hear when it is on disk."""
         told = {status.name: status for status in statuses}
-        limit = self.settings["flow.max_poll_attempts"]
         moved = []
-        for output in outputs:
-            if status := told.get(output.name):
-                output.answers += 1
+        for output, job in outputs.items():
+            status = told.get(output.name)
+            if not status or (job.ended and status.state != "done"):
+                continue
+            output.heard_at = now()
+            output.answers += 1
+            output.missing = output.missing + 1 if status.state == "missing" else 0
+            if not output.missing:
                 await self._note(output, status)
-                if output.state != "pending" or output.answers >= limit:
-                    moved.append(output)
+            if output.missing or output.state != "pending" or self._is_late(job, output):
+                moved.append(output)
         try:
             if moved:
                 await self.store.put(*moved)
         finally:  # on a full disk, too: nobody else would wake the jobs
             for job in {outputs[output] for output in moved}:
+                if self.late.pop(job.id, None):
+                    self._start(job)
                 self._tell(job, job.stage)
 
     async def _note(self, output, status):
@@ -2592,26 +2807,38 @@ class Jobs:
             output.update(url=link.url, url_expires=link.expires)
         if status.data:
             with contextlib.suppress(OSError):  # a full disk: Google still has it
-                output.file = await self.media.keep(one_piece(status.data))
+                output.file = await self.media.keep(one_piece(status.data), "image")
         output.media = status.media or output.media
         output.error = status.error.record() if status.error else {}
         output.state = status.state
 
-    async def _await(self, job, outputs, deadline):
-        """Until Google has said its last word on them, or the deadline fails them."""
+    async def _await(self, job, outputs):
+        """Until Google has said its last word on them, or the deadline fails them; or does
+        not know an upscale."""
         while pending := unfinished(outputs):
-            changed, limit = job.changed, self.settings["flow.max_poll_attempts"]
-            late = [out for out in pending if now() >= deadline or out.answers >= limit]
+            changed = job.changed
+            if any(out.upscale == Upscale.RUNNING and out.missing >= MISSES for out in pending):
+                return
+            late = [output for output in pending if self._is_late(job, output)]
             for output in late:
                 message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {limit} answers (flow.max_poll_attempts); it may still appear"
-                message += f" in project {output.project} as {output.media or output.name}"
+                message += f" {output.answers} answers (flow.max_poll_attempts); it may still"
+                message += f" appear here, or in project {output.project} at Flow"
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
-                await self.store.put(*late)
+                await self._save(*late)
             else:
-                await self._wait(changed, max(0.01, deadline - now()))
+                rest = job.deadline - now()
+                await self._wait(changed, rest if rest > 0 else HEARTBEAT)
+
+    def _is_late(self, job, output):
+        """Only what Google says after the deadline makes a clip late. A picture, or a clip
+        that nobody can ask for, is late by the clock, and so is any after a day."""
+        asked = job.plan.kind == "video" and self.token_of(job)
+        by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
+        moment = now() if by_clock else output.heard_at
+        return moment >= job.deadline or output.answers >= self.settings["flow.max_poll_attempts"]
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
@@ -2620,18 +2847,18 @@ class Jobs:
         token = self.token_of(job)
         if token and job.plan.upscale and output.upscale != Upscale.ENDED:
             await self._upscale(job, token, output)
-            await self.store.put(job, output)  # what failed is not waited for again
+            await self._save(job, output)  # what failed is not waited for again
         try:
             if not self.media.path(output.file):
                 await self._patiently(self._keep, job, output)
-        except (GatewayError, OSError) as err:
+        except (GatewayError, OSError, StoreError) as err:
             job.notes.append(f"The file can't be fetched now ({err}); it's kept at Flow.")
 
     async def _keep(self, job, output):
         if self.settings["cache.enabled"]:
             self._tell(job, "Fetching the file")
             async with self.fetch(job, output) as reply:
-                output.file = await self.media.keep(chunks(reply))
+                output.file = await self.media.keep(chunks(reply), job.plan.kind)
         else:
             await self.link(job, output)
 
@@ -2640,20 +2867,30 @@ class Jobs:
         size = job.plan.upscale
         self._tell(job, f"Upscaling to {size}")
         try:
-            status = await self._ask_to_upscale(job, token, output)
-            output.update(name=status.name, url="", url_expires=0.0, file="", answers=0)
-            output.upscale = Upscale.RUNNING
-            await self._note(output, status)
-            if status.data and not output.file:
-                raise GatewayError("internal_error", "the disk is full")
-            await self.store.put(output)
-            await self._await(job, [output], self._deadline("video"))
+            if not await self._upscaled(job, token, output):
+                output.update(**output.original, state="done", upscale=Upscale.NONE)
+                if not await self._upscaled(job, token, output):
+                    raise GatewayError("upstream_error", "Google has never heard of it")
             if output.state == "failed":
                 raise GatewayError(**output.error)
         except GatewayError as err:
             output.update(**output.original, state="done", error={})
             job.notes.append(f"Upscaling to {size} failed, this is the original: {err}")
         output.upscale = Upscale.ENDED
+
+    async def _upscaled(self, job, token, output):
+        """Asks for the larger form, and waits for it -> False where Google knows nothing of
+        it: then the request was lost."""
+        status = await self._ask_to_upscale(job, token, output)
+        output.update(name=status.name, url="", url_expires=0.0, file="", answers=0, missing=0)
+        output.upscale = Upscale.RUNNING
+        await self._note(output, status)
+        if status.data and not output.file:
+            raise GatewayError("disk_full", "the disk is full")
+        await self._save(output)
+        job.deadline = self._deadline("video")
+        await self._await(job, [output])
+        return output.state != "pending"
 
     async def _ask_to_upscale(self, job, token, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
@@ -2663,7 +2900,7 @@ class Jobs:
         if job.plan.kind == "video" and output.upscale == Upscale.ASKED:
             return upstream.upscaled(output)
         output.update(original=output.handle(), upscale=Upscale.ASKED)
-        await self.store.put(output)
+        await self._save(output)
         return await self._patiently(upstream.upscale, token, job, output)
 
     async def _patiently(self, call, *arguments):
@@ -2703,19 +2940,58 @@ PICTURE_KEYS = ("image_url", "url", "data", "b64_json")
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
 FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # the default is meant
-FORM_ERRORS = (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError)
+MAX_PARTS = 1000  # fields of a form
+MAX_PROMPT = 20_000
+BODY_STALL = 30.0  # seconds without a byte that end a request
 
 
-async def read_json(request):
-    """The JSON object in a request. Raises invalid_request."""
-    try:
-        raw = await request.read()
-        body = await asyncio.to_thread(json.loads, raw)  # the loop gets a turn
-        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half a surrogate pair is no text
-            text = json.dumps(body, ensure_ascii=False).encode(errors="replace")
-            body = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise bad(f"The body is not JSON: {str(err)[:120]}") from None
+class Bodies:
+    """Reads request bodies: counted as they come, each alone and all together, and given
+    back when they have been read."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.size = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request, most):
+        """The raw body, of at most so many bytes. Raises request_too_large, queue_full,
+        request_timeout, invalid_request."""
+        data = bytearray()
+        try:
+            while chunk := await self._next(request):
+                data += chunk
+                self.size += len(chunk)
+                if len(data) > most:
+                    raise web.HTTPRequestEntityTooLarge(most, len(data))
+                if self.size > self.settings["limits.bodies_mb"] << 20:
+                    message = "Too many large requests at once"
+                    raise GatewayError("queue_full", message, retry_after=10)
+            yield data
+        finally:
+            self.size -= len(data)
+
+    async def _next(self, request):
+        try:
+            async with asyncio.timeout(BODY_STALL):
+                return await request.content.readany()
+        except TimeoutError:
+            message = f"No byte of the body came for {BODY_STALL:g} s"
+            raise GatewayError("request_timeout", message) from None
+        except (aiohttp.ClientPayloadError, HttpProcessingError) as err:
+            raise bad(f"The body can't be read: {type(err).__name__}") from None
+
+
+BODIES = web.AppKey("bodies", Bodies)
+
+
+async def read_json(request, most=0):
+    """The JSON object in a request. Raises invalid_request, and as Bodies.read."""
+    async with request.app[BODIES].read(request, most or request.client_max_size) as raw:
+        try:
+            body = await asyncio.to_thread(parse_json, raw)
+        except ValueError as err:
+            raise bad(f"The body is not JSON: {str(err)[:120]}") from None
     if not isinstance(body, dict):
         raise bad("The body must be a JSON object")
     return body
@@ -2724,25 +3000,59 @@ async def read_json(request):
 async def read_body(request):
     """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]`
     make a list, `name[key]` an object; files are bytes; what is empty is absent."""
-    is_form = request.content_type.startswith("multipart/")
-    if request.content_type == "application/x-www-form-urlencoded":
-        is_form = not (await request.read()).startswith(b"{")  # curl -d without a header
-    if not is_form:
+    kind = request.content_type
+    if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
         return await read_json(request)
-    try:
-        form = await request.post()
-    except FORM_ERRORS as err:
-        raise bad(f"The form can't be read: {str(err)[:120]}") from None
+    async with request.app[BODIES].read(request, request.client_max_size) as raw:
+        if kind.startswith("application/") and raw.startswith(b"{"):  # curl -d, no header
+            parse = parse_json
+        else:
+            parse = functools.partial(parse_form, request.headers["Content-Type"])
+        try:
+            return await asyncio.to_thread(parse, raw)
+        except ValueError as err:
+            raise bad(f"The form can't be read: {str(err)[:120]}") from None
+
+
+def parse_form(content_type, raw):
+    """Raises ValueError; unsupported_encoding."""
     fields = defaultdict(list)
-    for name, value in form.items():
-        if isinstance(value, web.FileField):
-            value = await asyncio.to_thread(value.file.read)
-        elif isinstance(value, bytearray):  # it had no file name
-            value = bytes(value)
+    if content_type.startswith("application/"):
+        if len(raw) > MAX_TEXT:
+            raise ValueError("send large files as multipart/form-data")
+        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS)
+    else:
+        pairs = parse_multipart(content_type, raw)
+    for name, value in pairs:
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
         if value:
             fields[name].append({key: value} if key and not key.isdigit() else value)
     return {name: join_values(values) for name, values in fields.items()}
+
+
+def parse_multipart(content_type, raw):
+    """Yields (name, text or bytes) of multipart/form-data (RFC 7578)."""
+    boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
+    if not boundary:
+        raise ValueError("its Content-Type names no boundary")
+    parts = (b"\r\n" + raw).split(b"\r\n--" + boundary.encode(), MAX_PARTS + 1)
+    if len(parts) < 2 or not parts[-1].startswith(b"--"):
+        raise ValueError("its end is missing, or it has too many parts")
+    for part in parts[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        headers = email.message_from_bytes(head.strip()[:9999])
+        name = headers.get_param("name", header="Content-Disposition")
+        if not isinstance(name, str) or len(head) > 9999:
+            raise ValueError("a part has no name, or a huge head")
+        coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
+        if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
+            raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+        kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+        file = headers.get_filename() is not None or kind in ("image", "video", "audio")
+        if not file:
+            with contextlib.suppress(UnicodeDecodeError):
+                data = data.decode()
+        yield name, data
 
 
 def join_values(values):
@@ -2799,6 +3109,13 @@ def read_prompt(body):
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise bad("prompt is missing: say in it what to make", "prompt")
+    return check_prompt(prompt, "prompt")
+
+
+def check_prompt(prompt, param):
+    if len(prompt) > MAX_PROMPT:
+        message = f"A prompt may have {MAX_PROMPT:,} characters; this has {len(prompt):,}"
+        raise bad(message, param)
     return prompt
 
 
@@ -3044,6 +3361,7 @@ async def read_chat_generation(chat, media):
             more["notes"] = ["The chat's last picture went along as a reference."]
     if settings["chat.use_system_prompt"] and chat.system:
         prompt = f"{chat.system}\n\n{prompt}"
+    check_prompt(prompt, "messages")
     return await make_generation(media, plan, prompt, links, "messages", **more)
 
 
@@ -3086,6 +3404,7 @@ VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know
     "failed": "failed",
     "cancelled": "failed",
 }
+MEDIA_TYPES = {"image": "image/png", "video": "video/mp4"}  # of a part of a file
 # The sides of a wide clip, by its upscale.
 CLIP_PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}
 # A clip in a chat answer: no single form plays everywhere (setting chat.video_content).
@@ -3094,21 +3413,57 @@ CLIP_FORMS = {
     "link": "[video.mp4]({0})",
     "both": '<video src="{0}" controls="controls">\n{0}\n</video>\n\n[video.mp4]({0})',
 }
-OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.(?:mp4|png)")
-PASSED_ON = ("Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "ETag")
+OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.\w{3,4}")
+PASSED_ON = ("Content-Length", "Content-Range", "Accept-Ranges", "ETag")
 FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+FILE_HEADERS["Content-Security-Policy"] = "sandbox"  # what Google sends runs no script here
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
-API_PREFIX = re.compile(r"^(/flow)?(/v1)*/")
-# Headers that tell of a request's job. (Before aiohttp 3.14 such a key was a text.)
-JOB_HEADERS = web.RequestKey("job", dict) if hasattr(web, "RequestKey") else "job_headers"
+API_PREFIX = re.compile(r"/*((flow|v1)/+)*")
+HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+# Headers of the answer to a request. (Before aiohttp 3.14 such a key was a text.)
+ANSWER_HEADERS = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") else "headers"
 
 
 def bearer(request):
     """The key of a request: `Bearer K`, or the bare key that older clients send."""
     header = request.headers.get("Authorization", "")
     return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
+
+
+def forwarded(request, settings, name):
+    """The values of X-Forwarded-<name>, where a trusted proxy sends them; the last hop's last."""
+    networks = read_networks(settings["server.trusted_proxies"])
+    with contextlib.suppress(ValueError):
+        peer = ipaddress.ip_address(request.remote or "")
+        if any(peer in network for network in networks):
+            values = request.headers.get(f"X-Forwarded-{name}", "").split(",")
+            return [value.strip() for value in values if value.strip()]
+    return []
+
+
+def client_address(request, settings):
+    """The address that a request comes from, beyond trusted proxies."""
+    networks = read_networks(settings["server.trusted_proxies"])
+    for address in reversed(forwarded(request, settings, "For")):
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_address(address)
+            if not any(ip in network for network in networks):
+                return str(ip)
+    return request.remote
+
+
+def origin(request, settings):
+    """The scheme and host by which the client came here, as far as they can be used."""
+    scheme = next(iter(forwarded(request, settings, "Proto")), request.scheme)
+    hosts = [*forwarded(request, settings, "Host")[:1], request.headers.get("Host", "")]
+    host = next(filter(HOST.fullmatch, hosts), "")
+    if not host:
+        address, port = request.transport.get_extra_info("sockname")[:2]
+        host = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
 
 
 def same(secret, other):
@@ -3200,13 +3555,11 @@ class Gateway:
         unless the client can come back. A repeated request gets the job that it has made;
         nothing is read then. The job's headers go to the answer."""
         job, replayed = await self._find_or_create(request, body, read, detached)
+        body.clear()  # a client can wait long; its pictures are on the disk by now
         headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
-        request[JOB_HEADERS] = {**headers, **replayed}
+        request[ANSWER_HEADERS].update(headers, **replayed)
         job.clients += 1
         try:
-            if replayed:
-                gone = [out for out in job.done() if not self.media.path(out.file)]
-                await asyncio.gather(*(self.jobs.link(job, output) for output in gone))
             yield job
         except GatewayError as err:
             if not job.submitted_at or err.status < 500:
@@ -3219,7 +3572,7 @@ class Gateway:
 
     async def _find_or_create(self, request, body, read, detached):
         """-> the job, and a header where it is that of an earlier request."""
-        path = API_PREFIX.sub("", request.path)
+        path = re.sub("/+", "/", API_PREFIX.sub("", request.path, 1)).rstrip("/")
         key = await self._key(request, path, body)
         # OpenAI's packages send a request again that took them too long, and count that.
         retried = request.headers.get("x-stainless-retry-count", "0") != "0"
@@ -3279,22 +3632,21 @@ class Api:
         if job.error:
             raise GatewayError("generation_failed", job.error["message"])
 
-    def output_url(self, request, job, output, own=False):
-        """Where a client gets an output without a key: here if it is kept, else at Google.
-        `own`, or none there: an address of ours with a file's name, that passes it on."""
-        kept = self.media.path(output.file)
-        if not kept and not own and output.url:
-            return output.url
+    def output_url(self, request, job, output):
+        """Where a client gets an output, without a key: at an address of ours that ends like
+        a file's name, which passes on what is not kept."""
         ending = "mp4" if job.plan.kind == "video" else "png"
+        ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
-        base = self.settings["cache.base_url"].rstrip("/") or request.url.origin()
-        return f"{base}/tmp/{output.file if kept else name}"
+        base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
+        return f"{base or origin(request, self.settings)}/tmp/{name}"
 
-    def own_urls(self, request, job):
-        return [self.output_url(request, job, output, own=True) for output in job.done()]
+    def output_urls(self, request, job):
+        return [self.output_url(request, job, output) for output in job.done()]
 
-    def video_object(self, request, job):
-        """A job as OpenAI's video object; clients fail on other types."""
+    def video_object(self, request, job, whole=True):
+        """A job as OpenAI's video object; clients fail on other types. whole: not as in a
+        list, where a prompt is cut to 500 characters."""
         status = VIDEO_STATES[job.state]
         error = public_error(job)
         percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
@@ -3304,7 +3656,7 @@ class Api:
             "model": job.plan.model,
             "status": status,
             "progress": percent,
-            "prompt": job.prompt,
+            "prompt": job.prompt if whole else job.prompt[:LISTED_PROMPT],
             "created_at": int(job.created_at),
             "completed_at": int(job.completed_at) or None,
             "expires_at": None,
@@ -3320,7 +3672,7 @@ class Api:
         if error:
             video["fail_reason"] = error["message"]
         if status == "completed":
-            urls = self.own_urls(request, job)
+            urls = self.output_urls(request, job)
             more = {"urls": urls} if len(urls) > 1 else {}
             video.update(url=urls[0], video_url=urls[0], **more)
         return video
@@ -3346,10 +3698,15 @@ class Api:
                 for name in filter(source.headers.__contains__, PASSED_ON):
                     reply.headers[name] = source.headers[name]
                 reply.set_status(source.status)
-                await reply.prepare(request)
-                if request.method != "HEAD":
-                    async for chunk in chunks(source, 1 << 16):
-                        await reply.write(chunk)
+                reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.plan.kind]
+                async for chunk in chunks(source, 1 << 16):
+                    if not reply.prepared and source.status == 200:
+                        reply.content_type = sniff(chunk)[0]
+                    await reply.prepare(request)
+                    if request.method == "HEAD":
+                        break
+                    await reply.write(chunk)
+                await reply.prepare(request)  # where there was no byte
         except GatewayError as err:
             if not reply.prepared:
                 raise
@@ -3429,7 +3786,7 @@ class ChatAnswer:
         job = self.job
         if not job:
             return {"content": self.text}
-        urls = [self.api.output_url(self.request, job, output) for output in job.done()]
+        urls = self.api.output_urls(self.request, job)
         notes = [*job.notes, *self.failures()]
         if self.chat.inline and job.plan.kind == "image":
             images = [
@@ -3506,7 +3863,9 @@ class ImagesApi(Api):
                 return await stream_answer(request, events, self.failed)
             await self.jobs.completed(job)
             data = [await self._picture(request, job, output, form) for output in job.done()]
-            return {"created": int(job.created_at), "data": data}
+            answer = {"created": int(job.created_at), "data": data}
+            text = await asyncio.to_thread(to_json, answer)  # it can be large
+            return web.Response(text=text, content_type="application/json")
 
     async def _picture(self, request, job, output, form):
         """An element of `data`: with b64_json or url, never both."""
@@ -3599,7 +3958,7 @@ class VideosApi(Api):
             await self.find_job(after)
         filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
         jobs = await self.jobs.page(**filters, limit=limit + 1)
-        videos = [self.video_object(request, job) for job in jobs[:limit]]
+        videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
         return {
             "object": "list",
             "data": videos,
@@ -3681,20 +4040,20 @@ class ServiceApi(Api):
         job = await self.find_job(request.match_info["job"])
         if job.token_id != token.id:
             raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
-        return {"success": True, "task": self._task(request, job)}
+        return {"success": True, "task": self._task(request, job, whole=True)}
 
     def _tasks(self, request, token, name, jobs):
         tasks = [self._task(request, job) for job in jobs]
         head = {"success": True, "token_id": token.id, "count": len(tasks)}
         return {**head, name: tasks}
 
-    def _task(self, request, job):
-        video = self.video_object(request, job)
-        urls = self.own_urls(request, job)
+    def _task(self, request, job, whole=False):
+        video = self.video_object(request, job, whole)
+        urls = self.output_urls(request, job)
         return {
             "id": job.id,
             "status": video["status"],
-            "prompt": job.prompt,
+            "prompt": video["prompt"],
             "title": job.plan.describe(),
             "progress_pct": video["progress"] / 100,
             "generations": [{"id": job.id, "url": url} for url in urls],
@@ -3708,8 +4067,10 @@ class ServiceApi(Api):
 # ---- 12. Admin API ---------------------------------------------------------------------
 # Paths, fields and types are those of the programs before this one, for their pages.
 SESSION = "flow2api_session"  # the cookie of our own page; other programs send a Bearer
-SESSION_SECONDS, GUESS_SECONDS = 7 * 86400, 900
-GUESSES_HERE, GUESSES = 10, 100  # failed logins in that time: of an address, of all
+SESSION_SECONDS = 7 * 86400
+GUESS_SECONDS = 900  # that failed logins are remembered
+FREE_GUESSES, GUESSES = 10, 100  # failed logins of an address without a wait; of all
+FRIENDS = 1000  # addresses that are remembered
 PAGE_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " connect-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:"
@@ -3758,7 +4119,11 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-READ_AT_START = ("server.host", "server.port")  # they can stop the next start
+READ_AT_START = (
+    "server.host",
+    "server.port",
+    "server.trusted_proxies",
+)  # they can stop the next start
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
@@ -3813,7 +4178,8 @@ class Sessions:
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
         self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.guesses = []  # failed logins: when, from which address
+        self.friends = set(store.settings().get("friends", ()))  # that have logged in before
+        self.guesses = {}  # address -> (failed logins in a row, unix time of the last one)
 
     def key_of(self, session):
         """A session's hash. It changes with the password, which ends them all."""
@@ -3833,18 +4199,28 @@ class Sessions:
         return rest > 0
 
     async def check_password(self, request, password):
-        """Raises too_many_logins."""
-        start = now() - GUESS_SECONDS
-        address = request.remote
-        guesses = [guess for guess in self.guesses if guess[0] > start]
-        from_here = sum(guess[1] == address for guess in guesses)
-        if from_here >= GUESSES_HERE or len(guesses) >= GUESSES:
-            message = "Too many failed logins; wait a quarter of an hour"
-            raise GatewayError("too_many_logins", message, retry_after=GUESS_SECONDS)
-        self.guesses = [*guesses, (now(), address)]  # before the wait, as many can come
+        """Raises too_many_logins: after some failures an address waits, ever longer; where
+        many fail, so do all addresses that have never logged in."""
+        address = client_address(request, self.settings)
+        forgotten = now() - GUESS_SECONDS
+        self.guesses = {key: value for key, value in self.guesses.items() if value[1] > forgotten}
+        failures, last = self.guesses.get(address, (0, 0))
+        total = sum(number for number, _ in self.guesses.values())
+        wait = 0
+        if total >= GUESSES and address not in self.friends:
+            wait = GUESS_SECONDS
+        elif failures >= FREE_GUESSES:
+            wait = last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now()
+        if wait > 0:
+            message = f"Too many failed logins; wait {math.ceil(wait)} s"
+            raise GatewayError("too_many_logins", message, retry_after=math.ceil(wait))
+        self.guesses[address] = failures + 1, now()  # before the wait, as many can come
         stored = self.settings["global.admin_password"]
         if good := await asyncio.to_thread(password_matches, str(password), stored):
-            self.guesses = [guess for guess in self.guesses if guess[1] != address]
+            self.guesses.pop(address, None)
+            if address not in self.friends:
+                self.friends.add(address)
+                await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
 
 
@@ -3969,7 +4345,7 @@ class AdminApi(Api):
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
-        body = await read_json(request.clone(client_max_size=1 << 16))  # no key yet
+        body = await read_json(request, 1 << 16)  # no key yet
         good = await self.sessions.check_password(request, body.get("password"))
         name = body.get("username")
         if not good or not same(str(name), self.settings["global.admin_username"]):
@@ -3978,7 +4354,8 @@ class AdminApi(Api):
         await self.sessions.keep(session)
         body = ok("Login successful", token=session, username=name)
         answer = web.json_response(body)
-        options = {"httponly": True, "samesite": "Strict", "secure": request.secure}
+        secure = origin(request, self.settings).startswith("https:")
+        options = {"httponly": True, "samesite": "Strict", "secure": secure}
         answer.set_cookie(SESSION, session, max_age=100 * SESSION_SECONDS, **options)
         return answer
 
@@ -4038,12 +4415,12 @@ class AdminApi(Api):
             await self._make_connection_token()
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
-        origin = str(request.url.origin())
+        base = origin(request, self.settings)
         if "base_url" in fields:
-            config["effective_base_url"] = config["base_url"] or origin
+            config["effective_base_url"] = config["base_url"] or base
         if "connection_token" in fields:
-            config["connection_url"] = f"{origin}/api/plugin/update-token"
-            config["pairing_link"] = f"{origin}/#{config['connection_token']}"
+            config["connection_url"] = f"{base}/api/plugin/update-token"
+            config["pairing_link"] = f"{base}/#{config['connection_token']}"
             config.update(self.plugin)
         return ok(message, config=config, **config)
 
@@ -4248,13 +4625,13 @@ class AdminApi(Api):
         self.plugin.update(news)
         self.store.put_setting("plugin", self.plugin)
 
-    def _job_object(self, request, job):
+    def _job_object(self, request, job, whole=False):
         """A job as its owner may see it: the video object, and whose and how it was."""
         token = self.jobs.token_of(job) or Token()
         cost = (job.plan.cost(token.tier) or 0) * job.n if job.submitted_at else 0
         start = job.submitted_at or job.created_at
         return {
-            **self.video_object(request, job),
+            **self.video_object(request, job, whole),
             "state": job.state,
             "stage": job.stage,
             "kind": job.plan.kind,
@@ -4266,7 +4643,7 @@ class AdminApi(Api):
             "username": token.name,
             "cost": cost,
             "duration": (job.completed_at or now()) - start,
-            "urls": self.own_urls(request, job),
+            "urls": self.output_urls(request, job),
         }
 
     async def list_jobs(self, request):
@@ -4286,7 +4663,7 @@ class AdminApi(Api):
 
     async def get_job(self, request):
         job = await self.job_of(request)
-        return ok("Done", job=self._job_object(request, job))
+        return ok("Done", job=self._job_object(request, job, whole=True))
 
     async def delete_job(self, request):
         job = await self.job_of(request)
@@ -4338,8 +4715,13 @@ class AdminApi(Api):
     async def state(self, request):
         tokens = [token_object(token, masked=True) for token in self.tokens.values()]
         jobs = [self._job_object(request, job) for job in self.jobs.open.values()]
-        stats = self.gateway.counters()
-        return {"success": True, "tokens": tokens, "jobs": jobs, "stats": stats}
+        return {
+            "success": True,
+            "tokens": tokens,
+            "jobs": jobs,
+            "stats": self.gateway.counters(),
+            "disk_free_mb": self.media.free_disk() >> 20,
+        }
 
     def _credits(self):
         return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
@@ -4772,7 +5154,6 @@ ROUTES = {
         **{f"* /api/{path}": ServiceApi.absent for path in ABSENT_ADMIN.split()},
     },
 }
-V1_PREFIXES = ("/v1", "", "/flow/v1", "/v1/v1")  # people get base URLs wrong so
 NO_ROUTE = (
     "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
     " (a client that asks for the Responses API: set it to chat completions)"
@@ -4781,6 +5162,12 @@ HTTP_ERRORS = {  # of aiohttp -> code, message
     404: ("not_found", NO_ROUTE),
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
+}
+SERVER_OPTIONS = {
+    "access_log": None,
+    "auto_decompress": False,  # a small body could be huge
+    "handler_cancellation": True,
+    "keepalive_timeout": 60,  # seconds; also those that a request's head may take
 }
 EXPOSED_HEADERS = (
     "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after,"
@@ -4794,27 +5181,21 @@ class Door:
     def __init__(self, settings, sessions):
         self.settings = settings
         self.sessions = sessions
-        self.requests = self.bodies = 0  # under way, and the bytes of their bodies
+        self.requests = 0  # under way
 
     async def admit(self, role, handler, request):
-        """Raises invalid_api_key, request_too_large, queue_full."""
+        """Raises invalid_api_key, request_too_large, unsupported_encoding, queue_full."""
         self._authorise(role, request)
-        most, size = request.client_max_size, 0
-        if role is not Role.PUBLIC and request.can_read_body:  # anybody can announce
-            size = most if request.content_length is None else request.content_length
-        if size > most:  # later would not help
+        most, size = request.client_max_size, request.content_length or 0
+        if size > most:
             raise web.HTTPRequestEntityTooLarge(most, size)
-        crowded = self.requests >= self.settings["limits.requests"]
-        room = (self.settings["limits.bodies_mb"] << 20) - self.bodies
-        if role is Role.KEY and (crowded or size > room):
+        if role is Role.KEY and self.requests >= self.settings["limits.requests"]:
             raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
         self.requests += 1
-        self.bodies += size
         try:
             answer = await handler(request)
         finally:
             self.requests -= 1
-            self.bodies -= size
         if isinstance(answer, web.StreamResponse):
             return answer
         return web.json_response(answer)  # most handlers return just that
@@ -4830,20 +5211,34 @@ class Door:
             raise GatewayError("invalid_api_key", "Send Authorization: Bearer YOUR_API_KEY")
 
 
+# Names a request in the log and in its answer, as OpenAI's packages expect it.
+REQUEST_ID = contextvars.ContextVar("request id", default="")
+
+
 @web.middleware
 async def answer_errors(request, handler):
     """Failures in the caller's format: {"detail"} under /api, else OpenAI's object."""
+    REQUEST_ID.set(f"req_{secrets.token_hex(12)}")
+    request[ANSWER_HEADERS] = {"X-Request-Id": REQUEST_ID.get()}
     try:
         if request.method == "OPTIONS":
             return preflight(request)
+        coding = request.headers.get("Content-Encoding", "identity")
+        if coding.lower() != "identity":
+            message = "Send the body as it is, without Content-Encoding"
+            raise GatewayError("unsupported_encoding", message)
         return await handler(request)
     except GatewayError as err:
         error = err
+    except (StoreError, OSError) as err:
+        if isinstance(err, ConnectionError):  # the client has gone in the middle of an answer
+            raise
+        log.error("%s %s: %s", request.method, request.path, err)
+        message = "The data folder can't be written: is its disk full?"
+        error = GatewayError("disk_full", message, retry_after=60)
     except web.HTTPException as err:
         code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
         error = GatewayError(code, f"{request.method} {request.path[:80]}: {message}")
-    except ConnectionError:  # the client has gone in the middle of an answer
-        raise
     except Exception:
         error = unexpected(request)
     headers = {"Retry-After": str(int(error.retry_after))} if error.retry_after else {}
@@ -4867,8 +5262,11 @@ def preflight(request):
 
 async def add_headers(request, response):
     """What every answer bears: of which job it is, and what a browser may read of it."""
-    response.headers.update(request.get(JOB_HEADERS, {}))
-    if not request.path.startswith("/api/"):
+    response.headers.update(request.get(ANSWER_HEADERS, {}))
+    response.headers["Server"] = "Flow2API"  # not the versions of what it runs on
+    if request.path.startswith("/api/"):
+        response.headers["Cache-Control"] = "no-store"
+    else:
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
 
@@ -4888,11 +5286,13 @@ async def background(app):
 
 
 async def run_forever(loop):
-    try:
-        await loop()
-    except Exception:  # without it nothing would move any more, and nobody would know
-        log.critical("a background loop has died; Flow2API stops", exc_info=True)
-        signal.raise_signal(signal.SIGTERM)
+    """What ends a background loop is logged, and the loop begins anew, ever later."""
+    for pause in backoff():
+        try:
+            await loop()
+        except Exception:
+            log.exception("%s has failed; again in %d s", loop.__qualname__, pause)
+        await asyncio.sleep(pause)
 
 
 def make_app(settings, store):
@@ -4900,6 +5300,7 @@ def make_app(settings, store):
     limit = settings["limits.body_mb"] << 20
     app = web.Application(middlewares=[answer_errors], client_max_size=limit)
     app[GATEWAY] = gateway = Gateway(settings, store)
+    app[BODIES] = Bodies(settings)
     apis = [api(gateway) for api in (AdminApi, ServiceApi, ChatApi, ImagesApi, VideosApi)]
     app[SESSIONS] = apis[0].sessions
     door = Door(settings, app[SESSIONS])
@@ -4915,9 +5316,54 @@ def make_app(settings, store):
 
 
 def add_route(app, route, handler):
+    """A route of /v1 is met by what people make of it: without /v1, twice, //, … ."""
     method, path = route.split(" ", 1)
-    for prefix in V1_PREFIXES if path.startswith("/v1/") else ("",):
-        app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), handler)])
+    if path.startswith("/v1/"):
+        end = path.removeprefix("/v1/")
+        again = "" if "{" in end else f"(/+{end})?"
+        numbers = itertools.count()
+        end = re.sub("/", lambda match: f"{{_{next(numbers)}:/+}}", end)
+        path = f"/{{_before:{API_PREFIX.pattern}}}{end}{{_after:{again}/*}}"
+    app.add_routes([web.route(method, path, handler)])
+
+
+class Refusal(asyncio.Protocol):
+    """For a connection that can't be taken: says so, and closes it."""
+
+    def connection_made(self, transport):
+        body = to_json(GatewayError("queue_full", "Too many connections at once").body())
+        head = "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10"
+        head += f"\r\nConnection: close\r\nContent-Length: {len(body)}"
+        transport.write(f"{head}\r\n\r\n{body}".encode())
+        transport.close()
+
+
+def file_limit():
+    """Raises the limit of open files of this process as far as it may -> that limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 8192
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(soft, most)
+
+
+async def listen(server, settings):
+    """Takes connections, as long as there are files for all of them -> asyncio's server."""
+    most = file_limit() // 2  # a client's, and one to Google
+
+    def take():
+        if len(server.connections) < most:
+            return server()
+        log.warning("more than %d connections at once; the newest are refused", most)
+        return Refusal()
+
+    loop = asyncio.get_running_loop()
+    host, port = settings["server.host"], settings["server.port"]
+    return await loop.create_server(take, host, port)
 
 
 def open_store(settings):
@@ -4986,15 +5432,19 @@ async def serve(settings, demo):
             stack.push_async_callback((await start_demo(settings)).cleanup)
         store = open_store(settings)
         app = make_app(settings, store)
-        options = {"handler_cancellation": True, "shutdown_timeout": 2}
-        runner = web.AppRunner(app, access_log=None, **options)
+        runner = web.AppRunner(app, **SERVER_OPTIONS, shutdown_timeout=2)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        host = settings["server.host"]
-        await web.TCPSite(runner, host, settings["server.port"]).start()
+        listener = await listen(runner.server, settings)
+        stack.callback(listener.close)
         for name in DEMO_ACCOUNTS if demo else ():
             await app[GATEWAY].pool.add(name)
-        greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
+        greet(
+            settings,
+            listener.sockets[0].getsockname()[1],
+            await make_secrets(settings, store),
+            demo,
+        )
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
         for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
@@ -5058,6 +5508,41 @@ async def check_account(pool, token):
     return token.is_active, text
 
 
+class LogFilter(logging.Filter):
+    """Names the request of a line, folds what repeats within a minute, and keeps what a
+    stranger has sent out of the log."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = {}  # text -> (when it was printed, how often it was left out since)
+
+    def filter(self, record):
+        if record.name == "aiohttp.server":  # its text holds the malformed line, keys and all
+            error = record.exc_info[0].__name__ if record.exc_info else ""
+            record.msg = f"A malformed request was refused: {error}"
+            record.args, record.exc_info = (), None
+        record.request = f"{REQUEST_ID.get()} ".lstrip()
+        text = record.getMessage()
+        printed, left_out = self.lines.pop(text, (0, 0))
+        if record.created - printed < 60:
+            self.lines[text] = printed, left_out + 1
+            return False
+        if left_out:
+            record.msg = f"{text} (and {left_out} times more)"
+            record.args = ()
+        self.lines[text] = record.created, 0
+        if len(self.lines) > 500:
+            del self.lines[next(iter(self.lines))]
+        return True
+
+
+def start_log():
+    style = "%(asctime)s %(levelname)s %(request)s%(message)s"
+    logging.basicConfig(level=logging.INFO, format=style)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogFilter())
+
+
 def parse_arguments(argv):
     rows = "\n".join(f"  {row.name:28} {row.help} [{row.default}]" for row in SETTINGS)
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -5087,6 +5572,10 @@ def load_settings(arguments):
         if (value := getattr(arguments, option)) is not None:
             settings.put("command line", f"server.{option}", value, "command line")
     names = dict.fromkeys(product.name for product in PRODUCTS)
+    try:
+        read_networks(settings["server.trusted_proxies"])
+    except ValueError as err:
+        raise SettingError(f"server.trusted_proxies: {err}") from None
     for name in set(settings.models).difference(names):
         there_are = ", ".join(names)
         settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
@@ -5097,8 +5586,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         settings = load_settings(arguments)
-        style = "%(asctime)s %(levelname)s %(message)s"
-        logging.basicConfig(level=logging.INFO, format=style)
+        start_log()
         if arguments.check:
             return 0 if asyncio.run(check(settings)) else 1
         if arguments.backup:
