@@ -8,6 +8,7 @@ RUN pip install --no-cache-dir aiohttp aiohttp-socks
 WORKDIR /app
 COPY flow2api.py admin.html LICENSE ./
 COPY setting.toml config/
+COPY extension extension/
 
 # A user without rights outside of the data folder. Folders that are mounted here must be writable
 # for the user id 1000 (see docker-compose.yml).
