@@ -4903,7 +4903,7 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
         assert len(pixels) == (width + 1) * height and not any(pixels[:: width + 1])
         assert max(pixels) < len(chunks[b"PLTE"]) / 3
         assert png != flow2api.block_picture("a ship", width, height)
-    assert len(set(pixels)) > 60 and {128, 131} < set(pixels)
+    assert len(set(pixels)) > 100
 
 
 @needs_curl
@@ -5005,13 +5005,13 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
     ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
     ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
     ("--data {folder}/odd", r"data folder .*/odd: unable to open .*--data"),
-    ("--data {folder}/busy", r"busy/flow2api\.db is in use by another Flow2API: .*--data"),
+    ("--data {folder}/busy", r"busy/flow2api\.db is used by another Flow2API: .*--data"),
     ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
     ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
     ("--config {folder}/setting.toml", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}/file", r"/file: Expected '='.*line 1"),
-    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API once"),
+    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API"),
 )
 
 
@@ -5114,7 +5114,7 @@ CHECKS = (
     ("new", "", 1, "WRONG no Google account yet: start Flow2API and add one"),
     ("account", "", 1, "WRONG account somebody@example.com: .*Sign in to Flow again"),
     ("file", "", 1, "WRONG data folder .*file: "),
-    ("busy", "", 1, "WRONG .*db is in use by another Flow2API"),
+    ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
     (
         "new",
         "global.admin_password = 'han1234'",
