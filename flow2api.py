@@ -5167,7 +5167,7 @@ def load_settings(arguments):
         raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
         settings.read_file(path)
-    for other in () if path.exists() else path.parent.glob("[Ss]et*"):
+    for other in () if path.exists() else path.parent.glob("[Ss]ett*"):
         settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):

@@ -1842,6 +1842,22 @@ def test_the_stronger_origin_of_a_setting_wins(tmp_path, row):
         assert type(settings[name]) is kind and not settings.warnings
 
 
+def test_a_setting_file_of_another_name_and_a_weak_secret_are_told(tmp_path):
+    (tmp_path / "settings.toml").write_text("")
+    arguments = flow2api.parse_arguments(["--config", str(tmp_path)])
+    settings = flow2api.load_settings(arguments)
+    assert [text for text in settings.warnings if "settings.toml is not read" in text]
+    (tmp_path / "setting.toml").write_text("global.api_key = '12345678'")
+    settings = flow2api.load_settings(arguments)
+    assert not settings.warnings
+    [warning] = flow2api.weak_secrets(settings)
+    assert "global.api_key (file) is easy to guess" in warning and "12345678" not in warning
+    for name, value in (("server.host", "127.0.0.1"), ("global.api_key", secrets.token_hex(8))):
+        settings = flow2api.load_settings(arguments)
+        settings.put("environment", name, value, "test")
+        assert not [*flow2api.weak_secrets(settings)]
+
+
 def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_path):
     """A placeholder is no value, and what can not be read stops the start."""
     settings = flow2api.Settings()
