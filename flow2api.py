@@ -1281,6 +1281,16 @@ SPECIAL_NETS = """
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
+def is_deep(value):
+    """Whether lists and objects are nested in more than MAX_DEPTH levels."""
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        items = itertools.chain.from_iterable(items)
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
+
+
 def parse_json(raw):
     """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
     pair in a text becomes a question mark. Raises ValueError."""
@@ -1293,12 +1303,7 @@ def parse_json(raw):
         value = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        items = [item.values() if isinstance(item, dict) else item for item in level]
-        items = itertools.chain.from_iterable(items)
-        level = [item for item in items if isinstance(item, dict | list)]
-    if level:
+    if is_deep(value):
         raise ValueError("it is nested too deeply")
     if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
@@ -3302,19 +3307,24 @@ def parse_multipart(content_type, raw):
         raise ValueError("its end is missing, or it has too many parts")
     for part in parts[1:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
-        headers = email.message_from_bytes(head.strip()[:9999])
-        name = headers.get_param("name", header="Content-Disposition")
-        if not isinstance(name, str) or len(head) > 9999:
-            raise ValueError("a part has no name, or a huge head")
-        coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
-        if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
-            raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
-        kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
-        file = headers.get_filename() is not None or kind in ("image", "video", "audio")
-        if not file:
-            with contextlib.suppress(UnicodeDecodeError):
-                data = data.decode()
-        yield name, data
+        if len(head) > 9999:
+            raise ValueError("a part has a huge head")
+        yield read_part(email.message_from_bytes(head.strip()), data)
+
+
+def read_part(headers, data):
+    """-> the name of a form's part, and its text, or its bytes."""
+    name = headers.get_param("name", header="Content-Disposition")
+    if not isinstance(name, str):
+        raise ValueError("a part has no name")
+    coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
+    if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
+        raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+    if headers.get_filename() is None and kind not in ("image", "video", "audio"):
+        with contextlib.suppress(UnicodeDecodeError):
+            data = data.decode()
+    return name, data
 
 
 def join_values(values):
@@ -3876,15 +3886,10 @@ class Gateway:
         nothing is read then. The job's headers go to the answer."""
         path = re.sub("/+", "/", API_PREFIX.sub("", request.path, count=1)).rstrip("/")
         key = await self._key(request, path, body)
-        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
-            job = await self._earlier(request, key)
-            headers = {"Idempotent-Replayed": "true"} if job else {}
-            if not job:
-                detached = detached or key.explicit
-                job = await self._create(path.split("/")[0], key, read, detached)
+        job, replayed = await self._find_or_create(request, path, key, read, detached)
         body.clear()  # a client can wait long; its pictures are on the disk by now
-        headers.update({"X-Job-Id": job.id, "x-should-retry": "false"})  # it would pay twice
-        request[ANSWER_HEADERS].update(headers)
+        headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
+        request[ANSWER_HEADERS].update(headers, **replayed)
         job.clients += 1
         try:
             yield job
@@ -3906,6 +3911,14 @@ class Gateway:
             raise bad("An Idempotency-Key may have 255 printable characters at most")
         request_hash = await asyncio.to_thread(fingerprint, [path, body])
         return RequestKey(value or request_hash, request_hash, explicit=bool(value))
+
+    async def _find_or_create(self, request, path, key, read, detached):
+        """-> the job, and a header where it is that of an earlier request."""
+        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
+            if job := await self._earlier(request, key):
+                return job, {"Idempotent-Replayed": "true"}
+            detached = detached or key.explicit
+            return await self._create(path.split("/")[0], key, read, detached), {}
 
     async def _earlier(self, request, key):
         """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
@@ -3988,7 +4001,7 @@ class Api:
             "model": job.plan.model,
             "status": status,
             "progress": percent,
-            "prompt": job.prompt if whole else job.prompt[:LISTED_PROMPT],
+            "prompt": job.prompt[: None if whole else LISTED_PROMPT],
             "created_at": int(job.created_at),
             "completed_at": int(job.completed_at) or None,
             "expires_at": None,
@@ -4536,30 +4549,35 @@ class Sessions:
             self.keep(session)
         return rest > 0
 
+    def _wait(self, address):
+        """The seconds until an address may try again."""
+        start = now() - GUESS_SECONDS
+        self.guesses = {who: guess for who, guess in self.guesses.items() if guess[1] > start}
+        failures, last = self.guesses.get(address, (0, 0))
+        total = sum(number for number, _ in self.guesses.values())
+        if total >= GUESSES and address not in self.friends:
+            return GUESS_SECONDS
+        if failures < FREE_GUESSES:
+            return 0
+        return math.ceil(last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now())
+
     async def check_password(self, request, password):
         """Raises too_many_logins: after some failures an address waits, ever longer; where
         many fail, so do all addresses that have never logged in."""
         address = client_address(request, self.settings)
-        forgotten = now() - GUESS_SECONDS
-        self.guesses = {key: value for key, value in self.guesses.items() if value[1] > forgotten}
-        failures, last = self.guesses.get(address, (0, 0))
-        total = sum(number for number, _ in self.guesses.values())
-        wait = 0
-        if total >= GUESSES and address not in self.friends:
-            wait = GUESS_SECONDS
-        elif failures >= FREE_GUESSES:
-            wait = last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now()
-        if wait > 0:
-            message = f"Too many failed logins; wait {math.ceil(wait)} s"
-            raise GatewayError("too_many_logins", message, retry_after=math.ceil(wait))
-        self.guesses[address] = failures + 1, now()  # before the wait, as many can come
+        if (wait := self._wait(address)) > 0:
+            message = f"Too many failed logins; wait {wait} s"
+            raise GatewayError("too_many_logins", message, retry_after=wait)
+        failures, _ = self.guesses.get(address, (0, 0))
+        self.guesses[address] = failures + 1, now()  # before the check, as many can come
         self.settings.read_stored(self.store.settings())  # by --reset-password, perhaps
         stored = self.settings["global.admin_password"]
-        if good := await asyncio.to_thread(password_matches, str(password), stored):
+        good = await asyncio.to_thread(password_matches, str(password), stored)
+        if good:
             self.guesses.pop(address, None)
-            if address not in self.friends:
-                self.friends.add(address)
-                await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
+        if good and address not in self.friends:
+            self.friends.add(address)
+            await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
 
 
@@ -5632,24 +5650,27 @@ async def answer_errors(request, handler):
     try:
         if request.method == "OPTIONS":
             return preflight(request)
-        coding = request.headers.get("Content-Encoding", "identity")
-        if coding.lower() != "identity":
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             message = "Send the body as it is, without Content-Encoding"
             raise GatewayError("unsupported_encoding", message)
         return await handler(request)
+    except ConnectionError:  # the client has gone in the middle of an answer
+        raise
     except GatewayError as err:
-        error = err
-    except (StoreError, OSError) as err:
-        if isinstance(err, ConnectionError):  # the client has gone in the middle of an answer
-            raise
-        log.error("%s %s: %s", request.method, request.path, err)
-        message = "The data folder can't be written: is its disk full?"
-        error = GatewayError("disk_full", message, retry_after=60)
+        return error_response(request, err)
     except web.HTTPException as err:
         code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
-        error = GatewayError(code, f"{request.method} {request.path[:80]}: {message}")
+        told = f"{request.method} {request.path[:80]}: {message}"
+        return error_response(request, GatewayError(code, told))
+    except (StoreError, OSError) as err:
+        log.error("%s %s: %s", request.method, request.path, err)
+        message = "The data folder can't be written: is its disk full?"
+        return error_response(request, GatewayError("disk_full", message, retry_after=60))
     except Exception:
-        error = unexpected(request)
+        return error_response(request, unexpected(request))
+
+
+def error_response(request, error):
     headers = {"Retry-After": str(int(error.retry_after))} if error.retry_after else {}
     if error.status in (409, 501):  # it would not help
         headers["x-should-retry"] = "false"
@@ -5880,6 +5901,9 @@ async def start_demo(settings):
     return runner
 
 
+SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT)
+
+
 async def serve(settings):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
@@ -5901,7 +5925,7 @@ async def serve(settings):
         greet(settings, listener.sockets[0].getsockname()[1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
-        for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         await stopped.wait()
         log.info("stopping")
@@ -6040,15 +6064,20 @@ def load_settings(arguments):
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
             settings.put("command line", f"server.{option}", value, "command line")
-    names = dict.fromkeys(product.name for product in PRODUCTS)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings):
+    """What a row of the table can't tell. Raises SettingError."""
     try:
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
+    names = dict.fromkeys(product.name for product in PRODUCTS)
     for name in set(settings.models).difference(names):
         there_are = ", ".join(names)
         settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
-    return settings
 
 
 def reset_password(settings):
