@@ -3276,6 +3276,115 @@ async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock
     assert not [secret for secret in hidden if secret in caplog.text + str(errors)]
 
 
+# ---- Addresses and links ----
+
+FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
+BASES = (  # the setting cache.base_url, the headers of a proxy, what links begin with
+    ("", {}, "{0}/tmp/"),
+    ("", FORWARDED, "https://flow.example.com/tmp/"),
+    ("", FORWARDED | {"X-Forwarded-Host": "a b"}, "https://127.0.0.1:"),
+    ("https://me.example", FORWARDED, "https://me.example/tmp/"),
+    ("https://me.example/flow/", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/flow/v1", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/v1/", {}, "https://me.example/tmp/"),
+)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_links_and_the_cookie_are_for_where_the_client_is(world, trusted):
+    networks = "10.0.0.0/8, 127.0.0.0/8" if trusted else "10.0.0.0/8"
+    w = await world(**{"server.trusted_proxies": networks})
+    for base, headers, start in BASES if trusted else BASES[:1]:
+        w.live.put("file", "cache.base_url", base, "test")
+        headers = headers if trusted else FORWARDED
+        body = BOAT | {"response_format": "url"}
+        url = (await w.post(IMAGES, body, headers=headers)).json["data"][0]["url"]
+        assert url.startswith(start.format(w.url)) and url.endswith(".png")
+    body = {"username": "admin", "password": w.password}
+    cookie = (await w.post("/api/login", body, headers=FORWARDED)).headers["Set-Cookie"]
+    assert ("Secure" in cookie) is trusted
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_a_link_is_ours_and_outlives_googles(world, cache):
+    """In a chat, too, with the cache or not; it ends in the name of a file, which players want."""
+    w = await world(video_seconds=0.02, **{"cache.enabled": cache})
+    links = [links_in((await w.chat(model)).content)[0] for model in (BANANA, "veo_3_1")]
+    for job in w.store.jobs():
+        job.outputs[0].url_expires = 0
+        await w.store.put(*job.outputs)
+    for link in links:
+        assert re.fullmatch(rf"{w.url}/tmp/[\w-]+\.(png|mp4)", link)
+        assert (await w.fetch(link)).body in [made.file() for made in w.flow.media.values()]
+    w.live.put("file", "videos.content", "redirect", "test")
+    for link in links:
+        reply = await w.call("GET", link, headers={"Authorization": ""}, allow_redirects=False)
+        target = reply.headers.get("Location", "")
+        assert reply.status == 200 if cache else target.startswith(w.flow.address)
+
+
+PATHS = """GET //v1/models, GET /v1//models, GET /v1/models/, GET /flow/models, GET /models//
+ POST /v1/chat/completions/, POST /v1//chat//completions, POST /v1/v1/chat/completions/
+ POST /v1/chat/completions/chat/completions, POST /flow/v1/chat/completions, GET //v1//videos/
+ POST /v1/images/generations/images/generations, POST /images//generations"""
+
+
+async def test_a_path_that_people_get_wrong_is_found(world):
+    w = await world()
+    for row in re.split(r",|\n", PATHS):
+        method, path = row.split()
+        body = chat_body(BANANA, "a cat") | BOAT if method == "POST" else None
+        assert (await w.call(method, path, body)).status == 200, path
+    for path in ("/v1/nothing", "/v1/v1/modelsx", "/xv1/models", "/v1/chat/completions/x"):
+        assert (await w.get(path)).status in (404, 405), path
+
+
+async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
+    """A signature can be over each byte. A redirect's, too; by our own name."""
+    path = "/p%2Fq/a%7Eb.png?sig=a%2Bb%3D&x=%e4+c&empty"
+    seen = []
+
+    async def answer(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        seen.append(head.split()[1])
+        assert f"User-Agent: Flow2API/{flow2api.__version__}\r\n" in head
+        if head.split()[1].startswith("/start"):
+            writer.write(f"HTTP/1.1 302 x\r\nLocation: {path}\r\n".encode())
+            writer.write(b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            writer.write(b"HTTP/1.1 200 x\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        w = await world()
+        for start in (path, "/start" + path):
+            assert (await w.chat(BANANA, pictures=[host + start])).content
+    assert seen == [path, "/start" + path, path]
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    reply = await w.chat(BANANA, pictures=[f"{host}/gone"])
+    assert "proxy" in expect_error(w, reply, "invalid_image")["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_same_body_again_joins_the_job_of_a_client_that_left(world, stream):
+    """Nobody's key is needed. Who is still there wants another clip."""
+    w = await world(video_seconds=0.3)
+    w.fault = held = hold(PAID)
+    ask = w.stream if stream else w.chat
+    for number in range(3):
+        client = asyncio.create_task(ask())
+        await (held.seen.wait() if number == 0 else asyncio.sleep(0))
+        await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
+        await leave(w, client)
+    client = asyncio.create_task(ask())
+    await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
+    held.release.set()
+    assert links_in((await client).content) and len(w.paid()) == 1
+    both = await asyncio.gather(ask(), ask())
+    assert all(reply.content for reply in both) and len(w.paid()) == 3
+
+
 # ---- Images API, and what is not here ----
 
 RED, BLUE = (flow2api.block_picture(colour, 64, 64) for colour in ("red", "blue"))
