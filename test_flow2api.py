@@ -1655,7 +1655,7 @@ async def test_an_account_that_steps_back_is_left_alone_until_then(world, clock,
 async def dies(w, clock):
     """Google says for minutes that the only account's session is dead."""
     for number in (1, 2, 3):
-        await until(lambda: len(w.token.suspicions) == number)
+        await until(lambda number=number: len(w.token.suspicions) == number)
         assert w.token.is_active
         clock.ahead += 60
     await until(lambda: not w.token.is_active)
@@ -2467,7 +2467,7 @@ account_no_credits ACCOUNT USER_QUOTA_REACHED WORKSPACE_ACCOUNT_QUOTA_REACHED
 upstream_busy RETRY HIGH_TRAFFIC MODEL_OVERLOADED MODEL_DISABLED_DUE_TO_TRAFFIC
  SOMETHING_WENT_WRONG VIDEO_GENERATION_TIMED_OUT
 upstream_changed FINAL 400 Unknown name "x"        |  model_unavailable FINAL 404 Not found.
-upstream_retired SESSION 404 Flow RPCs have been deprecated and disabled  |  generation_failed FINAL 0
+upstream_retired SESSION 404 Flow RPCs have been deprecated  |  generation_failed FINAL 0
 upstream_error RETRY 499 The operation was cancelled.  |  upstream_error RETRY 500 Internal error
 upstream_error RETRY 503 The service is unavailable.   |  upstream_error RETRY 504
 """
@@ -4321,8 +4321,8 @@ async def test_every_route_is_closed_to_all_but_those_who_may(world):
 
 
 CALLS = r"""
-200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1" ; proxy_enabled true
-200 config/proxy cache/config cache/enabled admin/debug | enabled true
+200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1"
+200 cache/config cache/enabled admin/debug | enabled true
 200 config/generation generation/timeout | image_timeout 90 ; video_timeout 90
 200 cache/config cache/base-url | base_url "https://me.example"
 200 cache/config | timeout 90
@@ -4347,6 +4347,12 @@ CALLS = r"""
 400 proxy/config proxy/test PUT/tokens/1 | proxy_url "socks5://h" "SOCKS5://h:1" "http://a..b"
 400 proxy/config PUT/tokens/1 | proxy_url "socks5://a..b:1" "\u0020socks5://h:1"
 400 settings | server.host "x!" "" ; server.data_dir "/elsewhere" ; flow.api_base_url "" "x" 5
+400 proxy/config config/proxy | proxy_enabled true
+400 config/proxy | enabled true
+400 PUT/tokens/1 PUT/tokens/1/status settings | {}
+400 PUT/tokens/1/status | is_active null
+400 admin/apikey | new_api_key null "han1234" "your-api-key"
+400 admin/password | new_password "your-password" "your_password"
 400 admin/apikey | new_api_key "a…secret" "" "12345" "ключ-ключ" "a\u0020blank" 5 ; nothing 1
 400 admin/password | old_password "x" ; new_password "short" "" null 12345678
 400 plugin/config | connection_token "short" "a\u0020blank_0123456789" 5 ; auto_enable_on_update "x"
@@ -4546,6 +4552,10 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
     new = w.flow.add_account("new@example.com", PRO, 1)
     result = await do("POST tokens/batch-add", tokens=[exported[0]["st"], new])
     assert [row["status"] for row in result["details"]] == ["updated", "added"]
+    again = await do("POST tokens/batch-add", tokens=["dead", new])
+    failed, updated = again["details"]
+    assert (failed["status"], updated["status"]) == ("failed", "updated")
+    assert "Sign in to Flow again" in failed["reason"]
     assert result["details"][1]["token_id"] == 7  # an id is never given twice
 
 
@@ -4571,6 +4581,111 @@ async def test_all_accounts_at_once(world):
     await expect("DELETE delete-disabled", True, True, deleted=1)
     await expect("POST disable", False, False, disabled=2)
     assert len(w.store.tokens()) == 2
+
+
+async def test_a_test_or_refresh_that_meets_a_dead_session_shows_on_the_account(world):
+    """And a new session asks for the plan and the balance; not so one hiccup."""
+    w, do = await owner_of(world)
+    (account,) = w.flow.accounts.values()
+    w.token.at_expires = 0
+    w.fault = fault("auth/session", lambda request: web.json_response({}), times=1)
+    assert (await do("POST tokens/1/test"))["token"]["is_active"]
+    w.flow.accounts.clear()
+    for call in ("test", "refresh-at", "refresh-credits"):
+        await do("POST tokens/1/enable")
+        w.token.at = ""
+        await do(f"POST tokens/1/{call}", 503)
+        (row,) = await do("GET tokens")
+        assert not row["is_active"] and "Sign in to Flow again" in row["reason"]
+    await do("PUT tokens/1/status", is_active=False)  # the owner's own word
+    assert (await do("GET tokens"))[0]["reason"] == ""
+    account.tier, account.credits = ULTRA, 7
+    w.flow.accounts["a.new.session"] = account
+    renewed = (await do("PUT tokens/1", st="a.new.session"))["token"]
+    assert shaped(renewed, {"is_active": True, "user_paygate_tier": ULTRA, "credits": 7})
+
+
+async def test_a_moved_account_is_not_added_as_a_good_one(world, clock):
+    """It comes back by itself once Google makes projects for it again."""
+    w, do = await owner_of(world, *())
+    w.fault = fault("createProject", RETIRED)
+    answer = await do("POST tokens", st=w.flow.add_account("moved@example.com", PRO, 5))
+    row = (await do("GET tokens"))[0]
+    for told in (answer["message"], answer["token"]["reason"], row["reason"]):
+        assert "upstream_retired" in told
+    assert (row["email"], row["is_active"]) == ("moved@example.com", False)
+    moved = w.pool.tokens[2]
+    w.fault, clock.ahead = None, 3700
+    await w.pool.ask(moved, flow2api.now())
+    assert moved.is_active and moved.project_id
+
+
+REFUSED = (  # what is refused before there is a job: code, model, fields
+    ("no_credits", "veo_3_1", {}),
+    ("tier_required", "veo_3_1-4k", {}),
+    ("account_throttled", "nano_banana_pro", {}),
+    ("queue_full", "veo_3_1-fast", {}),
+    ("no_accounts", "veo_3_1-fast", {"is_active": False}),
+)
+
+
+async def test_what_made_no_job_has_its_row_in_the_log_and_among_the_failed(world, clock):
+    w, do = await owner_of(world, (PRO, 90))
+    await w.chat(text="unsafe")  # a clip that fails at Google counts
+    assert (w.token.error_count, (await do("GET stats"))["stats"]["today_errors"]) == (1, 1)
+    (failed,) = w.store.jobs()
+    throttled = flow2api.GatewayError("account_throttled", "Slower!")
+    w.token.pauses["image"] = flow2api.Pause(flow2api.now() + 900, 900, throttled)
+    w.live.put("file", "limits.queue", 1, "test")
+    w.token.pauses["video"] = flow2api.Pause(flow2api.now() + 30)
+    waiting = asyncio.create_task(w.chat())
+    await until(lambda: w.pool.queue)
+    (running,) = [row for row in await do("GET logs") if row["task_status"] == "queued"]
+    assert running["status_code"] == 102  # no 200 before the end
+    for code, model, fields in REFUSED:
+        await w.pool.update(w.token, **fields)
+        expect_error(w, await w.chat(model, f"a boat for {code}"), code)
+    rows = [row for row in await do("GET logs") if row["task_status"] == "failed"]
+    jobs = (await do("GET jobs?state=failed"))["jobs"]
+    for (code, model, _), row, job in zip(REFUSED[::-1], rows, jobs, strict=False):
+        assert code in row["response_body"] and model in row["request_body"]
+        assert row["status_code"] == flow2api.ERRORS[code][0]
+        about = {"state": "failed", "model": model, "prompt": f"a boat for {code}"}
+        assert shaped(job, about | {"cost": 0}) and job["error"]["code"] == code
+        assert (await w.get(f"/api/logs/{job['id']}", key=await w.admin())).json == row
+    assert [row["id"] for row in rows] == [job["id"] for job in jobs]
+    assert [job["id"] for job in jobs[5:]] == [running["id"], failed.id]
+    page = await do(f"GET jobs?state=failed&limit=2&after={jobs[3]['id']}")
+    assert page["jobs"] == jobs[4:6] and page["has_more"]
+    await do(f"DELETE jobs/{jobs[0]['id']}")
+    assert (await do("GET jobs?state=failed"))["jobs"] == jobs[1:]
+    assert (await do("GET jobs?model=veo_3_1"))["jobs"] == [jobs[4]]
+    assert len(w.store.jobs()) == 2
+    w.jobs.MOST_REFUSED = 4
+    for _ in range(9):
+        await w.chat()
+    assert len((await do("GET jobs?state=failed"))["jobs"]) == 6
+    expect_error(w, await waiting, "no_accounts")
+
+
+async def test_what_ended_long_ago_goes_a_few_at_a_time(world, impatient, clock):
+    w = await world(**{"limits.jobs_days": 0})
+    for text in ("a boat", "unsafe", "a cat"):
+        await w.chat(text=text)
+    plan = flow2api.resolve("veo_3_1-fast")
+    old = [flow2api.Job(f"video_{i:03}", "failed", 9.0, plan=plan) for i in range(150)]
+    open_one = flow2api.Job("video_open", "running", 9.0, plan=plan)
+    await w.store.put(*old, open_one, *(flow2api.Output(job.id, 0, "x") for job in old))
+    await asyncio.sleep(0.1)
+    assert len(w.store.jobs()) == 154
+    await w.store.prune(99)
+    assert len(w.store.jobs()) == 54
+    w.live.put("file", "limits.jobs_days", 180, "test")
+    await until(lambda: len(w.store.jobs()) == 4)
+    assert w.store.job("video_open") and not w.store._rows("SELECT * FROM outputs WHERE name='x'")
+    clock.ahead = 181 * 86400
+    await until(lambda: len(w.store.jobs()) == 1)
+    assert w.store._rows("SELECT * FROM request_keys") == []
 
 
 async def test_jobs_are_listed_logged_cancelled_and_deleted(world, clock):
