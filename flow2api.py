@@ -170,7 +170,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
     ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
     ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Pictures, and clips, that may wait for an account.", 1, 100000),
+    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
     ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
     ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
@@ -401,8 +401,9 @@ def google_error(status, reason, message="", retry_after=0):
     text = f"{reason} {message} HTTP {status}"
     _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
-    wait = retry_after or (pause if ERRORS[code][0] == 429 else 0)  # Google seldom says it
-    return GatewayError(code, told, retry_after=wait, pause=pause, upstream=status)
+    if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
+        retry_after = pause
+    return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
 
 
 def failed_output(reason):
@@ -917,7 +918,7 @@ class Token(Record):
 
     @property
     def paused_until(self):
-        """The end of its longest pause. Setting it pauses the whole account; 0: ends all."""
+        """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
         return max((pause.until for pause in self.pauses.values()), default=0.0)
 
     @paused_until.setter
@@ -936,7 +937,8 @@ class Token(Record):
     def paused_for(self):
         """Why it pauses now, and what of it."""
         pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
-        return "; ".join(f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses)
+        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
+        return "; ".join(reasons)
 
     def trust(self, plan):
         """It has served: what counts in a row begins anew; a pause that goes on stays."""
@@ -1158,7 +1160,7 @@ class Store:
         return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
 
     def prune(self, before, most=100):
-        """Deletes the oldest jobs that have ended and came before then, with their outputs."""
+        """Deletes the oldest of the ended jobs from before then, and their outputs."""
         old = f"""SELECT id FROM jobs WHERE created_at < ? AND state NOT IN {OPEN}
             ORDER BY created_at LIMIT {most}"""
         return self._write([
@@ -1889,7 +1891,8 @@ class RestFlow:
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
-AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0, "suspicions": ()}
+AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+AWAKE["suspicions"] = ()
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 
@@ -2024,7 +2027,7 @@ class Pool:
 
     def is_due(self, token):
         """By `token_refresh.interval` and its expiry, where that is on; a suspect after
-        each pause; one that we have disabled, not its owner, after an hour, two, four …"""
+        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours."""
         age = now() - token.checked_at
         if not token.is_active:
             return token.reason != "" and age > min(3600 << token.wakings, 86400)
@@ -2101,8 +2104,9 @@ class Pool:
             if err.code != "no_credits":
                 raise
         since = now() - 60
-        tokens = [token for token in self.tokens.values() if token.checked_at < since]
-        await asyncio.gather(*(self.ask(token, since) for token in tokens if token.is_active))
+        active = [token for token in self.tokens.values() if token.is_active]
+        stale = [token for token in active if token.checked_at < since]
+        await asyncio.gather(*(self.ask(token, since) for token in stale))
         return self.able(job, tried)
 
     def crowded(self, kind):
@@ -2432,12 +2436,13 @@ class Jobs:
         jobs = await asyncio.to_thread(self.store.jobs, **filters)
         return [in_memory.get(job.id, job) for job in jobs]
 
-    async def page_with_refused(self, state="", token_id=None, model="", after=None, limit=-1):
+    async def owners_page(self, limit, state="", token_id=None, model="", after=None):
         """As page, the newest first, and with what was refused before it made a job."""
         filters = {"token_id": token_id, "model": model, "after": after, "limit": limit}
         jobs = await self.page(states=[state], **filters)
         if state in ("", "failed") and not token_id:
-            jobs += [job for job in self.refused.values() if model in ("", job.plan.model)]
+            refused = self.refused.values()
+            jobs += [job for job in refused if model in ("", job.plan.model)]
         if after:
             jobs = [job for job in jobs if job.place < after.place]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
@@ -2639,8 +2644,8 @@ class Jobs:
         self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
     async def _submit(self, job):
-        """Until an account takes it, or may have. What raises has spent nothing. Where it
-        is refused wherever it goes, that speaks against it: two accounts step back at most."""
+        """Until an account takes it, or may have. What raises has spent nothing. What is
+        refused everywhere speaks against the job: two accounts at most step back."""
         tried, blamed = set(), set()
         refusal, pauses = None, backoff(times=self.RETRIES)
         while True:
@@ -2713,7 +2718,8 @@ class Jobs:
         upstream = self.pool.adapter_for(token)
         try:
             async with self._time_left(job):
-                job.project = job.source.get("project") or await upstream.project(token, gone)
+                own = job.source.get("project")
+                job.project = own or await upstream.project(token, gone)
                 media = await self._upload(job, token)
                 token.update(last_used_at=now(), use_count=token.use_count + 1)
                 job.update(token_id=token.id, batch=str(uuid.uuid4()))
@@ -2735,7 +2741,7 @@ class Jobs:
         return media
 
     def _time_left(self, job):
-        """A picture ends by its deadline, whatever Google does; a paid clip is waited for."""
+        """A picture ends by its deadline, whatever Google does; not so a paid clip."""
         left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
         return asyncio.timeout(left)
 
@@ -2772,19 +2778,21 @@ class Jobs:
         """A submit whose answer was lost is not sent again: Google is asked for it."""
         token, statuses, looks = self.token_of(job), [], 0
         pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
-        with contextlib.suppress(TimeoutError):
-            async with self._time_left(job):
-                while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
-                    self._tell(job, "The answer of Flow was lost; looking for what it has made")
+        if job.plan.kind == "image":
+            until = job.deadline
+        while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
+            self._tell(job, "The answer of Flow was lost; looking for what it has made")
+            try:
+                async with self._time_left(job):
                     await asyncio.sleep(next(pauses))
-                    try:
-                        upstream = self.pool.adapter_for(token)
-                        statuses = await upstream.find(token, job) or statuses
-                        looks += 1
-                    except GatewayError as err:
-                        log.warning("%s: %s", job.id, err)
+                    upstream = self.pool.adapter_for(token)
+                    statuses = await upstream.find(token, job) or statuses
+                    looks += 1
+            except (GatewayError, TimeoutError) as err:
+                log.warning("%s: %s", job.id, err)
         if not statuses:
-            risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
+            spends = any(job.plan.costs)
+            risk = "credits may be spent" if spends else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
@@ -4325,8 +4333,8 @@ class AdminApi(Api):
         message = "Token added" if new else "Known account: its session is updated"
         if token.reason:
             message += f", but it is disabled: {token.reason}"
-        names = ("id", "email", "credits", "project_id", "project_name", "is_active", "reason")
-        about = {name: getattr(token, name) for name in names}
+        names = ("id", "email", "credits", "project_id", "project_name", "reason")
+        about = token.pick(*names)
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -4335,7 +4343,8 @@ class AdminApi(Api):
         body = await read_json(request)
         fields = read_token_fields(body)
         if all(value is None for value in body.values()):
-            raise bad(f"This sets st, {', '.join(TOKEN_FIELDS)}; the body names none of them")
+            names = ", ".join(TOKEN_FIELDS)
+            raise bad(f"This sets st, {names}; the body names none of them")
         proxy = str(body.get("proxy_url"))
         if "…" in proxy and proxy != mask(token.proxy_url):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
@@ -4436,7 +4445,8 @@ class AdminApi(Api):
             except GatewayError as err:
                 email = item.get("email")
                 errors.append(f"{email or 'an account'}: {err}")
-                detail = {"token_id": None, "email": email, "status": "failed", "reason": str(err)}
+                detail = {"token_id": None, "email": email, "status": "failed"}
+                detail["reason"] = str(err)
             counts[detail["status"]] += 1
             details.append(detail)
         return ok("Imported", **counts, errors=errors, details=details)
@@ -4503,7 +4513,7 @@ class AdminApi(Api):
         state = one_of(query, "state", VIDEO_STATES, "")
         token_id = one_of(query, "token_id", self.tokens, None)
         after = await self.find_job(query["after"]) if query.get("after") else None
-        jobs = await self.jobs.page_with_refused(state, token_id, model, after, limit + 1)
+        jobs = await self.jobs.owners_page(limit + 1, state, token_id, model, after)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}
@@ -4546,7 +4556,7 @@ class AdminApi(Api):
 
     async def list_logs(self, request):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
-        jobs = await self.jobs.page_with_refused(limit=limit)
+        jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
         new = [job for job in jobs if job.created_at > start]
         return [self._log_object(request, job) for job in new]
