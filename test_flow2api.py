@@ -4645,6 +4645,7 @@ async def test_what_made_no_job_has_its_row_in_the_log_and_among_the_failed(worl
     for code, model, fields in REFUSED:
         await w.pool.update(w.token, **fields)
         expect_error(w, await w.chat(model, f"a boat for {code}"), code)
+    await w.end_of(running["id"])  # its account was switched off
     rows = [row for row in await do("GET logs") if row["task_status"] == "failed"]
     jobs = (await do("GET jobs?state=failed"))["jobs"]
     for (code, model, _), row, job in zip(REFUSED[::-1], rows, jobs, strict=False):
