@@ -187,7 +187,8 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
     ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
     ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
+    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
+    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
     ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
@@ -201,7 +202,9 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
 SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
-PLACEHOLDERS = ("", "your_api_key", "your_password")
+# Of this program's and other programs' examples: they count as unset.
+PLACEHOLDERS = ("", "your_api_key", "your_password", "your-api-key", "your-password")
+PLACEHOLDERS += ("han1234", "admin")
 HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
@@ -296,7 +299,7 @@ class Effect(enum.Enum):
     RETRY = "nothing was spent; one more try"
     ACCOUNT = "nothing was spent; this account steps back, another may be tried"
     BAN = "as ACCOUNT, and it counts towards the automatic ban"
-    SESSION = "as ACCOUNT, and the account is disabled"
+    SESSION = "as ACCOUNT, and if that goes on for minutes the account is disabled"
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
@@ -315,14 +318,15 @@ ERROR_TABLE = (  # HTTP status, effect, codes
     (413, Effect.REQUEST, "request_too_large"),
     (415, Effect.REQUEST, "unsupported_encoding"),
     (429, Effect.FINAL, "queue_full too_many_logins"),
+    # Waiting cures these, which all clients know of a 429; of a 503 it does not.
+    (429, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (500, Effect.FINAL, "internal_error"),
     (501, Effect.REQUEST, "not_implemented"),
     (502, Effect.RETRY, "upstream_error upstream_unreachable"),
-    (502, Effect.FINAL, "upstream_changed upstream_retired"),
-    (502, Effect.FINAL, "model_unavailable proxy_unavailable"),
+    (502, Effect.FINAL, "upstream_changed model_unavailable proxy_unavailable"),
+    (502, Effect.SESSION, "upstream_retired"),
     (503, Effect.RETRY, "upstream_busy"),
     (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
-    (503, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
     (503, Effect.BAN, "account_refused"),
     (503, Effect.SESSION, "account_session_ended"),
@@ -373,11 +377,16 @@ def bad(message, param=None, code="invalid_request"):
     return GatewayError(code, message, param=param)
 
 
+# LiteLLM knows a refusal by policy by the first words, OpenAI's own.
+POLICY = (
+    "Your request was rejected as a result of our safety system: Google's content policy"
+    " refused this prompt or picture; change it and try again"
+)
 # What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
 # (0: a clip that failed later); code, seconds an account pauses, message. The first counts.
 # fmt: off
 REASONS = (
-    ("RPCs have been deprecated", "upstream_retired", 0,
+    ("RPCs have been deprecated", "upstream_retired", 20,
      "This account has moved to flow.google.com, which this version does not speak"),
     ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
@@ -392,8 +401,7 @@ REASONS = (
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
     ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
-     "content_policy_violation", 0,
-     "Google's content policy refused this prompt or picture; change it and try again"),
+     "content_policy_violation", 0, POLICY),
     ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
     ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
     ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
@@ -415,7 +423,7 @@ def changed(message):
 
 
 def session_ended(message):
-    return GatewayError("account_session_ended", message)
+    return GatewayError("account_session_ended", message, pause=20)
 
 
 def google_error(status, reason, message="", retry_after=0):
@@ -423,6 +431,8 @@ def google_error(status, reason, message="", retry_after=0):
     text = f"{reason} {message} HTTP {status}"
     _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
+    if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
+        retry_after = pause
     return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
 
 
@@ -669,6 +679,11 @@ class Plan:
         return self.template.format(P=portrait, O=self.ratio, U=ultra, D=self.seconds)
 
     @property
+    def scopes(self):
+        """For what an account that can't make it now may pause: all, a kind, a model."""
+        return "", self.kind, self.family
+
+    @property
     def pace(self):
         """What jobs that take equally long have in common."""
         return self.family, self.mode, self.seconds, self.upscale
@@ -834,6 +849,10 @@ MIGRATIONS = (
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
             ELSE 'running' END) WHERE json_valid(data);
     DROP TABLE logs;""",
+    # So that a start reads few of very many jobs.
+    """CREATE INDEX jobs_by_state_and_time ON jobs (state, created_at, id);
+    DROP INDEX jobs_by_state;
+    CREATE INDEX jobs_by_token ON jobs (token_id, created_at);""",
 )
 
 
@@ -882,6 +901,15 @@ class Record:
             setattr(self, name, value)
 
 
+@dataclass(frozen=True)
+class Pause:
+    """Of an account that steps back: until when, of how many seconds, and why."""
+
+    until: float = 0.0
+    seconds: float = 0.0
+    error: GatewayError | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
@@ -918,11 +946,44 @@ class Token(Record):
     today: dict = field(default_factory=dict)
     busy: Counter = in_memory(Counter)  # leases by kind
     reserved: int = in_memory(int)  # credits of leases whose submit has not been answered
-    paused_until: float = in_memory(float)
-    paused_for: GatewayError | None = in_memory(lambda: None)
-    pause: float = in_memory(float)  # seconds of the last one
+    pauses: dict[str, Pause] = in_memory(dict)  # of a kind, a family, or "" of all
+    suspicions: tuple[float, ...] = in_memory(tuple)  # when its session looked dead
+    wakings: int = in_memory(int)  # in a row, by ourselves, after we have disabled it
+    asked_at: float = in_memory(float)  # when Google was asked about it, answered or not
+    asking: asyncio.Lock = in_memory(asyncio.Lock)
     removed: bool = in_memory(bool)
     lock: asyncio.Lock = in_memory(asyncio.Lock)
+
+    @property
+    def paused_until(self):
+        """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
+        return max((pause.until for pause in self.pauses.values()), default=0.0)
+
+    @paused_until.setter
+    def paused_until(self, until):
+        self.pauses = {"": Pause(until)} if until else {}
+
+    def pause_for(self, plan):
+        """The longest of the pauses that hold up this plan."""
+        own = [self.pauses.get(scope, Pause()) for scope in plan.scopes]
+        return max(own, key=lambda pause: pause.until)
+
+    def is_dead(self):
+        """Whether its session has looked so four times, over two minutes at least."""
+        return len(self.suspicions) >= 4 and now() - self.suspicions[0] >= 120
+
+    def paused_for(self):
+        """Why it pauses now, and what of it."""
+        pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
+        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
+        return "; ".join(reasons)
+
+    def trust(self, plan):
+        """It has served: what counts in a row begins anew; a pause that goes on stays."""
+        self.update(failures=0, suspicions=(), wakings=0)
+        for scope in plan.scopes:
+            if self.pauses.get(scope, Pause()).until <= now():
+                self.pauses.pop(scope, None)
 
     def session(self):
         return self.pick("adapter", "st", "at", "at_expires")
@@ -1038,6 +1099,11 @@ class Job(Record):
 
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
+
+    @property
+    def place(self):
+        """By which jobs are listed."""
+        return self.created_at, self.id
 
     def spent(self, token):
         """Credits that it costs its account."""
@@ -1177,6 +1243,16 @@ class Store:
         sql = "DELETE FROM {} WHERE {} = ?"
         return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
 
+    def prune(self, before, most=100):
+        """Deletes the oldest of the ended jobs from before then, and their outputs."""
+        old = f"""SELECT id FROM jobs WHERE created_at < ? AND state NOT IN {OPEN}
+            ORDER BY created_at LIMIT {most}"""
+        return self._write([
+            (f"DELETE FROM outputs WHERE job_id IN ({old})", [before]),
+            (f"DELETE FROM jobs WHERE id IN ({old})", [before]),
+            ("DELETE FROM request_keys WHERE created_at < ?", [before]),
+        ])  # fmt: skip
+
     def _write(self, steps):
         """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
         written = concurrent.futures.Future()
@@ -1229,17 +1305,24 @@ class Store:
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
     def jobs(
-        self, *, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
+        self,
+        *,
+        kind="",
+        states=(),
+        token_id=None,
+        model="",
+        after=None,
+        oldest_first=False,
+        limit=-1,
     ):
-        """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
-        page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
         tests = {
             "substr(id, 1, 5) = ?": [kind],
             "token_id = ?": [token_id],
             "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [model],
             f"state IN ({', '.join('?' * len(states))})": states,
-            page: [after],
+            f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = " AND ".join(tests) or "TRUE"
@@ -1447,7 +1530,7 @@ class Wire:
     async def _open(self, method, url, proxy, options, sent=None, public=False):
         """sent: of a submit, an Event to be set as soon as it may have arrived."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
-            proxy = self.settings["proxy.proxy_url"]
+            proxy = self.settings["proxy.proxy_url"] or "none"
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
@@ -1562,7 +1645,8 @@ class Upstream(Protocol):
     def expires_soon(self, token): ...  # -> bool: should the session be renewed?
     async def sign_in(self, token): ...  # renews it -> {email, name}; session_ended
     async def balance(self, token): ...  # -> {credits, tier}; costs nothing
-    async def project(self, token): ...  # -> where outputs go; made where none is
+    # -> where outputs go; made where none is, or only one that Flow has no more
+    async def project(self, token, gone=""): ...
     async def upload(self, token, project, data, media_type): ...  # -> name of the medium
     async def submit(self, token, job, media): ...  # -> Reply on all n; submit_unknown
     async def find(self, token, job): ...  # -> [Status] of what a lost submit has made
@@ -1763,6 +1847,7 @@ class RestFlow:
         self.settings, self.wire, self.store = settings, wire, store
         self.captcha_source = captcha_source
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
+        self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
     async def _call(self, token, method, site, path, headers, **options):
         """-> (response, its JSON, or None). site: labs, api"""
@@ -1827,7 +1912,8 @@ class RestFlow:
 
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
-        response, body = await self._labs(token, "GET", "auth/session")
+        async with self.refreshes:
+            response, body = await self._labs(token, "GET", "auth/session")
         body = read_answer(response, body)
         access = dig(body, "access_token", kind=str)
         if not access or dig(body, "error"):
@@ -1858,10 +1944,10 @@ class RestFlow:
             raise changed("Google tells the balance in an unknown form")
         return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
 
-    async def project(self, token):
-        """POST project.createProject, once per account."""
+    async def project(self, token, gone=""):
+        """POST project.createProject, once per account, and for one that is gone."""
         async with token.lock:
-            if token.project_id:
+            if token.project_id not in ("", gone):
                 return token.project_id
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
@@ -1885,7 +1971,7 @@ class RestFlow:
         body = await self._api(token, "POST", "flow/uploadImage", json=request)
         if name := dig(list_at(body, "media"), 0, "name", kind=str):
             return name
-        raise bad("Google dropped a picture (a logo?)", code="content_policy_violation")
+        raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
     async def _context(self, token, job, tier):
         """A clientContext, with a reCAPTCHA token where there is a source of them."""
@@ -2002,6 +2088,9 @@ class RestFlow:
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
 AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+AWAKE["suspicions"] = ()
+SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
+OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 ENDED_ALREADY = (
     "Google says that this session has ended. Sign in to Flow again in your browser, and"
     " paste the new value of its cookie"
@@ -2052,7 +2141,8 @@ class Pool:
     async def add(self, st, wakes=lambda token: True, **fields):
         """The account of a session token -> (token, is it new). wakes: whether that enables
         a token. Raises as sign_in."""
-        draft = Token(**fields, st=clean_session_token(st), created_at=now())
+        draft = Token(st=clean_session_token(st), created_at=now())
+        draft.update(**fields)
         account = await self.sign_in(draft)
         if not account["email"]:
             raise changed("Google's session names no e-mail address")
@@ -2068,6 +2158,9 @@ class Pool:
             await self.adapter_for(token).project(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
+            if err.code == "upstream_retired":
+                self.disable(token, err)
+                await self.update(token)
         return token, token is draft
 
     async def update(self, token, **changes):
@@ -2075,6 +2168,11 @@ class Pool:
         if not token.removed:
             await self.store.put(token)
         self.wake()
+
+    def disable(self, token, err):
+        """Because of this error; `ask` wakes it once Google answers well again."""
+        token.update(is_active=False, reason=f"{err} ({err.code})", checked_at=now())
+        log.warning("%s is disabled: %s", token.email, token.reason)
 
     async def remove(self, token):
         """Raises conflict."""
@@ -2091,46 +2189,97 @@ class Pool:
             await adapter.sign_in(token)
         await self.update(token, **await adapter.balance(token), checked_at=now())
 
+    async def examine(self, token, call):
+        """check or sign_in as the owner asks for it: a session that looks dead twice is
+        told on the account at once. Raises as the call."""
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is Effect.SESSION and (token.is_active or token.reason):
+                self.disable(token, err)
+                await self.update(token)
+            raise
+
+    async def ask(self, token, since):
+        """Checks it, once for all who ask, unless that was begun since then; a failure is
+        told in the log. One that we have disabled wakes up where all is well again."""
+        async with token.asking:
+            if token.asked_at >= since:
+                return
+            token.asked_at = now()
+            if token.reason:
+                token.update(wakings=token.wakings + 1, checked_at=now())
+            try:
+                await self.check(token)
+                if token.reason:
+                    await self.adapter_for(token).project(token)
+                    await self.update(token, **AWAKE)
+                    log.info("%s serves again", token.email)
+                token.suspicions = ()
+            except (GatewayError, StoreError) as err:  # a full disk ends no loop
+                log.warning("check of %s: %s", token.email, err)
+                if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
+                    self.blame(token, err)
+
     async def keep_fresh(self):
-        """For ever: checks accounts, by `token_refresh.interval` and by their expiry."""
+        """For ever: asks about the accounts that are due, begun one after the other."""
         while True:
-            if self.settings["token_refresh.enabled"]:
-                await asyncio.gather(*map(self.check_if_due, list(self.tokens.values())))
+            due = filter(self.is_due, list(self.tokens.values()))
+            await asyncio.gather(*map(self._ask_in_turn, due, itertools.count()))
             await asyncio.sleep(30)
 
-    async def check_if_due(self, token):
-        interval = self.settings["token_refresh.interval"]
-        rest = 60 if self.adapter_for(token).expires_soon(token) else interval
-        if not token.is_active or now() - token.checked_at <= rest:
-            return
-        try:
-            await self.check(token)
-        except (GatewayError, StoreError) as err:  # a full disk ends no loop
-            log.warning("check of %s: %s", token.email, err)
-            token.checked_at = now() - interval + 60
-            if getattr(err, "effect", None) is Effect.SESSION:
-                self.blame(token, err)
+    async def _ask_in_turn(self, token, number):
+        await asyncio.sleep(number / 4)
+        await self.ask(token, now())
 
-    def blame(self, token, err):
-        """It steps back, each time in a row for twice as long; where its session is dead
-        or its failures are too many, it is disabled."""
-        if now() >= token.paused_until:  # else it is one burst: several jobs were refused
-            again = token.paused_for is not None and token.paused_for.code == err.code
-            token.pause = min(token.pause * 2 if again else err.pause, 3600)
-            token.paused_until = now() + token.pause * random.uniform(0.9, 1.1)
-            token.paused_for = err
+    def is_due(self, token):
+        """By `token_refresh.interval` and its expiry, where that is on; a suspect after
+        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours."""
+        age = now() - token.checked_at
+        if not token.is_active:
+            return token.reason != "" and age > min(3600 << token.wakings, 86400)
+        if token.suspicions:
+            return token.pauses.get("", Pause()).until <= now()
+        soon = self.adapter_for(token).expires_soon(token)
+        rest = 60 if soon else self.settings["token_refresh.interval"]
+        due = age > rest and now() - token.asked_at > 60
+        return due and self.settings["token_refresh.enabled"]
+
+    def blame(self, token, err, plan=None):
+        """It steps back for all, or for the kind or the model of the plan; where its
+        session is dead for minutes, or its failures are too many, it is disabled."""
+        scope = ""
+        if plan and err.effect is not Effect.SESSION:
+            scope = plan.family if err.code in OF_A_MODEL else plan.kind
+        pause = token.pauses.get(scope, Pause())
+        if now() >= pause.until:  # else it is one burst: several jobs were refused
+            pause = self._next_pause(pause, err)
             token.failures += err.effect is Effect.BAN
-        token.paused_until = max(token.paused_until, now() + min(err.retry_after, 86400))
+            if err.effect is Effect.SESSION:
+                token.suspicions += (now(),)
+        until = max(pause.until, now() + min(err.retry_after, 86400))
+        token.pauses[scope] = dataclasses.replace(pause, until=until)
         if err.code == "account_no_credits":
             token.credits = 0
-        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
-        if err.effect is Effect.SESSION or too_many:
-            token.update(is_active=False, reason=str(err))
-            log.warning("%s is disabled: %s", token.email, err)
         token.count("error", 1)
+        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
+        if token.is_dead() or too_many:
+            self.disable(token, err)
         if not token.removed:
             self.store.put(token)
         self.wake()
+
+    def _next_pause(self, pause, err):
+        """Each time in a row for twice as long."""
+        most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
+        again = pause.error is not None and pause.error.code == err.code
+        seconds = min(pause.seconds * 2 if again else err.pause, most)
+        return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
     def able(self, job, tried=()):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
@@ -2147,11 +2296,41 @@ class Pool:
             if not tokens:
                 reasons = {token.reason for token in before if not token.is_active} - {""}
                 raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
-        soonest = min(tokens, key=lambda token: token.paused_until)
-        wait = int(soonest.paused_until - now())
-        if wait > 60 and (err := soonest.paused_for):
-            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        self._expect_awake(tokens, job.plan)
         return tokens
+
+    @staticmethod
+    def _expect_awake(tokens, plan):
+        """Raises why all of them pause for more than a minute."""
+        pauses = [token.pause_for(plan) for token in tokens]
+        pause = min(pauses, key=lambda pause: pause.until)
+        wait = int(pause.until - now())
+        if wait > 60 and (err := pause.error):
+            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+
+    async def expect_able(self, job, tried=()):
+        """Raises as `able`; no credits only where no balance is older than a minute."""
+        try:
+            return self.able(job, tried)
+        except GatewayError as err:
+            if err.code != "no_credits":
+                raise
+        since = now() - 60
+        active = [token for token in self.tokens.values() if token.is_active]
+        stale = [token for token in active if token.checked_at < since]
+        await asyncio.gather(*(self.ask(token, since) for token in stale))
+        return self.able(job, tried)
+
+    def crowded(self, kind):
+        """Whether as many jobs of this kind wait as may."""
+        waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
+        return waiting >= self.settings["limits.queue"]
+
+    async def expect_room(self, generation):
+        """Raises as `expect_able`, or queue_full."""
+        await self.expect_able(generation)
+        if self.crowded(generation.plan.kind):
+            raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
     def _conditions(plan, n):
@@ -2179,8 +2358,9 @@ class Pool:
             shunned = token.id in job.shunned
             return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-        awake = [token for token in self.able(job, tried) if token.paused_until <= now()]
-        free = [token for token in awake if token.has_slot(job.plan.kind)]
+        able, plan = self.able(job, tried), job.plan
+        awake = [token for token in able if token.pause_for(plan).until <= now()]
+        free = [token for token in awake if token.has_slot(plan.kind)]
         return min(free, key=load, default=None)
 
     def take(self, token, job):
@@ -2206,10 +2386,11 @@ class Pool:
 
     async def lease(self, job, tried):
         """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
+        await self.expect_able(job, tried)
         turn = asyncio.get_running_loop().create_future()
+        crowded = self.crowded(job.plan.kind)
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
-        crowded = len(self.queue) > self.settings["limits.queue"]
         try:
             if crowded and not tried and not turn.done():
                 raise GatewayError("queue_full", "The queue is full", retry_after=30)
@@ -2413,6 +2594,7 @@ class Jobs:
     """Takes jobs from acceptance to their end, over restarts; alone sets their state."""
 
     RETRIES = 2  # of what costs nothing
+    MOST_REFUSED = 200  # requests without a job that are remembered
     LOOKS, FIRST_LOOK = 6, 2.0  # for a submit of unknown outcome; seconds before
     KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
@@ -2421,6 +2603,8 @@ class Jobs:
         self.pool, self.media = pool, media
         self.open = {}  # job id -> Job
         self.late = {}  # the same, of those that ran out of time in the last day
+        self.refused = {}  # id -> a request that made no job, as one that has failed
+        self.absent = {}  # key -> when Flow had no such in a new project, either
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
@@ -2434,10 +2618,12 @@ class Jobs:
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
         Raises as Pool.able, or queue_full."""
-        self.pool.able(generation)
         kind = generation.plan.kind
-        if len(self.pool.queue) >= self.settings["limits.queue"]:
-            raise GatewayError("queue_full", "The queue is full", retry_after=30)
+        try:
+            await self.pool.expect_room(generation)
+        except GatewayError as err:
+            self._note_refused(generation, origin, err)
+            raise
         fields = {**vars(generation), "origin": origin, "detached": detached}
         images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
         job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
@@ -2457,6 +2643,23 @@ class Jobs:
             raise
         return self._start(job)
 
+    def _note_refused(self, generation, origin, err):
+        """For the owner: a request that made no job, as one that is not stored."""
+        job = Job(
+            id=f"{generation.plan.kind}_{secrets.token_hex(12)}",
+            state="failed",
+            created_at=now(),
+            completed_at=now(),
+            plan=generation.plan,
+            prompt=generation.prompt[:1000],
+            n=generation.n,
+            origin=origin,
+            error=err.record(),
+        )
+        self.refused[job.id] = job
+        if len(self.refused) > self.MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
+
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
         since = now() - (self.KEY_SECONDS if key.explicit else self.REPEAT_SECONDS)
@@ -2473,13 +2676,25 @@ class Jobs:
         return None
 
     async def get(self, job_id):
-        return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
+        job = self.open.get(job_id) or self.refused.get(job_id)
+        return job or await asyncio.to_thread(self.store.job, job_id)
 
     async def page(self, **filters):
         """As Store.jobs, the open ones as they are in memory."""
         in_memory = self.open.copy()  # first: what ends meanwhile is newer in memory
         jobs = await asyncio.to_thread(self.store.jobs, **filters)
         return [in_memory.get(job.id, job) for job in jobs]
+
+    async def owners_page(self, limit, state="", token_id=None, model="", after=None):
+        """As page, the newest first, and with what was refused before it made a job."""
+        filters = {"token_id": token_id, "model": model, "after": after, "limit": limit}
+        jobs = await self.page(states=[state], **filters)
+        if state in ("", "failed") and not token_id:
+            refused = self.refused.values()
+            jobs += [job for job in refused if model in ("", job.plan.model)]
+        if after:
+            jobs = [job for job in jobs if job.place < after.place]
+        return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
 
     async def cancel(self, job):
         """Ends a queued job; raises conflict for what is under way, or has ended."""
@@ -2499,6 +2714,15 @@ class Jobs:
                 await asyncio.to_thread(path.unlink, missing_ok=True)
         self.late.pop(job.id, None)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
+        self.refused.pop(job.id, None)
+
+    async def prune_forever(self):
+        """What ended `limits.jobs_days` ago goes, a few jobs at a time."""
+        while True:
+            if days := self.settings["limits.jobs_days"]:
+                with contextlib.suppress(StoreError):  # a full disk, which the log tells
+                    await self.store.prune(now() - days * 86400)
+            await asyncio.sleep(60)
 
     async def abandon(self, job):
         """Its client is gone: what was not sent is cancelled, any other job runs on."""
@@ -2638,17 +2862,25 @@ class Jobs:
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
             await self._await(job, job.outputs)
+            if token := self.token_of(job):
+                token.count("error", sum(out.state == "failed" for out in job.outputs))
+                await self.store.put(token)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
-            await asyncio.gather(*(self._settle(job, output) for output in job.outputs))
+            try:
+                async with self._time_left(job):
+                    settling = [self._settle(job, output) for output in job.outputs]
+                    await asyncio.gather(*settling)
+            except TimeoutError:
+                job.notes.append("generation.image_timeout is over: this is the original")
         await self._complete(job)
 
     async def _complete(self, job):
         """Its outputs and the counters of its account go to disk with it."""
         if token := self.token_of(job):
-            token.update(failures=0, paused_for=None)
+            token.trust(job.plan)
             token.count(job.plan.kind, len(job.done()))
         await self._step(job, "completed", *job.outputs, token, completed_at=now())
         self._learn(job)
@@ -2696,8 +2928,10 @@ class Jobs:
         self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
     async def _submit(self, job):
-        """Until an account takes it, or may have. What raises has spent nothing."""
-        tried, refusal, pauses = set(), None, backoff(times=self.RETRIES)
+        """Until an account takes it, or may have. What raises has spent nothing. What is
+        refused everywhere speaks against the job: two accounts at most step back."""
+        tried, blamed = set(), set()
+        refusal, pauses = None, backoff(times=self.RETRIES)
         while True:
             token = await self._lease(job, tried, refusal)
             try:
@@ -2707,13 +2941,10 @@ class Jobs:
             if refusal.effect is Effect.UNKNOWN:
                 log.warning("%s: %s; looking for it at Google", job.id, refusal)
                 return await self._step(job, "unknown")
-            gives_up = refusal.code != "account_busy" or token.busy[job.plan.kind] < 2
             self.pool.release(job)
-            if job.state == "submitting":
-                await self._step(job, "queued", submitted_at=0.0)
+            await self._take_back(job)
             if refusal.effect in BLAMED:
-                self.pool.blame(token, refusal)
-                if gives_up:  # else it waits for the account's other jobs
+                if not self._step_back(job, token, refusal, blamed):
                     tried.add(token.id)
             elif refusal.effect is Effect.RETRY and (pause := next(pauses, None)):
                 self._tell(job, f"{refusal}; trying again")
@@ -2721,6 +2952,19 @@ class Jobs:
                 await asyncio.sleep(pause)
             else:
                 raise refusal
+
+    def _step_back(self, job, token, refusal, blamed):
+        """-> whether the job waits for the account, which is just busy with others."""
+        blamed.add(token.id)
+        if len(blamed) > 2:
+            return False
+        self.pool.blame(token, refusal, job.plan)
+        return refusal.code == "account_busy" and token.busy[job.plan.kind] > 0
+
+    async def _take_back(self, job):
+        """It was refused: nothing was spent."""
+        if job.state == "submitting":
+            await self._step(job, "queued", submitted_at=0.0)
 
     async def _lease(self, job, tried, refusal):
         self._tell(job, "Waiting for an account")
@@ -2733,17 +2977,57 @@ class Jobs:
             raise refusal or err from None  # what the last account said says more
 
     async def _submit_on(self, job, token):
+        """Where the account's project is gone at Flow, once more in a new one."""
+        gone, key, reply = "", job.plan.template, None
+        while not reply:
+            try:
+                reply = await self._send(job, token, gone)
+            except GatewayError as err:
+                if err.code != "model_unavailable" or job.source:
+                    raise
+                lately = now() - self.absent.get(key, 0) < 3600
+                if gone:
+                    self.absent[key] = now()
+                if gone or lately:
+                    raise
+                gone = job.project
+                log.warning("%s: is project %s gone? %s", job.id, gone, err)
+                await self._take_back(job)
+        await self._accepted(job, reply)
+        if reply.credits is None and job.plan.cost(token.tier):
+            await self.pool.ask(token, now())  # Google leaves a balance of zero out
+
+    async def _send(self, job, token, gone=""):
+        """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
+        upstream = self.pool.adapter_for(token)
+        try:
+            async with self._time_left(job):
+                own = job.source.get("project")
+                job.project = own or await upstream.project(token, gone)
+                media = await self._upload(job, token)
+                token.update(last_used_at=now(), use_count=token.use_count + 1)
+                job.update(token_id=token.id, batch=str(uuid.uuid4()))
+                await self._step(job, "submitting", token, submitted_at=now())
+                self._tell(job, "Sent to Flow")
+                return await upstream.submit(token, job, media)
+        except TimeoutError:
+            code = "submit_unknown" if job.state == "submitting" else "generation_timeout"
+            message = "There was no picture by generation.image_timeout"
+            raise GatewayError(code, message) from None
+
+    async def _upload(self, job, token):
+        """-> the names that its input pictures have at Google."""
         upstream, media = self.pool.adapter_for(token), []
-        project = job.source.get("project") or await upstream.project(token)
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
-            media.append(await upstream.upload(token, project, data, sniff(data)[0]))
-        token.update(last_used_at=now(), use_count=token.use_count + 1)
-        job.update(token_id=token.id, project=project, batch=str(uuid.uuid4()))
-        await self._step(job, "submitting", token, submitted_at=now())
-        self._tell(job, "Sent to Flow")
-        await self._accepted(job, await upstream.submit(token, job, media))
+            media.append(await upstream.upload(token, job.project, data, sniff(data)[0]))
+        return media
+
+    def _time_left(self, job):
+        """A picture ends by its deadline, whatever Google does; not so a paid clip."""
+        left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
+        return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
@@ -2757,11 +3041,16 @@ class Jobs:
         token = self.token_of(job)
         done = job.done()
         if not done or unfinished(job.outputs):
-            job.deadline = self._deadline(job.plan.kind)
+            self._give_time(job)
             await self._step(job, "running", *job.outputs, token)
         elif job.plan.upscale or not all(map(self._at_hand, done)):
             await self._step(job, "settling", *job.outputs, token)
         self.media.drop_inputs(job.inputs)
+
+    def _give_time(self, job):
+        """A clip's time is counted from the submit."""
+        if job.plan.kind == "video":
+            job.deadline = self._deadline("video")
 
     def _at_hand(self, output):
         return output.file or (output.url and not self.settings["cache.enabled"])
@@ -2773,16 +3062,22 @@ class Jobs:
         """A submit whose answer was lost is not sent again: Google is asked for it."""
         token, statuses, looks = self.token_of(job), [], 0
         pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
+        if job.plan.kind == "image":
+            until = job.deadline
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
-            await asyncio.sleep(next(pauses))
             try:
-                statuses = await self.pool.adapter_for(token).find(token, job) or statuses
-                looks += 1
-            except GatewayError as err:
+                async with self._time_left(job):
+                    await asyncio.sleep(next(pauses))
+                    upstream = self.pool.adapter_for(token)
+                    statuses = await upstream.find(token, job) or statuses
+                    looks += 1
+            except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
         if not statuses:
-            message = f"No reply; credits may be spent: see project {job.project} at Flow"
+            spends = any(job.plan.costs)
+            risk = "credits may be spent" if spends else "it may have been made"
+            message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
 
@@ -3970,12 +4265,12 @@ class Api:
         raise GatewayError("not_found", "There is no such token")
 
     def expect_done(self, job):
-        """Raises task_not_completed, or generation_failed with the job's own reason."""
+        """Raises task_not_completed, or the job's own error."""
         if not job.ended:
             message = f"Task not completed. Current status: {VIDEO_STATES[job.state]}"
             raise GatewayError("task_not_completed", message)
         if job.error:
-            raise GatewayError("generation_failed", job.error["message"])
+            raise GatewayError(**job.error)
 
     def output_url(self, request, job, output):
         """Where a client gets an output, without a key: at an address of ours that ends like
@@ -4304,8 +4599,7 @@ class VideosApi(Api):
         query = request.query
         limit = one_of(query, "limit", range(1, 101), 20)
         oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
-        if after := query.get("after", ""):
-            await self.find_job(after)
+        after = await self.find_job(query["after"]) if query.get("after") else None
         filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
         jobs = await self.jobs.page(**filters, limit=limit + 1)
         videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
@@ -4595,7 +4889,6 @@ def mask(secret):
 def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
-    paused = token.paused_until > now()
     return {
         "id": token.id,
         "email": token.email,
@@ -4625,7 +4918,7 @@ def token_object(token, masked=False):
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
-        "paused_for": str(token.paused_for) if paused else "",
+        "paused_for": token.paused_for(),
         "busy": token.busy,
     }
 
@@ -4645,7 +4938,9 @@ def read_token_fields(body):
         del fields["proxy_url"]
     elif not good_proxy(proxy):
         raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
-    return fields | AWAKE if fields.get("is_active") else fields
+    if "is_active" in fields:  # switched by hand: the owner's word, not ours
+        fields |= AWAKE if fields["is_active"] else {"reason": ""}
+    return fields
 
 
 def read_session_token(body):
@@ -4669,11 +4964,23 @@ def read_setting(name, raw):
         draft.put("admin page", name, raw, "the new value")
     except SettingError as err:
         raise bad(str(err), name) from None
+    if name in SECRETS and raw and raw in PLACEHOLDERS:
+        raise bad(f"{name} is a well-known one: take another", name)
     if form and not re.fullmatch(form[0], raw):
         raise bad(f"{name} {form[1]}", name)
     if name == "proxy.proxy_url" and (not good_proxy(raw) or "…" in raw):
         raise bad(f"{name} {PROXY_FORM}", name)
     return draft.layers["admin page"].get(name)
+
+
+def expect_proxy(settings, new):
+    """Raises invalid_request where a change would switch on a proxy that is none."""
+    before = {name: settings[name] for name in PROXY.values()}
+    after = ChainMap(new, before)
+    if before.keys().isdisjoint(new) or not after["proxy.proxy_enabled"]:
+        return
+    if not after["proxy.proxy_url"]:
+        raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
 
 
 def token_action(action):
@@ -4727,6 +5034,8 @@ class AdminApi(Api):
         password = body.get("new_password")
         if not isinstance(password, str) or len(password) < 8:
             raise bad("A new password needs 8 characters or more", "new_password")
+        if password in PLACEHOLDERS:
+            raise bad("This password is a well-known one: take another", "new_password")
         hashed = await asyncio.to_thread(hash_password, password)
         name = {"global.admin_username": body["username"]} if body.get("username") else {}
         await self._change({"global.admin_password": hashed, **name})
@@ -4745,6 +5054,7 @@ class AdminApi(Api):
             new[name] = read_setting(name, raw)
             row = {"name": f"admin page:{name}", "data": to_json(new[name])}
             rows.append(("settings", row))
+        expect_proxy(settings, new)
         await self.store.put_rows(*rows)
         layer = settings.layers["admin page"]
         layer.update(new)
@@ -4759,10 +5069,10 @@ class AdminApi(Api):
     async def set_config(self, request):
         fields = CONFIGS[request.match_info["group"]]
         body = await read_json(request)
-        sent = {field: raw for field, raw in body.items() if field in fields}
-        if not sent:
-            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
+        sent = {field: body.get(field) for field in fields}
         changes = {fields[field]: raw for field, raw in sent.items() if raw is not None}
+        if not changes:
+            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
@@ -4814,6 +5124,8 @@ class AdminApi(Api):
 
     async def change_settings(self, request):
         body = await read_json(request)
+        if not body:
+            raise bad("The body names no setting")
         for name, raw in body.items():
             if name in NOT_SET_HERE or (name in READ_AT_START and raw is not None):
                 raise bad(f"{name} is not changed here: set it in setting.toml", name)
@@ -4832,8 +5144,10 @@ class AdminApi(Api):
             raise bad("This session token is in the pool already", "st", "conflict")
         token, new = await self.pool.add(st, **fields)
         message = "Token added" if new else "Known account: its session is updated"
-        names = ("id", "email", "credits", "project_id", "project_name")
-        about = {name: getattr(token, name) for name in names}
+        if token.reason:
+            message += f", but it is disabled: {token.reason}"
+        names = ("id", "email", "credits", "project_id", "project_name", "reason")
+        about = token.pick(*names)
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -4841,20 +5155,29 @@ class AdminApi(Api):
         token = self.token_of(request)
         body = await read_json(request)
         fields = read_token_fields(body)
+        if all(value is None for value in body.values()):
+            names = ", ".join(TOKEN_FIELDS)
+            raise bad(f"This sets st, {names}; the body names none of them")
         proxy = str(body.get("proxy_url"))
         if "…" in proxy and proxy != mask(token.proxy_url):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
         st = str(body.get("st") or "")
         st = read_session_token(body) if st and "…" not in st else token.st
-        if st != token.st:
-            draft = Token(st=st, adapter=token.adapter)
-            draft.proxy_url = fields.get("proxy_url", token.proxy_url)
-            account = await self.pool.sign_in(draft)
-            if account["email"] not in ("", token.email):
-                raise bad(f"This session is of {account['email']}", "st", "conflict")
-            fields = {"name": account["name"], **draft.session(), **AWAKE, **fields}
-        await self.pool.update(token, **fields)
+        if st == token.st:
+            await self.pool.update(token, **fields)
+        else:
+            await self._renew_session(token, st, fields)
         return ok("Token updated", token=token_object(token, masked=True))
+
+    async def _renew_session(self, token, st, fields):
+        draft = Token(st=st, adapter=token.adapter)
+        draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+        account = await self.pool.sign_in(draft)
+        if account["email"] not in ("", token.email):
+            raise bad(f"This session is of {account['email']}", "st", "conflict")
+        session = {"name": account["name"], **draft.session(), **AWAKE}
+        await self.pool.update(token, **{**session, **fields})
+        await self.pool.ask(token, now())
 
     async def delete_token(self, request):
         await self.pool.remove(self.token_of(request))
@@ -4866,15 +5189,15 @@ class AdminApi(Api):
 
     @token_action
     async def disable_token(self, token):
-        await self.pool.update(token, is_active=False)
+        await self.pool.update(token, is_active=False, reason="")
 
     @token_action
     async def renew_token(self, token):
-        await self.pool.adapter_for(token).sign_in(token)
+        await self.pool.examine(token, self.pool.adapter_for(token).sign_in)
 
     @token_action
     async def check_token(self, token):
-        await self.pool.check(token)
+        await self.pool.examine(token, self.pool.check)
 
     async def enable_all(self, request):
         return await self._update_all("enabled", AWAKE)
@@ -4905,19 +5228,18 @@ class AdminApi(Api):
         if one_of(request.query, "only_disabled", (True, False), False):
             states = {False}
         for token in list(self.tokens.values()):
-            if token.is_active not in states:
+            was_active = token.is_active
+            if was_active not in states:
                 continue
             try:
-                await self.pool.check(token)
+                await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
                 if not token.is_active:
                     await self.pool.update(token, **AWAKE)
                     counts["auto_enabled"] += 1
-            except GatewayError as err:
+            except GatewayError:
                 counts["invalid"] += 1
-                if token.is_active and err.effect is Effect.SESSION:
-                    self.pool.blame(token, err)
-                    counts["auto_disabled"] += 1
+                counts["auto_disabled"] += was_active and not token.is_active
         return ok("Done", **counts)
 
     async def import_tokens(self, request):
@@ -4933,11 +5255,13 @@ class AdminApi(Api):
             item = item if isinstance(item, dict) else {"st": item}
             try:
                 detail = await self._import(item)
-                counts[detail["status"]] += 1
-                details.append(detail)
             except GatewayError as err:
-                errors.append(f"{item.get('email') or 'an account'}: {err}")
-                counts["failed"] += 1
+                email = item.get("email")
+                errors.append(f"{email or 'an account'}: {err}")
+                detail = {"token_id": None, "email": email, "status": "failed"}
+                detail["reason"] = str(err)
+            counts[detail["status"]] += 1
+            details.append(detail)
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
@@ -4950,7 +5274,8 @@ class AdminApi(Api):
         else:
             token, new = await self.pool.add(st, **fields)
         status = "added" if new else "updated"
-        return {"token_id": token.id, "email": token.email, "status": status}
+        about = {"token_id": token.id, "email": token.email, "reason": token.reason}
+        return {**about, "status": status}
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
@@ -5008,11 +5333,8 @@ class AdminApi(Api):
         model = query.get("model", "")
         state = one_of(query, "state", VIDEO_STATES, "")
         token_id = one_of(query, "token_id", self.tokens, None)
-        if after := query.get("after", ""):
-            await self.find_job(after)
-        jobs = await self.jobs.page(
-            states=[state], token_id=token_id, model=model, after=after, limit=limit + 1
-        )
+        after = await self.find_job(query["after"]) if query.get("after") else None
+        jobs = await self.jobs.owners_page(limit + 1, state, token_id, model, after)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}
@@ -5034,13 +5356,14 @@ class AdminApi(Api):
     def _log_object(self, request, job):
         """A job as a row of the original's log, base64 cut out."""
         row = self._job_object(request, job)
+        status = GatewayError(**job.error).status if job.error else 200
         asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
         return {
             "id": job.id,
             "task_id": job.id,
             "task_status": job.state,
             "operation": f"generate_{job.plan.kind}",
-            "status_code": GatewayError(**job.error).status if job.error else 200,
+            "status_code": status if job.ended else 102,
             "token_id": job.token_id,
             "token_email": row["account"],
             "token_username": row["username"],
@@ -5054,7 +5377,7 @@ class AdminApi(Api):
 
     async def list_logs(self, request):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
-        jobs = await self.jobs.page(limit=limit)
+        jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
         new = [job for job in jobs if job.created_at > start]
         return [self._log_object(request, job) for job in new]
@@ -5722,6 +6045,7 @@ async def background(app):
     await gateway.jobs.resume()
     jobs = gateway.jobs
     loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
+    loops = *loops, jobs.prune_forever
     tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
     for task in tasks:

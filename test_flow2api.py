@@ -566,7 +566,7 @@ FAILURES = (  # code, what its message names, a fault of Flow, model
     ("generation_failed", "ODD", replaced("batchCheck", "UNSAFE", "ODD"), "veo_3_1"),
     ("generation_timeout", "9", replaced("batchCheck", "FAILED", "ACTIVE"), "veo_3_1"),
 )
-TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 4}  # of two accounts; else 1
+TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 2}  # of two accounts; else 1
 
 
 @pytest.mark.parametrize("row", FAILURES, ids=lambda row: f"{row[0]} {row[1]}")
@@ -585,11 +585,16 @@ async def test_a_failure_does_no_more_than_it_must(world, impatient, looks, row)
         expect_error(w, reply, code)
         assert 200 < int(reply.headers["Retry-After"]) < 400
     effect = flow2api.ERRORS[code][1].name
-    assert (len(w.paid()) or len(w.fault.seen)) == TRIES.get(effect, 1)
+    tries = len(w.paid()) or len(w.fault.seen)
+    renewed = code == "account_session_ended"  # each account's access token, once
+    assert tries == TRIES.get(effect, 1) << renewed
     blamed = effect in ("ACCOUNT", "BAN", "SESSION")
+    failed = w.jobs.open == {} and "veo" in "".join(model)  # a clip counts where it was made
+    errors = [token.error_count for token in w.pool.tokens.values()]
+    assert sorted(errors) == ([0, 1] if failed else [blamed] * 2)
     for token in w.pool.tokens.values():
-        assert (token.is_active, token.failures) == (effect != "SESSION", effect == "BAN")
-        assert (token.error_count, token.paused_until > 0) == (blamed, blamed)
+        assert (token.is_active, token.failures) == (True, effect == "BAN")
+        assert (token.paused_until > 0) == blamed
         assert (token.busy.total(), token.reserved) == (0, 0)
 
 
@@ -996,7 +1001,7 @@ async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world
     expect_error(w, await w.chat(), "disk_full")
     refuse_rows(w, "tokens", "TRUE")
     w.token.checked_at = 0
-    await w.pool.check_if_due(w.token)  # what it raises ends the process
+    await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
     assert w.token.checked_at and w.token.is_active
 
 
@@ -1100,8 +1105,8 @@ async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, imp
         path = f"/api/tokens/{token.id}"
         assert (await owner("POST", f"{path}/refresh-at")).status == 200
         token.checked_at = 0
-        await w.pool.check_if_due(token)  # what it raises ends the process
-        assert token.checked_at
+        await w.pool.ask(token, flow2api.now())  # what it raises ends the process
+        assert token.asked_at
     known = [(token.email, token.is_active, token.credits) for token in w.store.tokens()]
     assert known == [("user1@example.com", True, 1), ("user2@example.com", True, 1)]
     w.fault = None
@@ -1111,7 +1116,7 @@ async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, imp
         for name in ("flow.labs_base_url", "flow.api_base_url"):
             w.live.put("admin page", name, url, "test")
         token.checked_at = 0
-        await w.pool.check_if_due(token)
+        await w.pool.ask(token, flow2api.now())
         expect_detail(await owner("POST", f"{path}/test"), 502)
         expect_error(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
     assert (await owner("POST", "/api/settings", {"server.host": None})).status == 200
@@ -1669,13 +1674,22 @@ async def test_an_account_that_steps_back_is_left_alone_until_then(world, clock,
         assert (0 < first.image_count < 8) is works
 
 
-async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient):
+async def dies(w, clock):
+    """Google says for minutes that the only account's session is dead."""
+    for number in (1, 2, 3):
+        await until(lambda number=number: len(w.token.suspicions) == number)
+        assert w.token.is_active
+        clock.ahead += 60
+    await until(lambda: not w.token.is_active)
+
+
+async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient, clock):
     w = await world()
     client = asyncio.create_task(w.chat())
     (job,) = await w.running()
     (account,) = w.flow.accounts.values()
     w.flow.accounts.clear()
-    await until(lambda: not w.token.is_active)
+    await dies(w, clock)
     assert "Sign in to Flow again" in w.token.reason and job.state == "running"
     expect_error(w, await w.chat(), "no_accounts")
     w.flow.accounts["another.session"] = account
@@ -1695,6 +1709,209 @@ async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world
     held.release.set()  # only now the refusal of the old one arrives
     await adding
     assert (await client).content and w.token.is_active
+
+
+HICCUPS = (  # what answers, so many times: each is one dead look of the session
+    ("auth/session", lambda request: web.json_response({}), 1),
+    ("batchGenerateImages", refusal(401), 2),
+)
+
+
+@pytest.mark.parametrize(("on", "answer", "times"), HICCUPS)
+async def test_a_hiccup_of_a_session_disables_nobody(world, impatient, clock, on, answer, times):
+    """While the account is suspect, another serves."""
+    w = await world()
+    w.token.at = ""
+    w.fault = fault(on, answer, times=times)
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    assert w.token.is_active and w.token.paused_until > flow2api.now()
+    first, second = w.token, await w.account()
+    assert (await w.chat("nano_banana_pro")).content and second.image_count == 1
+    second.paused_until = flow2api.now() + 900
+    clock.ahead = 60
+    assert (await w.chat("nano_banana_pro")).content and first.image_count == 1
+    assert first.suspicions == () and first.is_active
+
+
+async def test_what_we_have_disabled_is_asked_ever_more_rarely_and_comes_back(
+    world, impatient, clock
+):
+    """What the owner has disabled is not."""
+    w = await world(**{"token_refresh.enabled": False})
+    (account,) = w.flow.accounts.values()
+    st, _ = w.token.st, w.flow.accounts.clear()
+    w.token.at = ""
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    await dies(w, clock)
+    for hours in (1, 2, 4):
+        w.flow.calls.clear()
+        clock.ahead += hours * 3600 - 60
+        await asyncio.sleep(0.1)
+        assert not w.flow.calls
+        clock.ahead += 120
+        await until(lambda: w.flow.calls)
+    w.flow.accounts[st] = account
+    clock.ahead += 8 * 3600
+    await until(lambda: w.token.is_active and not w.token.reason)
+    assert (await w.chat("nano_banana_pro")).content
+    await (await w.owner())("POST", "/api/tokens/1/disable")
+    clock.ahead += 90 * 3600
+    await asyncio.sleep(0.1)
+    assert not w.token.is_active
+
+
+async def test_four_sessions_at_most_are_renewed_at_a_time(world, clock):
+    w = await world(((PRO, 1000),) * 10)
+    asked = []
+
+    async def count(request, handler):
+        if not request.path.endswith("auth/session"):
+            return await handler(request)
+        asked.append(asked[-1] + 1 if asked else 1)
+        await asyncio.sleep(0.2)
+        asked.append(asked[-1] - 1)
+        return await handler(request)
+
+    w.fault = count
+    clock.ahead = 4000
+    for account in w.flow.accounts.values():
+        account.at = ""
+    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(20)))
+    assert len(asked) == 20 and max(asked) == 4
+
+
+async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
+    """Once a minute at most, and after a spend whose answer names no balance."""
+    w = await world(((PRO, 5),), **{"token_refresh.enabled": False})
+    expect_error(w, await w.chat(), "no_credits")
+    (account,) = w.flow.accounts.values()
+    account.credits = 20
+    expect_error(w, await w.chat(), "no_credits")
+    clock.ahead = 61
+    w.fault = edited(PAID, lambda body: {"media": body["media"]})
+    assert (await w.chat()).content
+    assert (account.credits, w.token.credits) == (0, 0)
+    clock.ahead = 150
+    w.flow.calls.clear()
+    for reply in await asyncio.gather(*(w.chat() for _ in range(9))):
+        expect_error(w, reply, "no_credits")
+    assert [path for path, _ in w.flow.calls] == ["/v1/credits"]
+
+
+ASLEEP = (  # Google's refusal of a picture; then go: a clip, another picture, the same
+    ((429, "USER_REQUESTS_THROTTLED"), (True, False, False)),
+    ((429, "PER_MODEL_DAILY_QUOTA_REACHED"), (True, True, False)),
+)
+
+
+@pytest.mark.parametrize(("refused", "goes"), ASLEEP)
+async def test_only_what_is_refused_is_left_alone(world, clock, refused, goes):
+    w = await world()
+    for _ in range(2):
+        clock.ahead += 1000
+        w.fault = fault(PAID, refusal(refused[0], f"PUBLIC_ERROR_{refused[1]}"))
+        reply = await w.chat("nano_banana_pro")
+        assert reply.status == 429 and int(reply.headers["Retry-After"]) >= 60
+        w.fault = None
+    for model, works in zip(
+        ("veo_3_1-fast", "nano_banana_2", "nano_banana_pro"), goes, strict=True
+    ):
+        assert (await w.chat(model)).status == (200 if works else 429), model
+
+
+@pytest.mark.parametrize("answer", [says(403, "UNUSUAL_ACTIVITY"), says(401), says(403)])
+async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answer):
+    w = await world(((PRO, 100),) * 5)
+    w.fault = answer
+    assert (await w.chat("nano_banana_pro")).status == 503
+    paused = [token.paused_until > flow2api.now() for token in w.pool.tokens.values()]
+    assert sum(paused) == 2 == sum(token.error_count for token in w.pool.tokens.values())
+    w.fault = None
+    assert (await w.chat("nano_banana_pro")).content
+
+
+def without(projects):
+    """Flow has these projects no more."""
+
+    async def middleware(request, handler):
+        text = request.path + await request.text() * ("json" in request.content_type)
+        gone = any(project in text for project in projects)
+        return (
+            refusal(404, "", "Requested entity was not found.")(request)
+            if gone
+            else (await handler(request))
+        )
+
+    return middleware
+
+
+@pytest.mark.parametrize("pictures", [(), (DATA,)])
+@pytest.mark.parametrize("model", ["nano_banana_pro", "veo_3_1-fast"])
+async def test_a_project_that_is_gone_is_made_anew_once(world, model, pictures):
+    w = await world()
+    gone = w.token.project_id
+    w.fault = without([gone])
+    replies = await asyncio.gather(*(w.chat(model, f"{i}", pictures) for i in range(5)))
+    assert all(reply.content for reply in replies) and len(w.flow.media) == 5
+    assert len(w.asked("createProject")) == 2 and w.token.project_id != gone
+    assert w.store.tokens()[0].project_id == w.token.project_id
+    w.fault = says(404)  # that is the key, which a new project does not make known
+    for _ in range(3):
+        expect_error(w, await w.chat(model), "model_unavailable")
+    assert len(w.asked("createProject")) == 3
+
+
+async def test_where_projects_are_retired_another_account_takes_the_job(world):
+    w = await world(((PRO, 1000), (PRO, 100)))
+    moved, other = w.pool.tokens.values()
+    w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
+    assert (await w.chat()).content and other.video_count == 1
+    assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
+
+
+SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
+
+
+@pytest.mark.parametrize("on", SLOW)
+async def test_a_picture_ends_by_its_timeout_and_speaks_of_no_credits(world, on):
+    w = await world(((ULTRA, 100),), **{"generation.image_timeout": 1})
+    w.token.project_id = ""
+    w.fault = hold(on)
+    reply = await asyncio.wait_for(w.chat("nano_banana_pro-2K", pictures=[DATA]), 5)
+    w.fault.release.set()
+    if on == "upsampleImage":
+        assert "this is the original" in reply.content
+    else:
+        code = "submit_unknown" if "Generate" in on else "generation_timeout"
+        assert "credit" not in expect_error(w, reply, code)["message"]
+    assert (w.token.busy.total(), w.jobs.open) == (0, {})
+
+
+async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(world):
+    w = await world(((PRO, 100), (PRO, 100), (PRO, 900)))
+    tokens = w.pool.tokens.values()
+    for _ in range(9):
+        await w.chat("nano_banana_pro")
+    assert [token.image_count for token in tokens] == [3, 3, 3]
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [0, 0, 4]
+    await w.pool.update(w.pool.tokens[3], is_active=False)
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [2, 2, 4]
+
+
+async def test_pictures_and_clips_wait_in_queues_of_their_own(world):
+    w = await world(**{"limits.queue": 1})
+    w.token.paused_until = flow2api.now() + 30
+    models = ("veo_3_1-fast", "nano_banana_pro")
+    waiting = [asyncio.create_task(w.chat(model)) for model in models]
+    await until(lambda: len(w.pool.queue) == 2)
+    for model in models:
+        expect_error(w, await w.chat(model), "queue_full")
+    await w.pool.update(w.token, paused_until=0)
+    assert all(reply.content for reply in await asyncio.gather(*waiting))
 
 
 async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, monkeypatch):
@@ -2283,7 +2500,7 @@ account_no_credits ACCOUNT USER_QUOTA_REACHED WORKSPACE_ACCOUNT_QUOTA_REACHED
 upstream_busy RETRY HIGH_TRAFFIC MODEL_OVERLOADED MODEL_DISABLED_DUE_TO_TRAFFIC
  SOMETHING_WENT_WRONG VIDEO_GENERATION_TIMED_OUT
 upstream_changed FINAL 400 Unknown name "x"        |  model_unavailable FINAL 404 Not found.
-upstream_retired FINAL 404 Flow RPCs have been deprecated and disabled  |  generation_failed FINAL 0
+upstream_retired SESSION 404 Flow RPCs have been deprecated  |  generation_failed FINAL 0
 upstream_error RETRY 499 The operation was cancelled.  |  upstream_error RETRY 500 Internal error
 upstream_error RETRY 503 The service is unavailable.   |  upstream_error RETRY 504
 """
@@ -2314,6 +2531,8 @@ def test_each_of_googles_reasons_has_its_code_and_effect():
             told = (error.code, error.effect.name, error.upstream)
             assert told == (code, effect, status), (row, reason)
             assert (reason or text or str(status)) in str(error)  # it is told along
+            assert (error.retry_after > 0) == (error.status == 429)
+            assert ("of our safety system" in str(error)) == ("policy" in code)  # LiteLLM's words
     for statuses, texts, *codes in ANSWERS:
         for status, text in itertools.product(statuses, texts):
             response = web.Response(status=status, headers={"Retry-After": "77"})
@@ -3241,8 +3460,9 @@ BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.
 
 async def test_a_broken_proxy_is_told_without_its_password(world, impatient, caplog):
     caplog.set_level(logging.DEBUG)
-    w = await world(**{"proxy.proxy_enabled": True})
-    for proxy in BROKEN_PROXIES.split():
+    w = await world()
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    for proxy in ("", *BROKEN_PROXIES.split()):  # none is not meant to be direct
         w.live.put("file", "proxy.proxy_url", proxy, "test")
         reply = await w.chat(BANANA)
         assert reply.error["code"] in ("proxy_unavailable", "upstream_unreachable"), proxy
@@ -3812,7 +4032,7 @@ async def test_openais_client_raises_the_right_error_of_what_it_sends_once(sdk, 
     for error, call, options in (
         ("401 invalid_api_key", client.with_options(api_key="sk-wrong").models.list, {}),
         ("400 content_policy_violation", chat, unsafe),
-        ("400 generation_failed", client.videos.download_content, {"video_id": video.id}),
+        ("400 content_policy_violation", client.videos.download_content, {"video_id": video.id}),
         ("400 invalid_image", create, BOAT | {"input_reference": b"no picture"}),
         ("400 unsupported_parameter", edit, BOAT | {"image": PNG, "mask": PNG}),
         ("400 invalid_request", change, BOAT | {"video": b"an upload"}),
@@ -3947,7 +4167,7 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         await w.end_of(video)
         failed = await shown(w, video, "failed")
         assert failed["error"]["code"] == code
-        error = expect_error(w, await download(w, video), "generation_failed")
+        error = expect_error(w, await download(w, video), code)
         assert error["message"] == failed["fail_reason"]
         clock.ahead += 3000
         assert await shown(w, video) == failed
@@ -4298,7 +4518,7 @@ async def test_what_is_made_from_clips_of_any_kind_and_from_nothing_else(world, 
     going = await begun(w)
     await w.running()
     sent = len(w.paid())
-    codes = {going: "task_not_completed", failed: "generation_failed"}
+    codes = {going: "task_not_completed", failed: "content_policy_violation"}
     for source, code in (codes | {picture: "invalid_request"}).items():
         for path in (f"{VIDEOS}/{source}/remix", EDIT_CLIP):
             error = expect_error(w, await order(w, path, video=source), code)
@@ -4500,8 +4720,8 @@ async def test_every_route_is_closed_to_all_but_those_who_may(world):
 
 
 CALLS = r"""
-200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1" ; proxy_enabled true
-200 config/proxy cache/config cache/enabled admin/debug | enabled true
+200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1"
+200 cache/config cache/enabled admin/debug | enabled true
 200 config/generation generation/timeout | image_timeout 90 ; video_timeout 90
 200 cache/config cache/base-url | base_url "https://me.example"
 200 cache/config | timeout 90
@@ -4526,6 +4746,12 @@ CALLS = r"""
 400 proxy/config proxy/test PUT/tokens/1 | proxy_url "socks5://h" "SOCKS5://h:1" "http://a..b"
 400 proxy/config PUT/tokens/1 | proxy_url "socks5://a..b:1" "\u0020socks5://h:1"
 400 settings | server.host "x!" "" ; server.data_dir "/elsewhere" ; flow.api_base_url "" "x" 5
+400 proxy/config config/proxy | proxy_enabled true
+400 config/proxy | enabled true
+400 PUT/tokens/1 PUT/tokens/1/status settings | {}
+400 PUT/tokens/1/status | is_active null
+400 admin/apikey | new_api_key null "han1234" "your-api-key"
+400 admin/password | new_password "your-password" "your_password"
 400 admin/apikey | new_api_key "a…secret" "" "12345" "ключ-ключ" "a\u0020blank" 5 ; nothing 1
 400 admin/password | old_password "x" ; new_password "short" "" null 12345678
 400 plugin/config | connection_token "short" "a\u0020blank_0123456789" 5 ; auto_enable_on_update "x"
@@ -4595,7 +4821,7 @@ async def test_settings_are_stored_and_survive_a_restart_and_what_is_wrong_chang
     for call, body, _ in calls_of(200):
         await do(call, **body)
         if call != "POST settings":
-            await do(call, **dict.fromkeys(body))  # null leaves it as it is
+            await do(call, 400, **dict.fromkeys(body))  # null says nothing to save
         ((name, new),) = in_force(w).items() - before.items()
         answer = await do(call.replace("POST", "GET"))
         shown = {} if call == "POST settings" else body
@@ -4821,6 +5047,10 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
     new = w.flow.add_account("new@example.com", PRO, 1)
     result = await do("POST tokens/batch-add", tokens=[exported[0]["st"], new])
     assert [row["status"] for row in result["details"]] == ["updated", "added"]
+    again = await do("POST tokens/batch-add", tokens=["dead", new])
+    failed, updated = again["details"]
+    assert (failed["status"], updated["status"]) == ("failed", "updated")
+    assert "Sign in to Flow again" in failed["reason"]
     assert result["details"][1]["token_id"] == 7  # an id is never given twice
 
 
@@ -4846,6 +5076,112 @@ async def test_all_accounts_at_once(world):
     await expect("DELETE delete-disabled", True, True, deleted=1)
     await expect("POST disable", False, False, disabled=2)
     assert len(w.store.tokens()) == 2
+
+
+async def test_a_test_or_refresh_that_meets_a_dead_session_shows_on_the_account(world):
+    """And a new session asks for the plan and the balance; not so one hiccup."""
+    w, do = await owner_of(world)
+    (account,) = w.flow.accounts.values()
+    w.token.at_expires = 0
+    w.fault = fault("auth/session", lambda request: web.json_response({}), times=1)
+    assert (await do("POST tokens/1/test"))["token"]["is_active"]
+    w.flow.accounts.clear()
+    for call in ("test", "refresh-at", "refresh-credits"):
+        await do("POST tokens/1/enable")
+        w.token.at = ""
+        await do(f"POST tokens/1/{call}", 503)
+        (row,) = await do("GET tokens")
+        assert not row["is_active"] and "Sign in to Flow again" in row["reason"]
+    await do("PUT tokens/1/status", is_active=False)  # the owner's own word
+    assert (await do("GET tokens"))[0]["reason"] == ""
+    account.tier, account.credits = ULTRA, 7
+    w.flow.accounts["a.new.session"] = account
+    renewed = (await do("PUT tokens/1", st="a.new.session"))["token"]
+    assert shaped(renewed, {"is_active": True, "user_paygate_tier": ULTRA, "credits": 7})
+
+
+async def test_a_moved_account_is_not_added_as_a_good_one(world, clock):
+    """It comes back by itself once Google makes projects for it again."""
+    w, do = await owner_of(world, *())
+    w.fault = fault("createProject", RETIRED)
+    answer = await do("POST tokens", st=w.flow.add_account("moved@example.com", PRO, 5))
+    row = (await do("GET tokens"))[0]
+    for told in (answer["message"], answer["token"]["reason"], row["reason"]):
+        assert "upstream_retired" in told
+    assert (row["email"], row["is_active"]) == ("moved@example.com", False)
+    moved = w.pool.tokens[2]
+    w.fault, clock.ahead = None, 3700
+    await w.pool.ask(moved, flow2api.now())
+    assert moved.is_active and moved.project_id
+
+
+REFUSED = (  # what is refused before there is a job: code, model, fields
+    ("no_credits", "veo_3_1", {}),
+    ("tier_required", "veo_3_1-4k", {}),
+    ("account_throttled", "nano_banana_pro", {}),
+    ("queue_full", "veo_3_1-fast", {}),
+    ("no_accounts", "veo_3_1-fast", {"is_active": False}),
+)
+
+
+async def test_what_made_no_job_has_its_row_in_the_log_and_among_the_failed(world, clock):
+    w, do = await owner_of(world, (PRO, 90))
+    await w.chat(text="unsafe")  # a clip that fails at Google counts
+    assert (w.token.error_count, (await do("GET stats"))["stats"]["today_errors"]) == (1, 1)
+    (failed,) = w.store.jobs()
+    throttled = flow2api.GatewayError("account_throttled", "Slower!")
+    w.token.pauses["image"] = flow2api.Pause(flow2api.now() + 900, 900, throttled)
+    w.live.put("file", "limits.queue", 1, "test")
+    w.token.pauses["video"] = flow2api.Pause(flow2api.now() + 30)
+    waiting = asyncio.create_task(w.chat())
+    await until(lambda: w.pool.queue)
+    (running,) = [row for row in await do("GET logs") if row["task_status"] == "queued"]
+    assert running["status_code"] == 102  # no 200 before the end
+    for code, model, fields in REFUSED:
+        await w.pool.update(w.token, **fields)
+        expect_error(w, await w.chat(model, f"a boat for {code}"), code)
+    await w.end_of(running["id"])  # its account was switched off
+    rows = [row for row in await do("GET logs") if row["task_status"] == "failed"]
+    jobs = (await do("GET jobs?state=failed"))["jobs"]
+    for (code, model, _), row, job in zip(REFUSED[::-1], rows, jobs, strict=False):
+        assert code in row["response_body"] and model in row["request_body"]
+        assert row["status_code"] == flow2api.ERRORS[code][0]
+        about = {"state": "failed", "model": model, "prompt": f"a boat for {code}"}
+        assert shaped(job, about | {"cost": 0}) and job["error"]["code"] == code
+        assert (await w.get(f"/api/logs/{job['id']}", key=await w.admin())).json == row
+    assert [row["id"] for row in rows] == [job["id"] for job in jobs]
+    assert [job["id"] for job in jobs[5:]] == [running["id"], failed.id]
+    page = await do(f"GET jobs?state=failed&limit=2&after={jobs[3]['id']}")
+    assert page["jobs"] == jobs[4:6] and page["has_more"]
+    await do(f"DELETE jobs/{jobs[0]['id']}")
+    assert (await do("GET jobs?state=failed"))["jobs"] == jobs[1:]
+    assert (await do("GET jobs?model=veo_3_1"))["jobs"] == [jobs[4]]
+    assert len(w.store.jobs()) == 2
+    w.jobs.MOST_REFUSED = 4
+    for _ in range(9):
+        await w.chat()
+    assert len((await do("GET jobs?state=failed"))["jobs"]) == 6
+    expect_error(w, await waiting, "no_accounts")
+
+
+async def test_what_ended_long_ago_goes_a_few_at_a_time(world, impatient, clock):
+    w = await world(**{"limits.jobs_days": 0})
+    for text in ("a boat", "unsafe", "a cat"):
+        await w.chat(text=text)
+    plan = flow2api.resolve("veo_3_1-fast")
+    old = [flow2api.Job(f"video_{i:03}", "failed", 9.0, plan=plan) for i in range(150)]
+    open_one = flow2api.Job("video_open", "running", 9.0, plan=plan)
+    await w.store.put(*old, open_one, *(flow2api.Output(job.id, 0, "x") for job in old))
+    await asyncio.sleep(0.1)
+    assert len(w.store.jobs()) == 154
+    await w.store.prune(99)
+    assert len(w.store.jobs()) == 54
+    w.live.put("file", "limits.jobs_days", 180, "test")
+    await until(lambda: len(w.store.jobs()) == 4)
+    assert w.store.job("video_open") and not w.store._rows("SELECT * FROM outputs WHERE name='x'")
+    clock.ahead = 181 * 86400
+    await until(lambda: len(w.store.jobs()) == 1)
+    assert w.store._rows("SELECT * FROM request_keys") == []
 
 
 async def test_jobs_are_listed_logged_cancelled_and_deleted(world, clock):
