@@ -51,6 +51,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -68,9 +69,9 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import uuid
 import weakref
+import zipfile
 import zlib
 from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import Iterable
@@ -79,10 +80,20 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs, parse_qsl, quote, urlsplit
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http import HttpProcessingError
-from yarl import URL
+try:  # Python 3.8 reads the file, too, and comes as far as this
+    import tomllib
+
+    import aiohttp
+    from aiohttp import web
+    from aiohttp.http import HttpProcessingError
+    from aiohttp.web import AppKey
+    from yarl import URL
+except ImportError as err:
+    needs = f"aiohttp 3.9 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    if err.name == "tomllib":
+        needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
+    print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "0.2.0"
 log = logging.getLogger("flow2api")
@@ -176,13 +187,14 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
     ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
     ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
+    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
+    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
     ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
     ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: it may not."),
+    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
     ("plugin.auto_enable_on_update", True, "A new session enables its account."),
     ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
@@ -190,7 +202,9 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
 SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
-PLACEHOLDERS = ("", "your_api_key", "your_password")
+# Of this program's and other programs' examples: they count as unset.
+PLACEHOLDERS = ("", "your_api_key", "your_password", "your-api-key", "your-password")
+PLACEHOLDERS += ("han1234", "admin")
 HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
@@ -205,6 +219,7 @@ class Settings:
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path.cwd()
+        self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
         return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
@@ -232,12 +247,13 @@ class Settings:
     def read_file(self, path):
         """Those of a TOML file; a missing file is an empty one. Raises SettingError."""
         self.folder = path.parent
-        if not self.folder.is_dir():
-            raise SettingError(f"{self.folder}: there is no such folder")
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path}: {err}") from None
+        except IsADirectoryError:
+            hint = "Docker makes one where the file to mount is missing"
+            raise SettingError(f"{path} is a folder, not a file ({hint})") from None
         models = document.pop("models", {})
         for name, key in models.items() if isinstance(models, dict) else [("", models)]:
             try:
@@ -258,11 +274,18 @@ class Settings:
             if variable.startswith("FLOW2API_"):
                 self.put("environment", names.get(variable, variable), raw, variable)
 
+    def read_stored(self, rows):
+        """Takes those of the database, by "layer:name"."""
+        for key, value in rows.items():
+            layer, _, name = key.partition(":")
+            if name in SETTING and layer in self.LAYERS and value is not None:
+                self.layers[layer][name] = value
+
     @property
     def data(self):
         """The data folder."""
         folder = self["server.data_dir"] or self.folder / "data"
-        return Path(folder).expanduser().resolve()
+        return Path(os.path.expanduser(folder)).resolve()
 
 
 # ---- 2. Errors -------------------------------------------------------------------------
@@ -276,7 +299,7 @@ class Effect(enum.Enum):
     RETRY = "nothing was spent; one more try"
     ACCOUNT = "nothing was spent; this account steps back, another may be tried"
     BAN = "as ACCOUNT, and it counts towards the automatic ban"
-    SESSION = "as ACCOUNT, and the account is disabled"
+    SESSION = "as ACCOUNT, and if that goes on for minutes the account is disabled"
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
@@ -295,14 +318,15 @@ ERROR_TABLE = (  # HTTP status, effect, codes
     (413, Effect.REQUEST, "request_too_large"),
     (415, Effect.REQUEST, "unsupported_encoding"),
     (429, Effect.FINAL, "queue_full too_many_logins"),
+    # Waiting cures these, which all clients know of a 429; of a 503 it does not.
+    (429, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (500, Effect.FINAL, "internal_error"),
     (501, Effect.REQUEST, "not_implemented"),
     (502, Effect.RETRY, "upstream_error upstream_unreachable"),
-    (502, Effect.FINAL, "upstream_changed upstream_retired"),
-    (502, Effect.FINAL, "model_unavailable proxy_unavailable"),
+    (502, Effect.FINAL, "upstream_changed model_unavailable proxy_unavailable"),
+    (502, Effect.SESSION, "upstream_retired"),
     (503, Effect.RETRY, "upstream_busy"),
     (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
-    (503, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
     (503, Effect.BAN, "account_refused"),
     (503, Effect.SESSION, "account_session_ended"),
@@ -353,11 +377,16 @@ def bad(message, param=None, code="invalid_request"):
     return GatewayError(code, message, param=param)
 
 
+# LiteLLM knows a refusal by policy by the first words, OpenAI's own.
+POLICY = (
+    "Your request was rejected as a result of our safety system: Google's content policy"
+    " refused this prompt or picture; change it and try again"
+)
 # What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
 # (0: a clip that failed later); code, seconds an account pauses, message. The first counts.
 # fmt: off
 REASONS = (
-    ("RPCs have been deprecated", "upstream_retired", 0,
+    ("RPCs have been deprecated", "upstream_retired", 20,
      "This account has moved to flow.google.com, which this version does not speak"),
     ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
@@ -372,8 +401,7 @@ REASONS = (
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
     ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
-     "content_policy_violation", 0,
-     "Google's content policy refused this prompt or picture; change it and try again"),
+     "content_policy_violation", 0, POLICY),
     ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
     ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
     ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
@@ -395,7 +423,7 @@ def changed(message):
 
 
 def session_ended(message):
-    return GatewayError("account_session_ended", message)
+    return GatewayError("account_session_ended", message, pause=20)
 
 
 def google_error(status, reason, message="", retry_after=0):
@@ -403,6 +431,8 @@ def google_error(status, reason, message="", retry_after=0):
     text = f"{reason} {message} HTTP {status}"
     _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
+    if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
+        retry_after = pause
     return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
 
 
@@ -651,6 +681,11 @@ class Plan:
         return self.template.format(P=portrait, O=self.ratio, U=ultra, D=self.seconds)
 
     @property
+    def scopes(self):
+        """For what an account that can't make it now may pause: all, a kind, a model."""
+        return "", self.kind, self.family
+
+    @property
     def pace(self):
         """What jobs that take equally long have in common."""
         return self.family, self.mode, self.seconds, self.upscale
@@ -816,6 +851,10 @@ MIGRATIONS = (
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
             ELSE 'running' END) WHERE json_valid(data);
     DROP TABLE logs;""",
+    # So that a start reads few of very many jobs.
+    """CREATE INDEX jobs_by_state_and_time ON jobs (state, created_at, id);
+    DROP INDEX jobs_by_state;
+    CREATE INDEX jobs_by_token ON jobs (token_id, created_at);""",
 )
 
 
@@ -864,6 +903,15 @@ class Record:
             setattr(self, name, value)
 
 
+@dataclass(frozen=True)
+class Pause:
+    """Of an account that steps back: until when, of how many seconds, and why."""
+
+    until: float = 0.0
+    seconds: float = 0.0
+    error: GatewayError | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
@@ -901,11 +949,49 @@ class Token(Record):
     today: dict = field(default_factory=dict)
     busy: Counter = in_memory(Counter)  # leases by kind
     reserved: int = in_memory(int)  # credits of leases whose submit has not been answered
-    paused_until: float = in_memory(float)
-    paused_for: GatewayError | None = in_memory(lambda: None)
-    pause: float = in_memory(float)  # seconds of the last one
+    pauses: dict[str, Pause] = in_memory(dict)  # of a kind, a family, or "" of all
+    suspicions: tuple[float, ...] = in_memory(tuple)  # when its session looked dead
+    wakings: int = in_memory(int)  # in a row, by ourselves, after we have disabled it
+    asked_at: float = in_memory(float)  # when Google was asked about it, answered or not
+    asking: asyncio.Lock = in_memory(asyncio.Lock)
     removed: bool = in_memory(bool)
     lock: asyncio.Lock = in_memory(asyncio.Lock)
+
+    @property
+    def paused_until(self):
+        """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
+        return max((pause.until for pause in self.pauses.values()), default=0.0)
+
+    @paused_until.setter
+    def paused_until(self, until):
+        self.pauses = {"": Pause(until)} if until else {}
+
+    def pause_for(self, plan):
+        """The longest of the pauses that hold up this plan."""
+        own = [self.pauses.get(scope, Pause()) for scope in plan.scopes]
+        return max(own, key=lambda pause: pause.until)
+
+    def is_dead(self):
+        """Whether its session has looked so four times, over two minutes at least."""
+        return len(self.suspicions) >= 4 and now() - self.suspicions[0] >= 120
+
+    def cause(self):
+        """The code of what pauses it now for longest, or has disabled it."""
+        pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
+        return pause.error.code if pause.error and pause.until > now() else self.reason_code
+
+    def paused_for(self):
+        """Why it pauses now, and what of it."""
+        pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
+        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
+        return "; ".join(reasons)
+
+    def trust(self, plan):
+        """It has served: what counts in a row begins anew; a pause that goes on stays."""
+        self.update(failures=0, suspicions=(), wakings=0)
+        for scope in plan.scopes:
+            if self.pauses.get(scope, Pause()).until <= now():
+                self.pauses.pop(scope, None)
 
     def session(self):
         return self.pick("adapter", "st", "at", "at_expires")
@@ -1022,6 +1108,15 @@ class Job(Record):
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
 
+    @property
+    def place(self):
+        """By which jobs are listed."""
+        return self.created_at, self.id
+
+    def spent(self, token):
+        """Credits that it costs its account."""
+        return (self.plan.cost(token.tier) or 0) * self.n if self.submitted_at else 0
+
 
 @dataclass(frozen=True)
 class RequestKey:
@@ -1069,7 +1164,7 @@ class Store:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
             if "locked" in str(err):
-                reason = " is in use by another Flow2API"
+                reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
     def _connect(self, name, timeout=10):
@@ -1126,6 +1221,13 @@ class Store:
                 target.unlink()  # which was made here
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
+    def set_beside(self, name, value):
+        """Stores a setting beside another process. Raises sqlite3.Error."""
+        address = f"{self.path.as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as writer, writer:
+            row = name, to_json(value)
+            writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+
     def close(self):
         self._thread.shutdown()  # once all is written
         for connection in reversed(self._connections):
@@ -1148,6 +1250,16 @@ class Store:
         """Deletes the rows of (table, column, value), all or none."""
         sql = "DELETE FROM {} WHERE {} = ?"
         return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
+
+    def prune(self, before, most=100):
+        """Deletes the oldest of the ended jobs from before then, and their outputs."""
+        old = f"""SELECT id FROM jobs WHERE created_at < ? AND state NOT IN {OPEN}
+            ORDER BY created_at LIMIT {most}"""
+        return self._write([
+            (f"DELETE FROM outputs WHERE job_id IN ({old})", [before]),
+            (f"DELETE FROM jobs WHERE id IN ({old})", [before]),
+            ("DELETE FROM request_keys WHERE created_at < ?", [before]),
+        ])  # fmt: skip
 
     def _write(self, steps):
         """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
@@ -1200,11 +1312,10 @@ class Store:
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
-    def jobs(self, *, states=(), after="", oldest_first=False, limit=-1, **filters):
-        """Jobs, the newest first as a rule. `after`: the id that a page starts after.
+    def jobs(self, *, states=(), after=None, oldest_first=False, limit=-1, **filters):
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after.
         filters: kind, token_id, model, and q: a text that the prompt holds."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
-        page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
         tests = {
             "substr(id, 1, 5) = ?": [filters.get("kind")],
             "token_id = ?": [filters.get("token_id")],
@@ -1213,7 +1324,7 @@ class Store:
                 filters.get("q")
             ],
             f"state IN ({', '.join('?' * len(states))})": states,
-            page: [after],
+            f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = " AND ".join(tests) or "TRUE"
@@ -1255,6 +1366,16 @@ SPECIAL_NETS = """
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
+def is_deep(value):
+    """Whether lists and objects are nested in more than MAX_DEPTH levels."""
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        items = itertools.chain.from_iterable(items)
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
+
+
 def parse_json(raw):
     """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
     pair in a text becomes a question mark. Raises ValueError."""
@@ -1267,12 +1388,7 @@ def parse_json(raw):
         value = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        items = [item.values() if isinstance(item, dict) else item for item in level]
-        items = itertools.chain.from_iterable(items)
-        level = [item for item in items if isinstance(item, dict | list)]
-    if level:
+    if is_deep(value):
         raise ValueError("it is nested too deeply")
     if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
@@ -1416,7 +1532,7 @@ class Wire:
     async def _open(self, method, url, proxy, options, sent=None, public=False):
         """sent: of a submit, an Event to be set as soon as it may have arrived."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
-            proxy = self.settings["proxy.proxy_url"]
+            proxy = self.settings["proxy.proxy_url"] or "none"
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
@@ -1482,7 +1598,11 @@ def new_session(socks, fresh, public):
 
 # ---- 6. Upstream -----------------------------------------------------------------------
 # Wire facts: captures of Flow's web client and of public clients, up to August 2026.
-SESSION_COOKIE = "__Secure-next-auth.session-token"
+SESSION_COOKIE = "__Secure-next-auth.session-token"  # .0, .1: the parts of a long one
+PASTED_COOKIE = re.compile(
+    r"next-auth\.session-token(?:\.(\d))?"  # its name, perhaps that of a part
+    r"[\"']?(?:[ \t]*[=:][ \t]*|\s+)[\"']?([^;,\s\"']+)"
+)
 WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
 WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
 CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
@@ -1527,7 +1647,8 @@ class Upstream(Protocol):
     def expires_soon(self, token): ...  # -> bool: should the session be renewed?
     async def sign_in(self, token): ...  # renews it -> {email, name}; session_ended
     async def balance(self, token): ...  # -> {credits, tier}; costs nothing
-    async def project(self, token): ...  # -> where outputs go; made where none is
+    # -> where outputs go; made where none is, or only one that Flow has no more
+    async def project(self, token, gone=""): ...
     async def upload(self, token, project, data, media_type): ...  # -> name of the medium
     async def submit(self, token, job, media): ...  # -> Reply on all n; submit_unknown
     async def find(self, token, job): ...  # -> [Status] of what a lost submit has made
@@ -1538,9 +1659,24 @@ class Upstream(Protocol):
 
 
 def clean_session_token(text):
-    """The bare token of what people paste: a value, `name=value`, a Cookie header."""
-    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
-    return match[1] if match else text.strip("\"'; \t\r\n")
+    """The bare token of what people paste: a value, `name=value`, `name: value`, a Cookie
+    header, an export as JSON or in Netscape's format. Else the text, but stripped."""
+    cookies = []
+    header = ""
+
+    def collect(item):
+        cookies.extend([(item.get("name"), item.get("value")), *item.items()])
+
+    with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
+        json.loads(text, object_hook=collect)
+        header = "".join(f"{name}={value};" for name, value in cookies)
+    parts = dict(PASTED_COOKIE.findall(header or text))
+    numbers = [str(number) for number in range(len(parts))]
+    if "" in parts:
+        return parts[""]
+    if len(parts) > 1 and sorted(parts) == numbers:  # a single part is never all
+        return "".join(map(parts.get, numbers))
+    return text.strip("\"'; \t\r\n")
 
 
 def client_context(project, tier="", captcha=""):
@@ -1713,6 +1849,7 @@ class RestFlow:
         self.settings, self.wire, self.store = settings, wire, store
         self.captcha_source = captcha_source
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
+        self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
     async def _call(self, token, method, site, path, headers, **options):
         """-> (response, its JSON, or None). site: labs, api"""
@@ -1777,7 +1914,8 @@ class RestFlow:
 
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
-        response, body = await self._labs(token, "GET", "auth/session")
+        async with self.refreshes:
+            response, body = await self._labs(token, "GET", "auth/session")
         body = read_answer(response, body)
         access = dig(body, "access_token", kind=str)
         if not access or dig(body, "error"):
@@ -1808,10 +1946,10 @@ class RestFlow:
             raise changed("Google tells the balance in an unknown form")
         return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
 
-    async def project(self, token):
-        """POST project.createProject, once per account."""
+    async def project(self, token, gone=""):
+        """POST project.createProject, once per account, and for one that is gone."""
         async with token.lock:
-            if token.project_id:
+            if token.project_id not in ("", gone):
                 return token.project_id
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
@@ -1835,7 +1973,7 @@ class RestFlow:
         body = await self._api(token, "POST", "flow/uploadImage", json=request)
         if name := dig(list_at(body, "media"), 0, "name", kind=str):
             return name
-        raise bad("Google dropped a picture (a logo?)", code="content_policy_violation")
+        raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
     async def _context(self, token, job, tier):
         """A clientContext, with a reCAPTCHA token where there is a source of them."""
@@ -1951,7 +2089,14 @@ class RestFlow:
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
-AWAKE = {"is_active": True, "reason": "", "reason_code": "", "failures": 0, "paused_until": 0.0}
+AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+AWAKE.update(reason_code="", suspicions=())
+SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
+OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
+ENDED_ALREADY = (
+    "Google says that this session has ended. Sign in to Flow again in your browser, and"
+    " paste the new value of its cookie"
+)
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -1985,10 +2130,22 @@ class Pool:
     def adapter_for(self, token) -> Upstream:
         return self.adapters[token.adapter]
 
-    async def add(self, st, **fields):
-        """The account of a session token -> (token, is it new). Raises as sign_in."""
-        draft = Token(**fields, st=clean_session_token(st), created_at=now())
-        account = await self.adapter_for(draft).sign_in(draft)
+    async def sign_in(self, draft):
+        """-> {email, name}. A session that somebody brings when it has ended is a mistake
+        in the request, and blames no account."""
+        try:
+            return await self.adapter_for(draft).sign_in(draft)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+            raise bad(ENDED_ALREADY, "st") from err
+
+    async def add(self, st, wakes=lambda token: True, **fields):
+        """The account of a session token -> (token, is it new). wakes: whether that enables
+        a token. Raises as sign_in."""
+        draft = Token(st=clean_session_token(st), created_at=now())
+        draft.update(**fields)
+        account = await self.sign_in(draft)
         if not account["email"]:
             raise changed("Google's session names no e-mail address")
         tokens = {token.email: token for token in self.tokens.values()}
@@ -1996,12 +2153,16 @@ class Pool:
         if token is draft:
             self.last_id = draft.id = self.last_id + 1
             self.tokens[draft.id] = draft
-        await self.update(token, **{**account, **draft.session(), **AWAKE, **fields})
+        awake = AWAKE if wakes(token) else {}
+        await self.update(token, **{**account, **draft.session(), **awake, **fields})
         try:
             await self.check(token)
             await self.adapter_for(token).project(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
+            if err.code == "upstream_retired":
+                self.disable(token, err)
+                await self.update(token)
         return token, token is draft
 
     async def update(self, token, **changes):
@@ -2009,6 +2170,12 @@ class Pool:
         if not token.removed:
             await self.store.put(token)
         self.wake()
+
+    def disable(self, token, err):
+        """Because of this error; `ask` wakes it once Google answers well again."""
+        token.update(is_active=False, reason=f"{err} ({err.code})", reason_code=err.code)
+        token.checked_at = now()
+        log.warning("%s is disabled: %s", token.email, token.reason)
 
     async def remove(self, token):
         """Raises conflict."""
@@ -2025,46 +2192,97 @@ class Pool:
             await adapter.sign_in(token)
         await self.update(token, **await adapter.balance(token), checked_at=now())
 
+    async def examine(self, token, call):
+        """check or sign_in as the owner asks for it: a session that looks dead twice is
+        told on the account at once. Raises as the call."""
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is Effect.SESSION and (token.is_active or token.reason):
+                self.disable(token, err)
+                await self.update(token)
+            raise
+
+    async def ask(self, token, since):
+        """Checks it, once for all who ask, unless that was begun since then; a failure is
+        told in the log. One that we have disabled wakes up where all is well again."""
+        async with token.asking:
+            if token.asked_at >= since:
+                return
+            token.asked_at = now()
+            if token.reason:
+                token.update(wakings=token.wakings + 1, checked_at=now())
+            try:
+                await self.check(token)
+                if token.reason:
+                    await self.adapter_for(token).project(token)
+                    await self.update(token, **AWAKE)
+                    log.info("%s serves again", token.email)
+                token.suspicions = ()
+            except (GatewayError, StoreError) as err:  # a full disk ends no loop
+                log.warning("check of %s: %s", token.email, err)
+                if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
+                    self.blame(token, err)
+
     async def keep_fresh(self):
-        """For ever: checks accounts, by `token_refresh.interval` and by their expiry."""
+        """For ever: asks about the accounts that are due, begun one after the other."""
         while True:
-            if self.settings["token_refresh.enabled"]:
-                await asyncio.gather(*map(self.check_if_due, list(self.tokens.values())))
+            due = filter(self.is_due, list(self.tokens.values()))
+            await asyncio.gather(*map(self._ask_in_turn, due, itertools.count()))
             await asyncio.sleep(30)
 
-    async def check_if_due(self, token):
-        interval = self.settings["token_refresh.interval"]
-        rest = 60 if self.adapter_for(token).expires_soon(token) else interval
-        if not token.is_active or now() - token.checked_at <= rest:
-            return
-        try:
-            await self.check(token)
-        except (GatewayError, StoreError) as err:  # a full disk ends no loop
-            log.warning("check of %s: %s", token.email, err)
-            token.checked_at = now() - interval + 60
-            if getattr(err, "effect", None) is Effect.SESSION:
-                self.blame(token, err)
+    async def _ask_in_turn(self, token, number):
+        await asyncio.sleep(number / 4)
+        await self.ask(token, now())
 
-    def blame(self, token, err):
-        """It steps back, each time in a row for twice as long; where its session is dead
-        or its failures are too many, it is disabled."""
-        if now() >= token.paused_until:  # else it is one burst: several jobs were refused
-            again = token.paused_for is not None and token.paused_for.code == err.code
-            token.pause = min(token.pause * 2 if again else err.pause, 3600)
-            token.paused_until = now() + token.pause * random.uniform(0.9, 1.1)
-            token.paused_for = err
+    def is_due(self, token):
+        """By `token_refresh.interval` and its expiry, where that is on; a suspect after
+        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours."""
+        age = now() - token.checked_at
+        if not token.is_active:
+            return token.reason != "" and age > min(3600 << token.wakings, 86400)
+        if token.suspicions:
+            return token.pauses.get("", Pause()).until <= now()
+        soon = self.adapter_for(token).expires_soon(token)
+        rest = 60 if soon else self.settings["token_refresh.interval"]
+        due = age > rest and now() - token.asked_at > 60
+        return due and self.settings["token_refresh.enabled"]
+
+    def blame(self, token, err, plan=None):
+        """It steps back for all, or for the kind or the model of the plan; where its
+        session is dead for minutes, or its failures are too many, it is disabled."""
+        scope = ""
+        if plan and err.effect is not Effect.SESSION:
+            scope = plan.family if err.code in OF_A_MODEL else plan.kind
+        pause = token.pauses.get(scope, Pause())
+        if now() >= pause.until:  # else it is one burst: several jobs were refused
+            pause = self._next_pause(pause, err)
             token.failures += err.effect is Effect.BAN
-        token.paused_until = max(token.paused_until, now() + min(err.retry_after, 86400))
+            if err.effect is Effect.SESSION:
+                token.suspicions += (now(),)
+        until = max(pause.until, now() + min(err.retry_after, 86400))
+        token.pauses[scope] = dataclasses.replace(pause, until=until)
         if err.code == "account_no_credits":
             token.credits = 0
-        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
-        if err.effect is Effect.SESSION or too_many:
-            token.update(is_active=False, reason=str(err), reason_code=err.code)
-            log.warning("%s is disabled: %s", token.email, err)
         token.count("error", 1)
+        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
+        if token.is_dead() or too_many:
+            self.disable(token, err)
         if not token.removed:
             self.store.put(token)
         self.wake()
+
+    def _next_pause(self, pause, err):
+        """Each time in a row for twice as long."""
+        most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
+        again = pause.error is not None and pause.error.code == err.code
+        seconds = min(pause.seconds * 2 if again else err.pause, most)
+        return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
     def able(self, job, tried=()):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
@@ -2081,11 +2299,41 @@ class Pool:
             if not tokens:
                 reasons = {token.reason for token in before if not token.is_active} - {""}
                 raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
-        soonest = min(tokens, key=lambda token: token.paused_until)
-        wait = int(soonest.paused_until - now())
-        if wait > 60 and (err := soonest.paused_for):
-            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        self._expect_awake(tokens, job.plan)
         return tokens
+
+    @staticmethod
+    def _expect_awake(tokens, plan):
+        """Raises why all of them pause for more than a minute."""
+        pauses = [token.pause_for(plan) for token in tokens]
+        pause = min(pauses, key=lambda pause: pause.until)
+        wait = int(pause.until - now())
+        if wait > 60 and (err := pause.error):
+            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+
+    async def expect_able(self, job, tried=()):
+        """Raises as `able`; no credits only where no balance is older than a minute."""
+        try:
+            return self.able(job, tried)
+        except GatewayError as err:
+            if err.code != "no_credits":
+                raise
+        since = now() - 60
+        active = [token for token in self.tokens.values() if token.is_active]
+        stale = [token for token in active if token.checked_at < since]
+        await asyncio.gather(*(self.ask(token, since) for token in stale))
+        return self.able(job, tried)
+
+    def crowded(self, kind):
+        """Whether as many jobs of this kind wait as may."""
+        waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
+        return waiting >= self.settings["limits.queue"]
+
+    async def expect_room(self, generation):
+        """Raises as `expect_able`, or queue_full."""
+        await self.expect_able(generation)
+        if self.crowded(generation.plan.kind):
+            raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
     def _conditions(plan, n):
@@ -2113,8 +2361,9 @@ class Pool:
             shunned = token.id in job.shunned
             return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-        awake = [token for token in self.able(job, tried) if token.paused_until <= now()]
-        free = [token for token in awake if token.has_slot(job.plan.kind)]
+        able, plan = self.able(job, tried), job.plan
+        awake = [token for token in able if token.pause_for(plan).until <= now()]
+        free = [token for token in awake if token.has_slot(plan.kind)]
         return min(free, key=load, default=None)
 
     def take(self, token, job):
@@ -2140,10 +2389,11 @@ class Pool:
 
     async def lease(self, job, tried):
         """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
+        await self.expect_able(job, tried)
         turn = asyncio.get_running_loop().create_future()
+        crowded = self.crowded(job.plan.kind)
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
-        crowded = len(self.queue) > self.settings["limits.queue"]
         try:
             if crowded and not tried and not turn.done():
                 raise GatewayError("queue_full", "The queue is full", retry_after=30)
@@ -2347,6 +2597,7 @@ class Jobs:
     """Takes jobs from acceptance to their end, over restarts; alone sets their state."""
 
     RETRIES = 2  # of what costs nothing
+    MOST_REFUSED = 200  # requests without a job that are remembered
     LOOKS, FIRST_LOOK = 6, 2.0  # for a submit of unknown outcome; seconds before
     KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
@@ -2355,6 +2606,8 @@ class Jobs:
         self.pool, self.media = pool, media
         self.open = {}  # job id -> Job
         self.late = {}  # the same, of those that ran out of time in the last day
+        self.refused = {}  # id -> a request that made no job, as one that has failed
+        self.absent = {}  # key -> when Flow had no such in a new project, either
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
@@ -2368,10 +2621,12 @@ class Jobs:
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
         Raises as Pool.able, or queue_full."""
-        self.pool.able(generation)
         kind = generation.plan.kind
-        if len(self.pool.queue) >= self.settings["limits.queue"]:
-            raise GatewayError("queue_full", "The queue is full", retry_after=30)
+        try:
+            await self.pool.expect_room(generation)
+        except GatewayError as err:
+            self._note_refused(generation, origin, err)
+            raise
         fields = {**vars(generation), "origin": origin, "detached": detached}
         images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
         job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
@@ -2391,6 +2646,23 @@ class Jobs:
             raise
         return self._start(job)
 
+    def _note_refused(self, generation, origin, err):
+        """For the owner: a request that made no job, as one that is not stored."""
+        job = Job(
+            id=f"{generation.plan.kind}_{secrets.token_hex(12)}",
+            state="failed",
+            created_at=now(),
+            completed_at=now(),
+            plan=generation.plan,
+            prompt=generation.prompt[:1000],
+            n=generation.n,
+            origin=origin,
+            error=err.record(),
+        )
+        self.refused[job.id] = job
+        if len(self.refused) > self.MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
+
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
         since = now() - (self.KEY_SECONDS if key.explicit else self.REPEAT_SECONDS)
@@ -2407,13 +2679,30 @@ class Jobs:
         return None
 
     async def get(self, job_id):
-        return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
+        job = self.open.get(job_id) or self.refused.get(job_id)
+        return job or await asyncio.to_thread(self.store.job, job_id)
 
     async def page(self, **filters):
         """As Store.jobs, the open ones as they are in memory."""
         in_memory = self.open.copy()  # first: what ends meanwhile is newer in memory
         jobs = await asyncio.to_thread(self.store.jobs, **filters)
         return [in_memory.get(job.id, job) for job in jobs]
+
+    async def owners_page(self, limit, state="", after=None, **filters):
+        """As page, the newest first, and with what was refused before it made a job."""
+        jobs = await self.page(states=[state], after=after, limit=limit, **filters)
+        if state in ("", "failed") and not filters.get("token_id"):
+            refused = self.refused.values()
+            text = filters.get("q", "").lower()
+            wishes = {filters.get("model"), filters.get("kind")} - {"", None}
+            jobs += [
+                job
+                for job in refused
+                if wishes <= {job.plan.model, job.plan.kind} and text in job.prompt.lower()
+            ]
+        if after:
+            jobs = [job for job in jobs if job.place < after.place]
+        return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
 
     async def cancel(self, job):
         """Ends a queued job; raises conflict for what is under way, or has ended."""
@@ -2433,6 +2722,15 @@ class Jobs:
                 await asyncio.to_thread(path.unlink, missing_ok=True)
         self.late.pop(job.id, None)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
+        self.refused.pop(job.id, None)
+
+    async def prune_forever(self):
+        """What ended `limits.jobs_days` ago goes, a few jobs at a time."""
+        while True:
+            if days := self.settings["limits.jobs_days"]:
+                with contextlib.suppress(StoreError):  # a full disk, which the log tells
+                    await self.store.prune(now() - days * 86400)
+            await asyncio.sleep(60)
 
     async def abandon(self, job):
         """Its client is gone: what was not sent is cancelled, any other job runs on."""
@@ -2454,8 +2752,10 @@ class Jobs:
         if job.state == "queued":
             raise GatewayError("shutting_down", f"Flow2API stops; {job.id} was not sent")
         if job.state != "completed":
-            message = f"{job.id} was sent and goes on at the next start"
-            raise GatewayError("interrupted", f"{message}: see /v1/videos/{job.id}")
+            fate = f"goes on at the next start: see /v1/videos/{job.id}"
+            if self.settings.demo:
+                fate = "is lost: the demo keeps nothing"
+            raise GatewayError("interrupted", f"{job.id} was sent and {fate}")
 
     async def _wait(self, event, seconds):
         with contextlib.suppress(TimeoutError):
@@ -2570,17 +2870,25 @@ class Jobs:
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
             await self._await(job, job.outputs)
+            if token := self.token_of(job):
+                token.count("error", sum(out.state == "failed" for out in job.outputs))
+                await self.store.put(token)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
-            await asyncio.gather(*(self._settle(job, output) for output in job.outputs))
+            try:
+                async with self._time_left(job):
+                    settling = [self._settle(job, output) for output in job.outputs]
+                    await asyncio.gather(*settling)
+            except TimeoutError:
+                job.notes.append("generation.image_timeout is over: this is the original")
         await self._complete(job)
 
     async def _complete(self, job):
         """Its outputs and the counters of its account go to disk with it."""
         if token := self.token_of(job):
-            token.update(failures=0, paused_for=None)
+            token.trust(job.plan)
             token.count(job.plan.kind, len(job.done()))
         await self._step(job, "completed", *job.outputs, token, completed_at=now())
         self._learn(job)
@@ -2597,7 +2905,11 @@ class Jobs:
                 self.late[job.id] = job
             self.pool.release(job)
             self.media.drop_inputs(job.inputs)
-            log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
+            token = self.token_of(job) or Token()
+            about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
+            message = job.error.get("message", "")
+            form = "%s %s: %s %s %d s %d credits %s"
+            log.info(form, job.id, job.state, *about, message)
         self._tell(job)
 
     async def _save(self, *records):
@@ -2624,8 +2936,10 @@ class Jobs:
         self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
     async def _submit(self, job):
-        """Until an account takes it, or may have. What raises has spent nothing."""
-        tried, refusal, pauses = set(), None, backoff(times=self.RETRIES)
+        """Until an account takes it, or may have. What raises has spent nothing. What is
+        refused everywhere speaks against the job: two accounts at most step back."""
+        tried, blamed = set(), set()
+        refusal, pauses = None, backoff(times=self.RETRIES)
         while True:
             token = await self._lease(job, tried, refusal)
             try:
@@ -2635,13 +2949,10 @@ class Jobs:
             if refusal.effect is Effect.UNKNOWN:
                 log.warning("%s: %s; looking for it at Google", job.id, refusal)
                 return await self._step(job, "unknown")
-            gives_up = refusal.code != "account_busy" or token.busy[job.plan.kind] < 2
             self.pool.release(job)
-            if job.state == "submitting":
-                await self._step(job, "queued", submitted_at=0.0)
+            await self._take_back(job)
             if refusal.effect in BLAMED:
-                self.pool.blame(token, refusal)
-                if gives_up:  # else it waits for the account's other jobs
+                if not self._step_back(job, token, refusal, blamed):
                     tried.add(token.id)
             elif refusal.effect is Effect.RETRY and (pause := next(pauses, None)):
                 self._tell(job, f"{refusal}; trying again")
@@ -2649,6 +2960,19 @@ class Jobs:
                 await asyncio.sleep(pause)
             else:
                 raise refusal
+
+    def _step_back(self, job, token, refusal, blamed):
+        """-> whether the job waits for the account, which is just busy with others."""
+        blamed.add(token.id)
+        if len(blamed) > 2:
+            return False
+        self.pool.blame(token, refusal, job.plan)
+        return refusal.code == "account_busy" and token.busy[job.plan.kind] > 0
+
+    async def _take_back(self, job):
+        """It was refused: nothing was spent."""
+        if job.state == "submitting":
+            await self._step(job, "queued", submitted_at=0.0)
 
     async def _lease(self, job, tried, refusal):
         self._tell(job, "Waiting for an account")
@@ -2661,17 +2985,57 @@ class Jobs:
             raise refusal or err from None  # what the last account said says more
 
     async def _submit_on(self, job, token):
+        """Where the account's project is gone at Flow, once more in a new one."""
+        gone, key, reply = "", job.plan.template, None
+        while not reply:
+            try:
+                reply = await self._send(job, token, gone)
+            except GatewayError as err:
+                if err.code != "model_unavailable" or job.source:
+                    raise
+                lately = now() - self.absent.get(key, 0) < 3600
+                if gone:
+                    self.absent[key] = now()
+                if gone or lately:
+                    raise
+                gone = job.project
+                log.warning("%s: is project %s gone? %s", job.id, gone, err)
+                await self._take_back(job)
+        await self._accepted(job, reply)
+        if reply.credits is None and job.plan.cost(token.tier):
+            await self.pool.ask(token, now())  # Google leaves a balance of zero out
+
+    async def _send(self, job, token, gone=""):
+        """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
+        upstream = self.pool.adapter_for(token)
+        try:
+            async with self._time_left(job):
+                own = job.source.get("project")
+                job.project = own or await upstream.project(token, gone)
+                media = await self._upload(job, token)
+                token.update(last_used_at=now(), use_count=token.use_count + 1)
+                job.update(token_id=token.id, batch=str(uuid.uuid4()))
+                await self._step(job, "submitting", token, submitted_at=now())
+                self._tell(job, "Sent to Flow")
+                return await upstream.submit(token, job, media)
+        except TimeoutError:
+            code = "submit_unknown" if job.state == "submitting" else "generation_timeout"
+            message = "There was no picture by generation.image_timeout"
+            raise GatewayError(code, message) from None
+
+    async def _upload(self, job, token):
+        """-> the names that its input pictures have at Google."""
         upstream, media = self.pool.adapter_for(token), []
-        project = job.source.get("project") or await upstream.project(token)
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
-            media.append(await upstream.upload(token, project, data, sniff(data)[0]))
-        token.update(last_used_at=now(), use_count=token.use_count + 1)
-        job.update(token_id=token.id, project=project, batch=str(uuid.uuid4()))
-        await self._step(job, "submitting", token, submitted_at=now())
-        self._tell(job, "Sent to Flow")
-        await self._accepted(job, await upstream.submit(token, job, media))
+            media.append(await upstream.upload(token, job.project, data, sniff(data)[0]))
+        return media
+
+    def _time_left(self, job):
+        """A picture ends by its deadline, whatever Google does; not so a paid clip."""
+        left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
+        return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
@@ -2685,11 +3049,16 @@ class Jobs:
         token = self.token_of(job)
         done = job.done()
         if not done or unfinished(job.outputs):
-            job.deadline = self._deadline(job.plan.kind)
+            self._give_time(job)
             await self._step(job, "running", *job.outputs, token)
         elif job.plan.upscale or not all(map(self._at_hand, done)):
             await self._step(job, "settling", *job.outputs, token)
         self.media.drop_inputs(job.inputs)
+
+    def _give_time(self, job):
+        """A clip's time is counted from the submit."""
+        if job.plan.kind == "video":
+            job.deadline = self._deadline("video")
 
     def _at_hand(self, output):
         return output.file or (output.url and not self.settings["cache.enabled"])
@@ -2701,16 +3070,22 @@ class Jobs:
         """A submit whose answer was lost is not sent again: Google is asked for it."""
         token, statuses, looks = self.token_of(job), [], 0
         pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
+        if job.plan.kind == "image":
+            until = job.deadline
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
-            await asyncio.sleep(next(pauses))
             try:
-                statuses = await self.pool.adapter_for(token).find(token, job) or statuses
-                looks += 1
-            except GatewayError as err:
+                async with self._time_left(job):
+                    await asyncio.sleep(next(pauses))
+                    upstream = self.pool.adapter_for(token)
+                    statuses = await upstream.find(token, job) or statuses
+                    looks += 1
+            except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
         if not statuses:
-            message = f"No reply; credits may be spent: see project {job.project} at Flow"
+            spends = any(job.plan.costs)
+            risk = "credits may be spent" if spends else "it may have been made"
+            message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
 
@@ -3177,7 +3552,7 @@ class Bodies:
             raise bad(f"The body can't be read: {type(err).__name__}") from None
 
 
-BODIES = web.AppKey("bodies", Bodies)
+BODIES = AppKey("bodies", Bodies)
 
 
 async def read_json(request, most=0):
@@ -3235,19 +3610,24 @@ def parse_multipart(content_type, raw):
         raise ValueError("its end is missing, or it has too many parts")
     for part in parts[1:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
-        headers = email.message_from_bytes(head.strip()[:9999])
-        name = headers.get_param("name", header="Content-Disposition")
-        if not isinstance(name, str) or len(head) > 9999:
-            raise ValueError("a part has no name, or a huge head")
-        coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
-        if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
-            raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
-        kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
-        file = headers.get_filename() is not None or kind in ("image", "video", "audio")
-        if not file:
-            with contextlib.suppress(UnicodeDecodeError):
-                data = data.decode()
-        yield name, data
+        if len(head) > 9999:
+            raise ValueError("a part has a huge head")
+        yield read_part(email.message_from_bytes(head.strip()), data)
+
+
+def read_part(headers, data):
+    """-> the name of a form's part, and its text, or its bytes."""
+    name = headers.get_param("name", header="Content-Disposition")
+    if not isinstance(name, str):
+        raise ValueError("a part has no name")
+    coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
+    if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
+        raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+    if headers.get_filename() is None and kind not in ("image", "video", "audio"):
+        with contextlib.suppress(UnicodeDecodeError):
+            data = data.decode()
+    return name, data
 
 
 def join_values(values):
@@ -3809,15 +4189,10 @@ class Gateway:
         nothing is read then. The job's headers go to the answer."""
         path = re.sub("/+", "/", API_PREFIX.sub("", request.path, count=1)).rstrip("/")
         key = await self._key(request, path, body)
-        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
-            job = await self._earlier(request, key)
-            headers = {"Idempotent-Replayed": "true"} if job else {}
-            if not job:
-                detached = detached or key.explicit
-                job = await self._create(path.split("/")[0], key, read, detached)
+        job, replayed = await self._find_or_create(request, path, key, read, detached)
         body.clear()  # a client can wait long; its pictures are on the disk by now
-        headers.update({"X-Job-Id": job.id, "x-should-retry": "false"})  # it would pay twice
-        request[ANSWER_HEADERS].update(headers)
+        headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
+        request[ANSWER_HEADERS].update(headers, **replayed)
         job.clients += 1
         try:
             yield job
@@ -3839,6 +4214,14 @@ class Gateway:
             raise bad("An Idempotency-Key may have 255 printable characters at most")
         request_hash = await asyncio.to_thread(fingerprint, [path, body])
         return RequestKey(value or request_hash, request_hash, explicit=bool(value))
+
+    async def _find_or_create(self, request, path, key, read, detached):
+        """-> the job, and a header where it is that of an earlier request."""
+        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
+            if job := await self._earlier(request, key):
+                return job, {"Idempotent-Replayed": "true"}
+            detached = detached or key.explicit
+            return await self._create(path.split("/")[0], key, read, detached), {}
 
     async def _earlier(self, request, key):
         """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
@@ -3890,12 +4273,12 @@ class Api:
         raise GatewayError("not_found", "There is no such token")
 
     def expect_done(self, job):
-        """Raises task_not_completed, or generation_failed with the job's own reason."""
+        """Raises task_not_completed, or the job's own error."""
         if not job.ended:
             message = f"Task not completed. Current status: {VIDEO_STATES[job.state]}"
             raise GatewayError("task_not_completed", message)
         if job.error:
-            raise GatewayError("generation_failed", job.error["message"])
+            raise GatewayError(**job.error)
 
     def output_url(self, request, job, output):
         """Where a client gets an output, without a key: at an address of ours that ends like
@@ -3921,7 +4304,7 @@ class Api:
             "model": job.plan.model,
             "status": status,
             "progress": percent,
-            "prompt": job.prompt if whole else job.prompt[:LISTED_PROMPT],
+            "prompt": job.prompt[: None if whole else LISTED_PROMPT],
             "created_at": int(job.created_at),
             "completed_at": int(job.completed_at) or None,
             "expires_at": None,
@@ -4224,8 +4607,7 @@ class VideosApi(Api):
         query = request.query
         limit = one_of(query, "limit", range(1, 101), 20)
         oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
-        if after := query.get("after", ""):
-            await self.find_job(after)
+        after = await self.find_job(query["after"]) if query.get("after") else None
         filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
         jobs = await self.jobs.page(**filters, limit=limit + 1)
         videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
@@ -4408,11 +4790,23 @@ TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
     **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
 }
+PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
+PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
+    ("^$", f"The session token is missing: {PASTE_IT}"),
+    (r"(^|[\s\"':=])ya29\.", f"This is an access token, which ends soon: {PASTE_IT}"),
+    (r"^\S+@\S+$", f"This is an e-mail address: {PASTE_IT}"),
+    (r"next-auth\.session-token\.\d", "The cookie is in parts, .0 and .1: paste all"),
+    (r"next-auth\.session-token", "This is the cookie's name: paste its value, too"),
+    (r"=[^=]|[:;\t{\[]", f"The right cookie is not in this: {PASTE_IT}"),
+    (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
+    ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
+)
 BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
 NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
 
 
-def hash_password(password, salt):
+def hash_password(password, salt=None):
+    salt = salt or secrets.token_bytes(16)
     data = password.encode(errors="replace")
     key = hashlib.scrypt(data, salt=salt, n=1 << 14, r=8, p=1)
     return f"scrypt${salt.hex()}${key.hex()}"
@@ -4464,29 +4858,35 @@ class Sessions:
             self.keep(session)
         return rest > 0
 
+    def _wait(self, address):
+        """The seconds until an address may try again."""
+        start = now() - GUESS_SECONDS
+        self.guesses = {who: guess for who, guess in self.guesses.items() if guess[1] > start}
+        failures, last = self.guesses.get(address, (0, 0))
+        total = sum(number for number, _ in self.guesses.values())
+        if total >= GUESSES and address not in self.friends:
+            return GUESS_SECONDS
+        if failures < FREE_GUESSES:
+            return 0
+        return math.ceil(last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now())
+
     async def check_password(self, request, password):
         """Raises too_many_logins: after some failures an address waits, ever longer; where
         many fail, so do all addresses that have never logged in."""
         address = client_address(request, self.settings)
-        forgotten = now() - GUESS_SECONDS
-        self.guesses = {key: value for key, value in self.guesses.items() if value[1] > forgotten}
-        failures, last = self.guesses.get(address, (0, 0))
-        total = sum(number for number, _ in self.guesses.values())
-        wait = 0
-        if total >= GUESSES and address not in self.friends:
-            wait = GUESS_SECONDS
-        elif failures >= FREE_GUESSES:
-            wait = last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now()
-        if wait > 0:
-            message = f"Too many failed logins; wait {math.ceil(wait)} s"
-            raise GatewayError("too_many_logins", message, retry_after=math.ceil(wait))
-        self.guesses[address] = failures + 1, now()  # before the wait, as many can come
+        if (wait := self._wait(address)) > 0:
+            message = f"Too many failed logins; wait {wait} s"
+            raise GatewayError("too_many_logins", message, retry_after=wait)
+        failures, _ = self.guesses.get(address, (0, 0))
+        self.guesses[address] = failures + 1, now()  # before the check, as many can come
+        self.settings.read_stored(self.store.settings())  # by --reset-password, perhaps
         stored = self.settings["global.admin_password"]
-        if good := await asyncio.to_thread(password_matches, str(password), stored):
+        good = await asyncio.to_thread(password_matches, str(password), stored)
+        if good:
             self.guesses.pop(address, None)
-            if address not in self.friends:
-                self.friends.add(address)
-                await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
+        if good and address not in self.friends:
+            self.friends.add(address)
+            await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
 
 
@@ -4504,10 +4904,9 @@ def mask(secret):
 def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
-    pause = token.paused_for if token.paused_until > now() else None
     return {
         **token.pick("id", "email", "name", "remark", "is_active", "reason"),
-        "reason_code": pause.code if pause else token.reason_code,
+        "reason_code": token.cause(),
         "st": hide(token.st),
         "at": hide(token.at),
         "token": hide(token.at),
@@ -4530,7 +4929,7 @@ def token_object(token, masked=False):
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
-        "paused_for": str(pause or ""),
+        "paused_for": token.paused_for(),
         "busy": token.busy,
     }
 
@@ -4550,14 +4949,18 @@ def read_token_fields(body):
         del fields["proxy_url"]
     elif not good_proxy(proxy):
         raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
-    return fields | AWAKE if fields.get("is_active") else fields
+    if "is_active" in fields:  # switched by hand: the owner's word, not ours
+        fields |= AWAKE if fields["is_active"] else {"reason": ""}
+    return fields
 
 
 def read_session_token(body):
+    """Raises invalid_request: Google is asked only about what can be one."""
     text = body.get("session_token") or body.get("st")
     st = clean_session_token(text) if isinstance(text, str) else ""
-    if not re.fullmatch("[ -~]+", st):
-        raise bad("st, the session token, is missing or not one", "st")
+    for pattern, mistake in PASTE_MISTAKES:
+        if re.search(pattern, st):
+            raise bad(mistake, "st")
     return st
 
 
@@ -4572,11 +4975,23 @@ def read_setting(name, raw):
         draft.put("admin page", name, raw, "the new value")
     except SettingError as err:
         raise bad(str(err), name) from None
+    if name in SECRETS and raw and raw in PLACEHOLDERS:
+        raise bad(f"{name} is a well-known one: take another", name)
     if form and not re.fullmatch(form[0], raw):
         raise bad(f"{name} {form[1]}", name)
     if name == "proxy.proxy_url" and (not good_proxy(raw) or "…" in raw):
         raise bad(f"{name} {PROXY_FORM}", name)
     return draft.layers["admin page"].get(name)
+
+
+def expect_proxy(settings, new):
+    """Raises invalid_request where a change would switch on a proxy that is none."""
+    before = {name: settings[name] for name in PROXY.values()}
+    after = ChainMap(new, before)
+    if before.keys().isdisjoint(new) or not after["proxy.proxy_enabled"]:
+        return
+    if not after["proxy.proxy_url"]:
+        raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
 
 
 def token_action(action):
@@ -4600,6 +5015,8 @@ class AdminApi(Api):
         super().__init__(gateway)
         self.tokens = self.pool.tokens
         self.sessions = Sessions(self.settings, self.store)
+        self.plugin = {"last_call": None, "last_account": None}
+        self.plugin.update(self.store.settings().get("plugin", {}))
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
@@ -4628,7 +5045,9 @@ class AdminApi(Api):
         password = body.get("new_password")
         if not isinstance(password, str) or len(password) < 8:
             raise bad("A new password needs 8 characters or more", "new_password")
-        hashed = await asyncio.to_thread(hash_password, password, secrets.token_bytes(16))
+        if password in PLACEHOLDERS:
+            raise bad("This password is a well-known one: take another", "new_password")
+        hashed = await asyncio.to_thread(hash_password, password)
         name = {"global.admin_username": body["username"]} if body.get("username") else {}
         await self._change({"global.admin_password": hashed, **name})
         return ok("Password changed; log in again")
@@ -4646,6 +5065,7 @@ class AdminApi(Api):
             new[name] = read_setting(name, raw)
             row = {"name": f"admin page:{name}", "data": to_json(new[name])}
             rows.append(("settings", row))
+        expect_proxy(settings, new)
         await self.store.put_rows(*rows)
         layer = settings.layers["admin page"]
         layer.update(new)
@@ -4660,15 +5080,17 @@ class AdminApi(Api):
     async def set_config(self, request):
         fields = CONFIGS[request.match_info["group"]]
         body = await read_json(request)
-        sent = {field: raw for field, raw in body.items() if field in fields}
-        if not sent:
-            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
+        sent = {field: body.get(field) for field in fields}
         changes = {fields[field]: raw for field, raw in sent.items() if raw is not None}
+        if not changes:
+            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
     async def get_config(self, request, message=""):
         fields = CONFIGS[request.match_info["group"]]
+        if "connection_token" in fields:
+            await self._make_connection_token()
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
         base = origin(request, self.settings)
@@ -4676,7 +5098,32 @@ class AdminApi(Api):
             config["effective_base_url"] = config["base_url"] or base
         if "connection_token" in fields:
             config["connection_url"] = f"{base}/api/plugin/update-token"
+            config["pairing_link"] = f"{base}/#{config['connection_token']}"
+            config.update(self.plugin)
         return ok(message, config=config, **config)
+
+    async def _make_connection_token(self):
+        """Makes one, as if somebody had set it, where there is none."""
+        name = "plugin.connection_token"
+        if not self.settings[name]:
+            secret = secrets.token_hex(20)  # letters and digits: a double click copies it
+            self.settings.layers["admin page"][name] = secret  # before others ask
+            await self.store.put_setting(f"admin page:{name}", secret)
+
+    async def extension(self, request):
+        """The companion extension, as a zip of the files beside this one."""
+        files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
+        if not files:
+            message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
+            raise bad(message, code="not_found")
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.writestr(f"flow2api-extension/{file.name}", file.read_bytes())
+        name = 'attachment; filename="flow2api-extension.zip"'
+        headers = {**PAGE_HEADERS, "Content-Disposition": name}
+        data = buffer.getvalue()
+        return web.Response(body=data, content_type="application/zip", headers=headers)
 
     async def list_settings(self, request):
         names = [name for name in SETTING if name not in NOT_SET_HERE]
@@ -4688,6 +5135,8 @@ class AdminApi(Api):
 
     async def change_settings(self, request):
         body = await read_json(request)
+        if not body:
+            raise bad("The body names no setting")
         for name, raw in body.items():
             if name in NOT_SET_HERE or (name in READ_AT_START and raw is not None):
                 raise bad(f"{name} is not changed here: set it in setting.toml", name)
@@ -4706,8 +5155,10 @@ class AdminApi(Api):
             raise bad("This session token is in the pool already", "st", "conflict")
         token, new = await self.pool.add(st, **fields)
         message = "Token added" if new else "Known account: its session is updated"
-        names = ("id", "email", "credits", "project_id", "project_name")
-        about = {name: getattr(token, name) for name in names}
+        if token.reason:
+            message += f", but it is disabled: {token.reason}"
+        names = ("id", "email", "credits", "project_id", "project_name", "reason")
+        about = token.pick(*names)
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -4715,20 +5166,29 @@ class AdminApi(Api):
         token = self.token_of(request)
         body = await read_json(request)
         fields = read_token_fields(body)
+        if all(value is None for value in body.values()):
+            names = ", ".join(TOKEN_FIELDS)
+            raise bad(f"This sets st, {names}; the body names none of them")
         proxy = str(body.get("proxy_url"))
         if "…" in proxy and proxy != mask(token.proxy_url):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
         st = str(body.get("st") or "")
         st = read_session_token(body) if st and "…" not in st else token.st
-        if st != token.st:
-            draft = Token(st=st, adapter=token.adapter)
-            draft.proxy_url = fields.get("proxy_url", token.proxy_url)
-            account = await self.pool.adapter_for(draft).sign_in(draft)
-            if account["email"] not in ("", token.email):
-                raise bad(f"This session is of {account['email']}", "st", "conflict")
-            fields = {"name": account["name"], **draft.session(), **AWAKE, **fields}
-        await self.pool.update(token, **fields)
+        if st == token.st:
+            await self.pool.update(token, **fields)
+        else:
+            await self._renew_session(token, st, fields)
         return ok("Token updated", token=token_object(token, masked=True))
+
+    async def _renew_session(self, token, st, fields):
+        draft = Token(st=st, adapter=token.adapter)
+        draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+        account = await self.pool.sign_in(draft)
+        if account["email"] not in ("", token.email):
+            raise bad(f"This session is of {account['email']}", "st", "conflict")
+        session = {"name": account["name"], **draft.session(), **AWAKE}
+        await self.pool.update(token, **{**session, **fields})
+        await self.pool.ask(token, now())
 
     async def delete_token(self, request):
         await self.pool.remove(self.token_of(request))
@@ -4740,15 +5200,15 @@ class AdminApi(Api):
 
     @token_action
     async def disable_token(self, token):
-        await self.pool.update(token, is_active=False)
+        await self.pool.update(token, is_active=False, reason="")
 
     @token_action
     async def renew_token(self, token):
-        await self.pool.adapter_for(token).sign_in(token)
+        await self.pool.examine(token, self.pool.adapter_for(token).sign_in)
 
     @token_action
     async def check_token(self, token):
-        await self.pool.check(token)
+        await self.pool.examine(token, self.pool.check)
 
     async def enable_all(self, request):
         return await self._update_all("enabled", AWAKE)
@@ -4779,19 +5239,18 @@ class AdminApi(Api):
         if one_of(request.query, "only_disabled", (True, False), False):
             states = {False}
         for token in list(self.tokens.values()):
-            if token.is_active not in states:
+            was_active = token.is_active
+            if was_active not in states:
                 continue
             try:
-                await self.pool.check(token)
+                await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
                 if not token.is_active:
                     await self.pool.update(token, **AWAKE)
                     counts["auto_enabled"] += 1
-            except GatewayError as err:
+            except GatewayError:
                 counts["invalid"] += 1
-                if token.is_active and err.effect is Effect.SESSION:
-                    self.pool.blame(token, err)
-                    counts["auto_disabled"] += 1
+                counts["auto_disabled"] += was_active and not token.is_active
         return ok("Done", **counts)
 
     async def import_tokens(self, request):
@@ -4807,11 +5266,13 @@ class AdminApi(Api):
             item = item if isinstance(item, dict) else {"st": item}
             try:
                 detail = await self._import(item)
-                counts[detail["status"]] += 1
-                details.append(detail)
             except GatewayError as err:
-                errors.append(f"{item.get('email') or 'an account'}: {err}")
-                counts["failed"] += 1
+                email = item.get("email")
+                errors.append(f"{email or 'an account'}: {err}")
+                detail = {"token_id": None, "email": email, "status": "failed"}
+                detail["reason"] = str(err)
+            counts[detail["status"]] += 1
+            details.append(detail)
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
@@ -4824,11 +5285,12 @@ class AdminApi(Api):
         else:
             token, new = await self.pool.add(st, **fields)
         status = "added" if new else "updated"
-        return {"token_id": token.id, "email": token.email, "status": status}
+        about = {"token_id": token.id, "email": token.email, "reason": token.reason}
+        return {**about, "status": status}
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
-        account = await self.pool.adapter_for(draft).sign_in(draft)
+        account = await self.pool.sign_in(draft)
         about = {"access_token": draft.at, "email": account["email"]}
         return ok("ST converted to AT", **about, expires=iso(draft.at_expires))
 
@@ -4837,20 +5299,28 @@ class AdminApi(Api):
         secret = self.settings["plugin.connection_token"]
         if not secret or not same(bearer(request), secret):
             raise GatewayError("invalid_api_key", "Invalid connection token")
+        self._note_call(last_call=iso(now()))
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
-        token, new = await self.pool.add(st)
-        enabled = token.id in asleep
+
+        def wakes(token):  # not what its owner has disabled: the browser comes by itself
+            ended = token.reason and self.settings["plugin.auto_enable_on_update"]
+            return token.is_active or ended
+
+        token, new = await self.pool.add(st, wakes)
+        self._note_call(last_account=token.email)
+        enabled = token.is_active and token.id in asleep
         action = "added" if new else "updated"
-        if enabled and not self.settings["plugin.auto_enable_on_update"]:
-            await self.pool.update(token, is_active=False)
-            enabled = False
-        return ok(f"Token {action}", action=action, token_id=token.id, auto_enabled=enabled)
+        about = {"action": action, "token_id": token.id, "email": token.email}
+        return ok(f"Token {action}", **about, auto_enabled=enabled)
+
+    def _note_call(self, **news):
+        self.plugin.update(news)
+        self.store.put_setting("plugin", self.plugin)
 
     def _job_object(self, request, job, whole=False):
         """A job as its owner may see it: the video object, and whose and how it was."""
         token = self.jobs.token_of(job) or Token()
-        cost = (job.plan.cost(token.tier) or 0) * job.n if job.submitted_at else 0
         start = job.submitted_at or job.created_at
         return {
             **self.video_object(request, job, whole),
@@ -4867,7 +5337,7 @@ class AdminApi(Api):
             "token_id": job.token_id,
             "account": token.email,
             "username": token.name,
-            "cost": cost,
+            "cost": job.spent(token),
             "duration": (job.completed_at or now()) - start,
             "urls": self.output_urls(request, job),
             "kept": all(self.media.path(output.file) for output in job.done()),
@@ -4881,10 +5351,8 @@ class AdminApi(Api):
         filters["kind"] = one_of(query, "kind", ("image", "video"), "")
         state = one_of(query, "state", VIDEO_STATES, "")
         filters["token_id"] = one_of(query, "token_id", self.tokens, None)
-        if after := query.get("after", ""):
-            await self.find_job(after)
-        filters.update(states=[state], after=after, limit=limit + 1)
-        jobs = await self.jobs.page(**filters)
+        after = await self.find_job(query["after"]) if query.get("after") else None
+        jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}
@@ -4906,13 +5374,14 @@ class AdminApi(Api):
     def _log_object(self, request, job):
         """A job as a row of the original's log, base64 cut out."""
         row = self._job_object(request, job)
+        status = GatewayError(**job.error).status if job.error else 200
         asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
         return {
             "id": job.id,
             "task_id": job.id,
             "task_status": job.state,
             "operation": f"generate_{job.plan.kind}",
-            "status_code": GatewayError(**job.error).status if job.error else 200,
+            "status_code": status if job.ended else 102,
             "token_id": job.token_id,
             "token_email": row["account"],
             "token_username": row["username"],
@@ -4926,7 +5395,7 @@ class AdminApi(Api):
 
     async def list_logs(self, request):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
-        jobs = await self.jobs.page(limit=limit)
+        jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
         new = [job for job in jobs if job.created_at > start]
         return [self._log_object(request, job) for job in new]
@@ -4999,18 +5468,78 @@ class AdminApi(Api):
 
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
-LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
-    "V_;xVNGqu<$Sls!Wnf@p0MS5flvtK*m|I|C2o#%`o1b6Cz`&4`Tb7Z+fC89bFfi~hU|?hbAp~GVRfW!XV89EQfJnBaC@~w"
-    "zjw#6o+sTY+8qi(_{PtkAw*iPfz>+(2Q!*2Q429ejbbmR3^@bh+a}+aDa*ALwWtl0d=(ZH(X6B^<86su5V1tmYRY`%!$)p"
-    "serXe|tr?e<X0m5c9C@x9L0kUTlmlUTUsp$Yk0uHZ%JmLZNhzCv;=s@ECe;^5pT4zS51Kj@~GDxNa>1Bc(`cDtIfC8BXL<"
-    "raftZ-vwV9Pk+#Hg|fq_4Q7q!`H-4q%vp*djppB8!8t3{Wf?O^gFdn*imiklX_jHw9vDJQ!$4az4U5rky~#D>o&v1V|gEb"
-    "~G{VQx;)hkxg!3Xe=pU5D?w>`~AM(uh;Fuiar1}u{+L^VXYB40AXq|#<LngnAQlUCqwW-9|$wj0nW^9fHNx(cpvlu00"
+LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 5.7 s of H.264 in an MP4, 288x160
+    "eOC!QRO|ac!(e2Il<dY5)3pzZWEmlf7JCaW2HAJA?^-BpkwNxsS+bNRkx9vxi>64VXc1Yn=YP(enXccx|KIO"
+    "?<~h&%KHGbq=lQ<pyaNCL+TJI?!_nK_6#!@eh=YW+_Oq39^-z!l03^MuySpC%04}b6m+-)UT(n;RfKvoO0MP"
+    "I63-O;;|D0<8|MQ{&<C^$*Sv!N{i$2ceHEI7H4O|!a-|PH;>mtzLEr&c6wZr>(gPhOK#oOm^4@z9JFHMgt-q"
+    "9Kypk49*%v~0=VFOHv<cZWJyo(oA<L8LC+i7VE&fRsb-S94UkPXdcS4TH{aIn|Ul^k^EV~XNo9UtDy&VEN4%"
+    ")VYOXn0Jc<n3eQ0*<S^eZ28IY;vHc{g+ZeiRS>i;6V4kS^Vqb+TI55hrp=E5O{!j`vbt^0P^x$Mq~>L$Bc&B"
+    "0^Mj46EVgJfbP<dy$>X}R#ze4y*55xl%jGv!US-6`;ZGxU0n+V7ugofW2YP<K2T=+51AIs5u%_jaL03ka{3a"
+    "GTSD~%X&*>36wXiKoD?oVAr;D;3#9!ZaqrMW0N@2lh~f{$41qvEvE`w}<ED%uI!LiS2qOb<g>nE%lCp*vg;R"
+    "adlsT1qQP$+6%oRWqr^Mu@a6yU<q_?8T`6%&tDMTHEHMMpByMD++AXoLp`#@k;bhRUM=n~oqToCMD)*c=%J3"
+    ")YQgm(wZ-pdX|_3kgOcx!0>KcE0=VJv`s3AMW#&3p2fJNw#g6|S1Q!1vHwvx_OG79EH;=H}x{5(~-;c0GUpS"
+    "V|>rrrPqp&<Ynx?MlYfc`fX9K9jyJ!mn?3%e$M64BjzBliI(1$YyS?H%;}+IXssT_cUqWk>#Z#O}fODU_M~("
+    "=DLz(kB#zK774ob%@@rxsKgO;INK~TGKxMaL}oN7XW*@lPC+oKbdUcFr2PAmpzzmimP0kN05gz=6=+O(z~QD"
+    "_y1OZmL;0;>1hW3nGeh|xy3+<Jn+h?BQPr2r=dy~EG|e#Y<W?6%{!D+Cb>>y#u@=b@7vzR;r3$iDv2n|#SwZ"
+    "=dlWuV@*Oo8KCU1{1PH<rF%g1>a`0p{z&V8s#tC7)9H%e4nJ<XN$p-&DOIb1R-Y`mOx@N!Y&##sx6c82k`J>"
+    "$z_)6-XsUQ9ct<d~%(Ejhaz(ex<6hgF&fS|57?EOj%Jo#A{yjV4`9c&I>9#iOQzmVC)1b!qjEukkevs|QpxF"
+    "e&44Bl2TW?Fb(^*Mzz+2X=jk!{`q_v*)4BXB8Ba=YM%;tO^z7&e?Z1fE`^mzUS?W$_r&r1(^G?b?#@)$31A{"
+    "N@OZ}AG{Q<zWsWUxbCN5G-U8oslmxV(|qR4spko-;i3ggN}Z`5nzu(BT1Dc33v0DweF>Zh{6KqPSF$1#*VXG"
+    "ZbSt^vl^)!~Um2y3Xb+UkpYr|;lrvs>_5D=6)rQ#VCr5RSxR=>3B7PjAv67D~Y|uzOM;vbY16PNWLv2N!3o_"
+    "bYSdnsV!tZOda)X}&8-{K?(7&g%6W<)?GZ%5U|4*PrCz)YbfH0mkmwa=Pji#IEVbyDttf64IW!q4OvFpjx^z"
+    "6^24f&?drII!9Ailm)p{aF0Z-iQ?=!>XA0mIsyU7uD9K3M$76cPJt#8f*6vDvNnRxeZ4@MA}S?d97ZsH|FB`"
+    "_%d?wtUytc+9R9uEit2KSvql3JR^GmPysF?(fWkLfrUiRU)1t@m-r^^7zb;LMRiX4d*Gv`oYE5e|h$g<XLdv"
+    ";t}g`RzCSnx{AXkez!OmzxA%qK?C>IUksXsInW+jeu!U}KFe@(>Fh)E^q+nuK?$<`k-MUPl&Jp97VKtXlE}~"
+    "G>mIh^o`~7PXTCzZ&EJ{gZR}vtSN>uXtA~2I!RhA|{-ooq>3m*4@`PMt6hp)ATfqu)v=?V429oDkdj&WPPij"
+    "T@4<w$B5NCR$S7;xr<5*Ggx?<^QeY71ZQS8&qrv9$-KJ4o?&wJb>Y6vqP)T(?TW9%(%+L))6`9|lAW#5mSoX"
+    "p1-4onaAo;W#H=Y8?;>NM-f@fQEfPXab0Wj`)OOjq8dQGKowKvP_|H70t}HexAqQj(Z1V58@nk>|xbY=X@)="
+    "aJ@NoaqzU=PLYJU9k<ontvl`p<P|Z#9vKYEhMP)RR<B%3Xs-sFmnx+-$c6nn7VV^=eDj{U3R~7STX|H`PaS&"
+    "<(H8U!uAH!Ebtk8Pbd_A{nCH+>cpZ<#t}jNApM>nua>0yGjlcdf?RBygt(Fh)s|-;ing?;*&2p#Ovww=<PUK"
+    "*f8e%_dUR~sna@=*LU3qt%3yhkz~$O+eW#Q+qc-LeZPLO6hM&&WY3<!w+0!NFY-y}A_vGntv@)AjWj%glsD;"
+    "f$i>p@d=jvtnd$D7lAqR}PKT4g{R9Jfd=}dgt^)~zvqki$PM0UYq4~wf}M}&z@RZa;kT71XX%8$Ajzd*ctrl"
+    "Uyw%sUcJf1<W9zOW`)YL=$6-*QVy(5f(m$S==4Fw99hCHau0=e|_yT%uFmxQ8FT&E_`Xc82#!*2Ct#axY9~N"
+    "D@Y3D-VZcqHma|25Fd->68a!ay5eqty^9l$-I*^S-wqb1i4(b>*a~Ny2Tj^Sz1@)Eao#p9IZD;%@!(5O&ipd"
+    "nNt`%FM5|*t_!6K)do*!$QW=|ZNI(HFxVU$`;_@P8o_^p9a(xtHc3a}l()AJmeyc0^z-0ak*lmqrv^q0C!4D"
+    "&Ej;Ued6~^~KGvf5w0_P0$veizCoOACUq1L5bu(W;nD;1M;@SHbz9&Xkd-lYa35f*bWjK8K_3MjYFJl)hj;A"
+    "4HMl{bKCNXEW#TM1J8vez%+v$z7yb?giSNDf^hPRy7)|$}L4ZAC%$dUz#JG_Bs+Vot{=jmx#m(e$%ryXr@p>"
+    "J}X7U-V8GPklgsw>=_!S*g>^xdtSC)!hZYEMU{%%9N)KSk$p8Db)iVOM}d_Vn@1i#LCqrD@0hC3=5KT#Mtt9"
+    "`2$)I-WYDb2{A2tmoMOeEr(KRZ`a%L~ufg9NlA#WJ1_CldfKSNvHd0<KoiMtvK07)$ivQ3o2KL%J1T#?>8<("
+    "2aaw&9H^?jeO%Y$ZK%lBNZEucCQ~HE?m1|~j?1to+bGNh$YeWUFGI&F30y`jS*U2K`IMHAX996WQJZ05+?+n"
+    "v>_o@2QvN`HqCq(QFmt+UE*ztXY%X5~#?UnGYJd&^xQve9Lc(ozHR7#sc_z^;10mRBimb$XkUhE?LE#=8f&R"
+    "A;@;I+UHYLC%l9Po^&7luGj-c~f2$>cIJ~NAL{pNQg0@lJg$v`=2nmUZl&16WFWGidWf!f13LhNrX<ohbi>f"
+    "V>F2%^Bq$yzp1ujGV}XGiK{9G*|#sGdx|{q$|Ano5Y9ng;wVaH7%;YvgBHgHAIzLdS0*7*8;0VGw!>4jci_Q"
+    "R)t8j3cpSHnTtnIa~()Z!zJvnnqW)hD$kI6F5=HfHkNS0f)({P+BO-q;b0FyIJHz!hXz$$sZ3D$cHX!^CSZ*"
+    "@w~NOs3SvqW(<Q|QlZ`4x$GTF(3z0hO5V4|TSt%Exa${IOms-JLdQ00+jxDeI2xTd+;g}pGKZD9qp^|#+lo6"
+    "|$R3kzg;nXd=1?8Ab>$qboQJ^$r^lWp_T+d%b=t_m&LedA@7d`nv_ea{3=Xsjpmvm<Xk2(g_=Fhx>7is>UhP"
+    "v(>3yWd$4N=c(WVtF3VB{>LHwPDLPER8STLx}ubM!*vuddA#H~DcQVeVEl!L~j!)`~iY$_dDov$;nSjs)y(-"
+    "s%~Aobp&qX-dq?s6^<!j7-^T<C~{FLRj`4;}AMs4sj};4opL(REvlBg(iAC0*YrahG+UFK~b0($X*Pp<!e6U"
+    "-3+Y{-AJD!2^of&i{&@$;|o4`(YEtCtOOTwL@C>&82f5j^ut)Fab*QOJREhGdK`jJ(`z72oy5kSsQ<^kV_KQ"
+    "Oi?u`sW45y-ZNqE@qdDv15|Jznu+1jw5Aidxa1`+mO;r+e|Y)#{oHoaR9e|+gIgm;HH_wb((0%}&>t`Lj%<{"
+    "KqrjOVguYg?_~NtO7$oR@BvM*sG)amVJ{k+J95i?a?NLc8eh@Nq{cVqCeatl$l&0F-N){3G>@WKcpbTx^WgP"
+    "RxXb0mij)V4&R4^ewDc{~uZ)u-#te3s3t1~}ftWkvx?9Su-WYv67dvZ%PSEKq)T_|6bsb8|WcCILwyTsjT^@"
+    "yxPOMRZ~Pkra_O6T4y0n`Qy9=G)$x_hPb&oi^#wvnQ{%DapOi*UBt0nk4QDm)R&^Fu0?<LbexGT%#0<RD;Ss"
+    "K`WUgjF({NO`>K@b{Z11=+scU_Jf(N72RZBWvnMRo#`z`;!7xg!p-t#=hjeKG;?$hA<VJ2)(e%mH|s1_1@vJ"
+    "qKM$1T`ky5(%cNUe>l9mDTS7ydbeo6ZKu@uFeq;hAbOYec(3im4?=UYK8K%uolzY*#i0QM60ROXy)U%MzqVb"
+    "J7HiLH7;VKFDmDZ!RrI(1#vX8~MjY%%Nmln?eqFHN)Zcot-y_J+jS42@s8b6g_E6bv@e6L3PR&QJYgS!vN0e"
+    "1Gb8OUL^325@uf@7I=&W#LVUC%Fr*`T_u1)zIxR&uNa*K3Yru&^me)Ys>l>I#tr;vjody{>|l-WG#)q>lx;;"
+    "s7yf&S$M*=dSdg@3{?8%nXh4ObIq8AwgBMbdQ^<8U`A^_uz+REITJE9wYCcwJim3U`Q7G7GQIE8WFWdi=vs?"
+    "PaNOqY)_>Sw<0sUh0ia7fN>!{7-b`pzUnL4K~qNJ{Hq9C41b-w~|SQ{(Fj0QA2~SDalCXRO!u8OO)sdiH}!("
+    "-<w_~P&|;>w)53SYx4fan0INaEx*Xa0-V&oaQGDs7nIiSDoI)TT2$<|U`_<tivk%sqvpH}h2?u3`9o>vzUqI"
+    "6vf!m6h0X(4;bp-w)ul8jOA_ttkJ`qNYeNAH>J(6$D@rH-y7SS`{VUdR1L6Epk-bGuhB5rs-8@R5`~np)EGG"
+    "Ju%j4>VH^kBRN6h9w+Y*jMJ|WOC&i>)~=*EbuXpD-dj-VYz1|#oPGchwYM%j@@V(F2ovjXcDHdc9TUp1MW!|"
+    "#-5wpJMZ67kF3`Q~D|EpqWwBSz6M87;?6?iB@a`%a#-nr;m{Tpf|Cz1=Cdw)5S!uZ_N;)8~xSi=)LiW?JFq("
+    "^EA9+LhiFUKcwEBZMnEaUsm4Ty#ncBkJGz@wMG#Iyqj3j_}to08n>+#vna9^psU`=*`=C*vVelF$_S&)Wlfo"
+    ">}~Q#f4arGHzEB000"
 ), -15)
 # fmt: on
-UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)  # the matrix of the track, and turned
-TURNED = (0, 65536, 0, -65536 & 0xFFFFFFFF, 0, 0, 72 << 16, 0, 1 << 30)
-MATRICES = [b"".join(number.to_bytes(4) for number in row) for row in (UPRIGHT, TURNED)]
-PORTRAIT_CLIP = MATRICES[1].join(LANDSCAPE_CLIP.rsplit(MATRICES[0], 1))
+# Its frames are square, and hold both clips: sizes, and what its header cuts off.
+PORTRAIT_CLIP = LANDSCAPE_CLIP
+for wide, tall in (
+    ("0120000000a00000", "00a0000001200000"),
+    ("012000a0", "00a00120"),
+    ("be08410c", "b821043c"),
+):
+    PORTRAIT_CLIP = PORTRAIT_CLIP.replace(bytes.fromhex(wide), bytes.fromhex(tall))
 SIMULATED_SIZES = {
     "LANDSCAPE": (1376, 768),
     "PORTRAIT": (768, 1376),
@@ -5042,16 +5571,25 @@ DEMO_ACCOUNTS = {"pro": ("PAYGATE_TIER_ONE", 1000), "ultra": ("PAYGATE_TIER_TWO"
 
 
 def block_picture(text, width, height):
-    """A PNG made from a text: eight by eight blocks in two colours of its hash."""
+    """A PNG made from a text: waves in two colours of its hash."""
     code = hashlib.sha256(text.encode(errors="replace")).digest()
-    rows = [bytes(code[y] >> x * 8 // width & 1 for x in range(width)) for y in range(8)]
-    pixels = zlib.compress(b"".join(b"\0" + rows[y * 8 // height] for y in range(height)))
+    silk = bytes(abs(x * (code[0] + 64) * 3 // width % 256 - 128) for x in range(2 * width))
+    swing = (1 + math.sin(code[1] + y * code[2] / 40 / height) for y in range(height))
+    rows = b"".join(b"\0" + silk[int(width * part / 2) :][:width] for part in swing)
+    ends = [*zip(code[3:6], code[6:9], strict=True)]
+    colours = bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends)
+    return png(width, height, colours, rows)
+
+
+def png(width, height, colours, rows):
+    """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
     head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    chunks = {b"IHDR": head, b"PLTE": code[8:14], b"IDAT": pixels, b"IEND": b""}
-    png = b"\x89PNG\r\n\x1a\n"
+    pixels = zlib.compress(rows, 1)
+    chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
+    file = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
-        png += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-    return png
+        file += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return file
 
 
 @dataclass
@@ -5305,8 +5843,8 @@ class Role(enum.Enum):
     EITHER = "who has the API key, or is logged in"
 
 
-GATEWAY = web.AppKey("gateway", Gateway)
-SESSIONS = web.AppKey("sessions", Sessions)
+GATEWAY = AppKey("gateway", Gateway)
+SESSIONS = AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
 V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
@@ -5373,6 +5911,7 @@ ROUTES = {
         "GET /api/logs": AdminApi.list_logs,
         "DELETE /api/logs": AdminApi.clear_logs,
         "GET /api/logs/{id}": AdminApi.get_log,
+        "GET /api/plugin/extension.zip": AdminApi.extension,
         "GET /api/state": AdminApi.state,
         "GET /api/stats": ServiceApi.stats,
         "GET /api/system/info": AdminApi.system_info,
@@ -5385,8 +5924,10 @@ NO_ROUTE = (
     "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
     " (a client that asks for the Responses API: set it to chat completions)"
 )
+ADDRESSES = itertools.chain(*ROUTES.values())
+ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
-    404: ("not_found", NO_ROUTE),
+    404: ("not_found", "it is not there"),
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
@@ -5450,24 +5991,27 @@ async def answer_errors(request, handler):
     try:
         if request.method == "OPTIONS":
             return preflight(request)
-        coding = request.headers.get("Content-Encoding", "identity")
-        if coding.lower() != "identity":
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             message = "Send the body as it is, without Content-Encoding"
             raise GatewayError("unsupported_encoding", message)
         return await handler(request)
+    except ConnectionError:  # the client has gone in the middle of an answer
+        raise
     except GatewayError as err:
-        error = err
-    except (StoreError, OSError) as err:
-        if isinstance(err, ConnectionError):  # the client has gone in the middle of an answer
-            raise
-        log.error("%s %s: %s", request.method, request.path, err)
-        message = "The data folder can't be written: is its disk full?"
-        error = GatewayError("disk_full", message, retry_after=60)
+        return error_response(request, err)
     except web.HTTPException as err:
         code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
-        error = GatewayError(code, f"{request.method} {request.path[:80]}: {message}")
+        told = f"{request.method} {request.path[:80]}: {message}"
+        return error_response(request, GatewayError(code, told))
+    except (StoreError, OSError) as err:
+        log.error("%s %s: %s", request.method, request.path, err)
+        message = "The data folder can't be written: is its disk full?"
+        return error_response(request, GatewayError("disk_full", message, retry_after=60))
     except Exception:
-        error = unexpected(request)
+        return error_response(request, unexpected(request))
+
+
+def error_response(request, error):
     headers = {"Retry-After": str(int(error.retry_after))} if error.retry_after else {}
     if error.status in (409, 501):  # it would not help
         headers["x-should-retry"] = "false"
@@ -5476,6 +6020,21 @@ async def answer_errors(request, handler):
         body = {"success": False, "detail": str(error), "message": str(error)}
     reason = error.code.replace("_", " ")  # some clients show nothing else
     return web.json_response(body, status=error.status, reason=reason, headers=headers)
+
+
+@web.middleware
+async def find_route(request, handler):
+    """Where there is none, a browser is led to the page, a client told of the nearest."""
+    if getattr(request.match_info.http_exception, "status", 0) != 404:
+        return await handler(request)
+    address = f"{request.method} {request.path[:80]}"
+    page = "text/html" in request.headers.get("Accept", "")
+    if page and re.match("GET /(?!api/|v1/|flow/)", address):
+        return web.Response(status=302, headers={"Location": "/"})
+    nearest = difflib.get_close_matches(address, ADDRESSES, 1, 0.75)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    message = "no such route" if "/api/" in address else NO_ROUTE
+    raise GatewayError("not_found", f"{address}: {message}{hint}")
 
 
 def preflight(request):
@@ -5504,6 +6063,7 @@ async def background(app):
     await gateway.jobs.resume()
     jobs = gateway.jobs
     loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
+    loops = *loops, jobs.prune_forever
     tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
     for task in tasks:
@@ -5525,7 +6085,7 @@ async def run_forever(loop):
 def make_app(settings, store):
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
-    app = web.Application(middlewares=[answer_errors], client_max_size=limit)
+    app = web.Application(middlewares=[answer_errors, find_route], client_max_size=limit)
     app[GATEWAY] = gateway = Gateway(settings, store)
     app[BODIES] = Bodies(settings)
     apis = [api(gateway) for api in (AdminApi, ServiceApi, ChatApi, ImagesApi, VideosApi)]
@@ -5579,7 +6139,8 @@ def file_limit():
 
 
 async def listen(server, settings):
-    """Takes connections, as long as there are files for all of them -> asyncio's server."""
+    """Takes connections, as long as there are files for all of them -> asyncio's server.
+    Raises SettingError."""
     most = file_limit() // 2  # a client's, and one to Google
 
     def take():
@@ -5590,47 +6151,75 @@ async def listen(server, settings):
 
     loop = asyncio.get_running_loop()
     host, port = settings["server.host"], settings["server.port"]
-    return await loop.create_server(take, host, port)
+    try:
+        return await loop.create_server(take, host, port)
+    except (OSError, ValueError) as err:  # ValueError: no name can be like that
+        reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
+        hint = "set others with --host and --port (server.host, server.port)"
+        message = f"can't listen on {host} port {port}: {reason}; {hint}"
+        raise SettingError(message) from None
 
 
 def open_store(settings):
     """Opens the database, which holds what the admin page has set, and the secrets."""
     store = Store(settings.data)
-    store.open()
-    for key, value in store.settings().items():
-        layer, _, name = key.partition(":")
-        if name in SETTING and layer in Settings.LAYERS and value is not None:
-            settings.layers[layer][name] = value
+    try:
+        store.open()
+    except (OSError, sqlite3.Error) as err:
+        reason = getattr(err, "strerror", None) or err
+        hint = "let this user write there, or set another --data (server.data_dir)"
+        raise StoreError(f"data folder {settings.data}: {reason}; {hint}") from None
+    settings.read_stored(store.settings())
     return store
 
 
 async def make_secrets(settings, store):
-    """Makes the API key and the admin password that nobody has set -> the new ones."""
-    new = {}
-    for name, size in (("global.api_key", 24), ("global.admin_password", 12)):
+    """Makes the API key and the admin password that nobody has set -> the new ones; each
+    of letters and digits only, so that a double click takes it whole."""
+    new = {"global.api_key": settings["global.api_key"]} if settings.demo else {}
+    for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
         if not settings[name]:
-            new[name] = stored = secrets.token_urlsafe(size)
+            new[name] = stored = secrets.token_hex(size)
             if name == "global.admin_password":
-                stored = hash_password(stored, secrets.token_bytes(16))
+                stored = hash_password(stored)
             settings.layers["generated"][name] = stored
             await store.put_setting(f"generated:{name}", stored)
     return new
 
 
-def greet(settings, port, new, demo):
+def weak_secrets(settings):
+    """Warns of each secret that other machines could guess."""
+    local = settings["server.host"] in ("127.0.0.1", "::1", "localhost")
+    for name in () if local else SECRETS:
+        secret = settings[name]
+        if 0 < len(secret) + len(set(secret)) < 20:
+            hint = "make it longer, or set server.host to 127.0.0.1"
+            yield f"{name} ({settings.source(name)}) is easy to guess for others: {hint}"
+
+
+def greet(settings, port, new, accounts):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * demo)
+    url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{url_host}]:{port}" if ":" in host else f"http://{url_host}:{port}"
+    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * settings.demo)
+    print(f"listens on: {host or 'all addresses'}, port {port}")
+    print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
         print(f"{name.partition('.')[2]}: {secret}")
-    if new and not demo:
-        print("Keep these: they are not shown again; setting.toml can set others.")
-    key = settings["global.api_key"] if demo else new.get("global.api_key", "$KEY")
-    body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
-    curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
-    print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'', flush=True)
+    if new and not settings.demo:
+        print("These are not shown again. For a new password: --reset-password")
+    if accounts:
+        key = new.get("global.api_key", "$KEY")
+        body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
+        curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
+        print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
+    else:
+        print(f"Next: open {url}, log in, and add an account there.")
+    fate = "what was sent goes on at the next start"
+    if settings.demo:
+        fate = "the demo keeps nothing"
+    print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
 async def start_demo(settings):
@@ -5649,46 +6238,53 @@ async def start_demo(settings):
         "cache.timeout": 0,
     }
     settings.layers["command line"].update(demo)
+    unless_set = {"server.host": "127.0.0.1", "global.api_key": "demo"}
+    settings.layers["generated"].update(unless_set)
     return runner
 
 
-async def serve(settings, demo):
+SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(settings):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
-        if demo:
+        if settings.demo:
             stack.push_async_callback((await start_demo(settings)).cleanup)
         store = open_store(settings)
+        for warning in weak_secrets(settings):
+            log.warning(warning)
         app = make_app(settings, store)
         runner = web.AppRunner(app, **SERVER_OPTIONS, shutdown_timeout=2)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         listener = await listen(runner.server, settings)
         stack.callback(listener.close)
-        for name in DEMO_ACCOUNTS if demo else ():
-            await app[GATEWAY].pool.add(name)
-        greet(
-            settings,
-            listener.sockets[0].getsockname()[1],
-            await make_secrets(settings, store),
-            demo,
-        )
+        pool = app[GATEWAY].pool
+        for name in DEMO_ACCOUNTS if settings.demo else ():
+            await pool.add(name)
+        new = await make_secrets(settings, store)
+        greet(settings, listener.sockets[0].getsockname()[1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
-        for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         await stopped.wait()
         log.info("stopping")
 
 
-async def check(settings):
-    """--check: tells the settings, and what is wrong -> is all well? Spends nothing."""
-    for name in SETTING:
-        value = "(set)" if settings[name] and name in HIDDEN else repr(settings[name])
-        print(f"      {name} = {value}  ({settings.source(name)})")
+async def check(settings, verbose):
+    """--check: tells what is wrong, then what is set -> is all well? Spends nothing."""
     all_well = True
     async for well, text in findings(settings):
         print("ok   " if well else "WRONG", text)
         all_well = all_well and well
+    print("Settings that differ from their defaults (with --verbose: all):")
+    for name, setting in SETTING.items():
+        value = settings[name]
+        if verbose or value != setting.default:
+            hidden = "(set)" if value and name in HIDDEN else repr(value)
+            print(f"      {name} = {hidden}  ({settings.source(name)})")
     return all_well
 
 
@@ -5698,12 +6294,14 @@ async def findings(settings):
         yield False, warning
     try:
         gateway = Gateway(settings, open_store(settings))
-    except (StoreError, OSError) as err:
-        yield False, f"data folder {settings.data}: {err}"
+    except StoreError as err:
+        yield False, str(err)
         return
     yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
+    for warning in weak_secrets(settings):
+        yield False, warning
     for name in ("flow.labs_base_url", "flow.api_base_url"):
         yield await check_address(gateway, settings[name])
     if not gateway.pool.tokens:
@@ -5776,7 +6374,7 @@ def parse_arguments(argv):
     parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
     parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
     option = parser.add_argument
-    beside = Path(__file__).with_name("setting.toml")
+    beside = Path(__file__).parent
     option("--config", type=Path, default=beside, help="default: setting.toml beside it")
     option("--data", dest="data_dir", help="data folder; default: data/ beside the config")
     option("--host", help="address to listen on")
@@ -5785,6 +6383,8 @@ def parse_arguments(argv):
     instead("--demo", action="store_true", help="run on a simulated Flow, keep nothing")
     instead("--check", action="store_true", help="say what is wrong, spend nothing, exit")
     instead("--backup", type=Path, metavar="FILE", help="copy the database, and exit")
+    instead("--reset-password", action="store_true", help="print a new one, and exit")
+    option("--verbose", action="store_true", help="with --check: print all settings")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
@@ -5792,21 +6392,49 @@ def parse_arguments(argv):
 def load_settings(arguments):
     """Raises SettingError."""
     settings = Settings()
+    settings.demo = arguments.demo
+    path = Path(os.path.expanduser(arguments.config)).resolve()
+    if path.is_dir() and path.suffix != ".toml":  # of a folder that one, if it is there
+        path /= "setting.toml"
+    elif not path.exists():
+        raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
-        settings.read_file(arguments.config.expanduser().resolve())
+        settings.read_file(path)
+    for other in () if path.exists() else path.parent.glob("[Ss]ett*"):
+        settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
             settings.put("command line", f"server.{option}", value, "command line")
-    names = dict.fromkeys(product.name for product in PRODUCTS)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings):
+    """What a row of the table can't tell. Raises SettingError."""
     try:
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
+    names = dict.fromkeys(product.name for product in PRODUCTS)
     for name in set(settings.models).difference(names):
         there_are = ", ".join(names)
         settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
-    return settings
+
+
+def reset_password(settings):
+    """Also beside a running process, which reads it at the next login."""
+    name = "global.admin_password"
+    source = settings.source(name)
+    if source in ("command line", "environment"):
+        raise SettingError(f"{name} is set by the {source}: change it there")
+    password = secrets.token_hex(8)
+    try:
+        Store(settings.data).set_beside(f"admin page:{name}", hash_password(password))
+    except sqlite3.Error as err:
+        hint = "start Flow2API, or set --data"
+        raise StoreError(f"no password is in {settings.data} ({err}): {hint}") from None
+    print(f"admin_password: {password}\nIt counts from now on, and ends older logins.")
 
 
 def main(argv=None):
@@ -5815,16 +6443,19 @@ def main(argv=None):
         settings = load_settings(arguments)
         start_log()
         if arguments.check:
-            return 0 if asyncio.run(check(settings)) else 1
+            return 0 if asyncio.run(check(settings, arguments.verbose)) else 1
         if arguments.backup:
             Store(settings.data).copy(arguments.backup)
+            return 0
+        if arguments.reset_password:
+            reset_password(settings)
             return 0
         for warning in settings.warnings:
             log.warning(warning)
         with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
             if arguments.demo:
                 settings.layers["command line"]["server.data_dir"] = folder
-            asyncio.run(serve(settings, arguments.demo))
+            asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
         print(f"flow2api: {err}", file=sys.stderr)
         return 2
