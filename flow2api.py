@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.10"]
+# ///
 """Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
     client -> Generation -> Job(queued) -> a lease -> upload -> submit -> Job(running)
@@ -227,6 +231,13 @@ class Settings:
         self.folder = path.parent
         if not self.folder.is_dir():
             raise SettingError(f"{self.folder}: there is no such folder")
+        if path.is_dir():
+            why = "Docker makes one where the name of a file to mount is misspelt"
+            raise SettingError(f"{path} is a folder, and should be a file; {why}")
+        if not path.exists():
+            names = [other.name for other in self.folder.iterdir()]
+            for name in difflib.get_close_matches(path.name, names, 1, 0.7):
+                self.warnings.append(f"{name} is not read: its name should be {path.name}")
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
@@ -4903,6 +4914,9 @@ async def serve(settings, demo):
         await runner.setup()
         host = settings["server.host"]
         await web.TCPSite(runner, host, settings["server.port"]).start()
+        address = "{} {}".format(*runner.addresses[0])
+        with contextlib.suppress(OSError):  # only the container's health check reads it
+            (settings.data / "address").write_text(address)
         for name in DEMO_ACCOUNTS if demo else ():
             await app[GATEWAY].pool.add(name)
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
