@@ -231,13 +231,7 @@ class Settings:
         self.folder = path.parent
         if not self.folder.is_dir():
             raise SettingError(f"{self.folder}: there is no such folder")
-        if path.is_dir():
-            why = "Docker makes one where the name of a file to mount is misspelt"
-            raise SettingError(f"{path} is a folder, and should be a file; {why}")
-        if not path.exists():
-            names = [other.name for other in self.folder.iterdir()]
-            for name in difflib.get_close_matches(path.name, names, 1, 0.7):
-                self.warnings.append(f"{name} is not read: its name should be {path.name}")
+        self._expect_file(path)
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
@@ -254,6 +248,15 @@ class Settings:
         for section, values in document.items():
             for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
                 self.put("file", f"{section}.{key}", raw, path.name)
+
+    def _expect_file(self, path):
+        """Raises SettingError where a folder is in its place; warns of a misspelt name."""
+        if path.is_dir():
+            why = "Docker makes one where the name of a file to mount is misspelt"
+            raise SettingError(f"{path} is a folder, and should be a file; {why}")
+        names = [] if path.exists() else os.listdir(self.folder)
+        for name in difflib.get_close_matches(path.name, names, 1, 0.7):
+            self.warnings.append(f"{name} is not read: its name should be {path.name}")
 
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
@@ -4901,6 +4904,12 @@ async def start_demo(settings):
     return runner
 
 
+def write_address(data, address):
+    """Tells the container's health check where this process listens."""
+    with contextlib.suppress(OSError):  # nothing else needs it
+        (data / "address").write_text("{} {}".format(*address))
+
+
 async def serve(settings, demo):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
@@ -4914,9 +4923,7 @@ async def serve(settings, demo):
         await runner.setup()
         host = settings["server.host"]
         await web.TCPSite(runner, host, settings["server.port"]).start()
-        address = "{} {}".format(*runner.addresses[0])
-        with contextlib.suppress(OSError):  # only the container's health check reads it
-            (settings.data / "address").write_text(address)
+        write_address(settings.data, runner.addresses[0])
         for name in DEMO_ACCOUNTS if demo else ():
             await app[GATEWAY].pool.add(name)
         greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
