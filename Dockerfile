@@ -4,12 +4,10 @@ FROM python:3.13.12-slim-trixie
 RUN pip install --no-cache-dir aiohttp==3.14.5 aiohttp-socks==0.12.0
 
 WORKDIR /app
-COPY flow2api.py admin.html LICENSE ./
-COPY setting.toml config/
+COPY flow2api.py admin.html setting.toml LICENSE ./
 
-# A folder with a setting.toml may be mounted at /app/config, and the data is in /app/data. Any
-# command finds both by itself: docker compose run --rm flow2api python flow2api.py --check
-RUN ln -s config/setting.toml setting.toml
+# Whatever a setting.toml says that is mounted: the data goes to the volume, and the port that is
+# published is answered.
 ENV FLOW2API_SERVER_DATA_DIR=/app/data FLOW2API_SERVER_HOST=0.0.0.0
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
@@ -23,6 +21,6 @@ EXPOSE 8000
 
 # There is no curl in this image. The file holds the address and the port that are really used.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
-    CMD ["python", "-c", "import http.client as h, os; a = open(os.environ['FLOW2API_SERVER_DATA_DIR'] + '/address').read(); c = h.HTTPConnection(*a.split(), timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
+    CMD ["python", "-c", "import http.client; c = http.client.HTTPConnection(*open('/app/data/address').read().split(), timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
 
 CMD ["python", "flow2api.py"]

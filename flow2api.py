@@ -231,7 +231,6 @@ class Settings:
         self.folder = path.parent
         if not self.folder.is_dir():
             raise SettingError(f"{self.folder}: there is no such folder")
-        self._expect_file(path)
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
@@ -248,15 +247,6 @@ class Settings:
         for section, values in document.items():
             for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
                 self.put("file", f"{section}.{key}", raw, path.name)
-
-    def _expect_file(self, path):
-        """Raises SettingError where a folder is in its place; warns of a misspelt name."""
-        if path.is_dir():
-            why = "Docker makes one where the name of a file to mount is misspelt"
-            raise SettingError(f"{path} is a folder, and should be a file; {why}")
-        names = [] if path.exists() else os.listdir(self.folder)
-        for name in difflib.get_close_matches(path.name, names, 1, 0.7):
-            self.warnings.append(f"{name} is not read: its name should be {path.name}")
 
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
