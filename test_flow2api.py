@@ -4906,9 +4906,9 @@ async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_
         whole = "/chat/" in block or "/images/" in block
         assert not whole or all(data.startswith(start) for data in files), block
         assert ("[DONE]" in out) == ('"stream": true' in block)
-    for name in ("first.png", "boat.png"):
+    for name in ("first.png", "paper-boat.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG[:4])
-    assert (tmp_path / "boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
+    assert (tmp_path / "paper-boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
     [accounts] = [out for out, _ in answers if "Token added" in out]
     assert "@demo.example" in accounts and "the-session-token" not in accounts
 
