@@ -68,7 +68,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import uuid
 import weakref
 import zlib
@@ -79,9 +78,19 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http import HttpProcessingError
+try:  # Python 3.8 reads the file, too, and comes as far as this
+    import tomllib
+
+    import aiohttp
+    from aiohttp import web
+    from aiohttp.http import HttpProcessingError
+    from aiohttp.web import AppKey
+except ImportError as err:
+    needs = f"aiohttp 3.9 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    if err.name == "tomllib":
+        needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
+    print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "0.2.0"
 log = logging.getLogger("flow2api")
@@ -202,6 +211,7 @@ class Settings:
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path.cwd()
+        self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
         return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
@@ -229,12 +239,13 @@ class Settings:
     def read_file(self, path):
         """Those of a TOML file; a missing file is an empty one. Raises SettingError."""
         self.folder = path.parent
-        if not self.folder.is_dir():
-            raise SettingError(f"{self.folder}: there is no such folder")
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path}: {err}") from None
+        except IsADirectoryError:
+            hint = "Docker makes one where the file to mount is missing"
+            raise SettingError(f"{path} is a folder, not a file ({hint})") from None
         models = document.pop("models", {})
         for name, key in models.items() if isinstance(models, dict) else [("", models)]:
             try:
@@ -255,11 +266,18 @@ class Settings:
             if variable.startswith("FLOW2API_"):
                 self.put("environment", names.get(variable, variable), raw, variable)
 
+    def read_stored(self, rows):
+        """Takes those of the database, by "layer:name"."""
+        for key, value in rows.items():
+            layer, _, name = key.partition(":")
+            if name in SETTING and layer in self.LAYERS and value is not None:
+                self.layers[layer][name] = value
+
     @property
     def data(self):
         """The data folder."""
         folder = self["server.data_dir"] or self.folder / "data"
-        return Path(folder).expanduser().resolve()
+        return Path(os.path.expanduser(folder)).resolve()
 
 
 # ---- 2. Errors -------------------------------------------------------------------------
@@ -1002,6 +1020,10 @@ class Job(Record):
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
 
+    def spent(self, token):
+        """Credits that it costs its account."""
+        return (self.plan.cost(token.tier) or 0) * self.n if self.submitted_at else 0
+
 
 @dataclass(frozen=True)
 class RequestKey:
@@ -1047,7 +1069,7 @@ class Store:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
             if "locked" in str(err):
-                reason = " is in use by another Flow2API"
+                reason = " is in use by another Flow2API: stop that, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
     def _migrate(self):
@@ -1073,6 +1095,13 @@ class Store:
             if isinstance(err, sqlite3.Error):
                 target.unlink()  # which was made here
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
+
+    def set_beside(self, name, value):
+        """Stores a setting, also while another process is at work. Raises sqlite3.Error."""
+        address = f"{self.path.as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as connection, connection:
+            row = name, to_json(value)
+            connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
 
     def close(self):
         self._thread.shutdown()  # once all is written
@@ -2274,8 +2303,10 @@ class Jobs:
         if job.state == "queued":
             raise GatewayError("shutting_down", f"Flow2API stops; {job.id} was not sent")
         if job.state != "completed":
-            message = f"{job.id} was sent and goes on at the next start"
-            raise GatewayError("interrupted", f"{message}: see /v1/videos/{job.id}")
+            fate = f"goes on at the next start: see /v1/videos/{job.id}"
+            if self.settings.demo:
+                fate = "is lost: the demo keeps nothing"
+            raise GatewayError("interrupted", f"{job.id} was sent and {fate}")
 
     async def _wait(self, event, seconds):
         with contextlib.suppress(TimeoutError):
@@ -2403,7 +2434,10 @@ class Jobs:
             self.open.pop(job.id, None)
             self.pool.release(job)
             self.media.drop_inputs(job.inputs)
-            log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
+            token = self.token_of(job) or Token()
+            about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
+            message = job.error.get("message", "")
+            log.info("%s %s: %s %s %d s %d credits %s", job.id, job.state, *about, message)
         self._tell(job)
 
     def _tell(self, job, stage=""):
@@ -3737,7 +3771,8 @@ BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disable
 NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
 
 
-def hash_password(password, salt):
+def hash_password(password, salt=None):
+    salt = salt or secrets.token_bytes(16)
     data = password.encode(errors="replace")
     key = hashlib.scrypt(data, salt=salt, n=1 << 14, r=8, p=1)
     return f"scrypt${salt.hex()}${key.hex()}"
@@ -3798,6 +3833,7 @@ class Sessions:
             message = "Too many failed logins; wait a quarter of an hour"
             raise GatewayError("too_many_logins", message, retry_after=GUESS_SECONDS)
         self.guesses = [*guesses, (now(), address)]  # before the wait, as many can come
+        self.settings.read_stored(self.store.settings())  # by --reset-password, perhaps
         stored = self.settings["global.admin_password"]
         if good := await asyncio.to_thread(password_matches, str(password), stored):
             self.guesses = [guess for guess in self.guesses if guess[1] != address]
@@ -3945,7 +3981,7 @@ class AdminApi(Api):
         password = body.get("new_password")
         if not isinstance(password, str) or len(password) < 8:
             raise bad("A new password needs 8 characters or more", "new_password")
-        hashed = await asyncio.to_thread(hash_password, password, secrets.token_bytes(16))
+        hashed = await asyncio.to_thread(hash_password, password)
         name = {"global.admin_username": body["username"]} if body.get("username") else {}
         await self._change({"global.admin_password": hashed, **name})
         return ok("Password changed; log in again")
@@ -4167,7 +4203,6 @@ class AdminApi(Api):
     def _job_object(self, request, job):
         """A job as its owner may see it: the video object, and whose and how it was."""
         token = self.jobs.token_of(job) or Token()
-        cost = (job.plan.cost(token.tier) or 0) * job.n if job.submitted_at else 0
         start = job.submitted_at or job.created_at
         return {
             **self.video_object(request, job),
@@ -4180,7 +4215,7 @@ class AdminApi(Api):
             "token_id": job.token_id,
             "account": token.email,
             "username": token.name,
-            "cost": cost,
+            "cost": job.spent(token),
             "duration": (job.completed_at or now()) - start,
             "urls": self.own_urls(request, job),
         }
@@ -4305,18 +4340,78 @@ class AdminApi(Api):
 
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
-LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
-    "V_;xVNGqu<$Sls!Wnf@p0MS5flvtK*m|I|C2o#%`o1b6Cz`&4`Tb7Z+fC89bFfi~hU|?hbAp~GVRfW!XV89EQfJnBaC@~w"
-    "zjw#6o+sTY+8qi(_{PtkAw*iPfz>+(2Q!*2Q429ejbbmR3^@bh+a}+aDa*ALwWtl0d=(ZH(X6B^<86su5V1tmYRY`%!$)p"
-    "serXe|tr?e<X0m5c9C@x9L0kUTlmlUTUsp$Yk0uHZ%JmLZNhzCv;=s@ECe;^5pT4zS51Kj@~GDxNa>1Bc(`cDtIfC8BXL<"
-    "raftZ-vwV9Pk+#Hg|fq_4Q7q!`H-4q%vp*djppB8!8t3{Wf?O^gFdn*imiklX_jHw9vDJQ!$4az4U5rky~#D>o&v1V|gEb"
-    "~G{VQx;)hkxg!3Xe=pU5D?w>`~AM(uh;Fuiar1}u{+L^VXYB40AXq|#<LngnAQlUCqwW-9|$wj0nW^9fHNx(cpvlu00"
+LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 5.7 s of H.264 in an MP4, 288x160
+    "eOC!QRO|ac!(e2Il<dY5)3pzZWEmlf7JCaW2HAJA?^-BpkwNxsS+bNRkx9vxi>64VXc1Yn=YP(enXccx|KIO"
+    "?<~h&%KHGbq=lQ<pyaNCL+TJI?!_nK_6#!@eh=YW+_Oq39^-z!l03^MuySpC%04}b6m+-)UT(n;RfKvoO0MP"
+    "I63-O;;|D0<8|MQ{&<C^$*Sv!N{i$2ceHEI7H4O|!a-|PH;>mtzLEr&c6wZr>(gPhOK#oOm^4@z9JFHMgt-q"
+    "9Kypk49*%v~0=VFOHv<cZWJyo(oA<L8LC+i7VE&fRsb-S94UkPXdcS4TH{aIn|Ul^k^EV~XNo9UtDy&VEN4%"
+    ")VYOXn0Jc<n3eQ0*<S^eZ28IY;vHc{g+ZeiRS>i;6V4kS^Vqb+TI55hrp=E5O{!j`vbt^0P^x$Mq~>L$Bc&B"
+    "0^Mj46EVgJfbP<dy$>X}R#ze4y*55xl%jGv!US-6`;ZGxU0n+V7ugofW2YP<K2T=+51AIs5u%_jaL03ka{3a"
+    "GTSD~%X&*>36wXiKoD?oVAr;D;3#9!ZaqrMW0N@2lh~f{$41qvEvE`w}<ED%uI!LiS2qOb<g>nE%lCp*vg;R"
+    "adlsT1qQP$+6%oRWqr^Mu@a6yU<q_?8T`6%&tDMTHEHMMpByMD++AXoLp`#@k;bhRUM=n~oqToCMD)*c=%J3"
+    ")YQgm(wZ-pdX|_3kgOcx!0>KcE0=VJv`s3AMW#&3p2fJNw#g6|S1Q!1vHwvx_OG79EH;=H}x{5(~-;c0GUpS"
+    "V|>rrrPqp&<Ynx?MlYfc`fX9K9jyJ!mn?3%e$M64BjzBliI(1$YyS?H%;}+IXssT_cUqWk>#Z#O}fODU_M~("
+    "=DLz(kB#zK774ob%@@rxsKgO;INK~TGKxMaL}oN7XW*@lPC+oKbdUcFr2PAmpzzmimP0kN05gz=6=+O(z~QD"
+    "_y1OZmL;0;>1hW3nGeh|xy3+<Jn+h?BQPr2r=dy~EG|e#Y<W?6%{!D+Cb>>y#u@=b@7vzR;r3$iDv2n|#SwZ"
+    "=dlWuV@*Oo8KCU1{1PH<rF%g1>a`0p{z&V8s#tC7)9H%e4nJ<XN$p-&DOIb1R-Y`mOx@N!Y&##sx6c82k`J>"
+    "$z_)6-XsUQ9ct<d~%(Ejhaz(ex<6hgF&fS|57?EOj%Jo#A{yjV4`9c&I>9#iOQzmVC)1b!qjEukkevs|QpxF"
+    "e&44Bl2TW?Fb(^*Mzz+2X=jk!{`q_v*)4BXB8Ba=YM%;tO^z7&e?Z1fE`^mzUS?W$_r&r1(^G?b?#@)$31A{"
+    "N@OZ}AG{Q<zWsWUxbCN5G-U8oslmxV(|qR4spko-;i3ggN}Z`5nzu(BT1Dc33v0DweF>Zh{6KqPSF$1#*VXG"
+    "ZbSt^vl^)!~Um2y3Xb+UkpYr|;lrvs>_5D=6)rQ#VCr5RSxR=>3B7PjAv67D~Y|uzOM;vbY16PNWLv2N!3o_"
+    "bYSdnsV!tZOda)X}&8-{K?(7&g%6W<)?GZ%5U|4*PrCz)YbfH0mkmwa=Pji#IEVbyDttf64IW!q4OvFpjx^z"
+    "6^24f&?drII!9Ailm)p{aF0Z-iQ?=!>XA0mIsyU7uD9K3M$76cPJt#8f*6vDvNnRxeZ4@MA}S?d97ZsH|FB`"
+    "_%d?wtUytc+9R9uEit2KSvql3JR^GmPysF?(fWkLfrUiRU)1t@m-r^^7zb;LMRiX4d*Gv`oYE5e|h$g<XLdv"
+    ";t}g`RzCSnx{AXkez!OmzxA%qK?C>IUksXsInW+jeu!U}KFe@(>Fh)E^q+nuK?$<`k-MUPl&Jp97VKtXlE}~"
+    "G>mIh^o`~7PXTCzZ&EJ{gZR}vtSN>uXtA~2I!RhA|{-ooq>3m*4@`PMt6hp)ATfqu)v=?V429oDkdj&WPPij"
+    "T@4<w$B5NCR$S7;xr<5*Ggx?<^QeY71ZQS8&qrv9$-KJ4o?&wJb>Y6vqP)T(?TW9%(%+L))6`9|lAW#5mSoX"
+    "p1-4onaAo;W#H=Y8?;>NM-f@fQEfPXab0Wj`)OOjq8dQGKowKvP_|H70t}HexAqQj(Z1V58@nk>|xbY=X@)="
+    "aJ@NoaqzU=PLYJU9k<ontvl`p<P|Z#9vKYEhMP)RR<B%3Xs-sFmnx+-$c6nn7VV^=eDj{U3R~7STX|H`PaS&"
+    "<(H8U!uAH!Ebtk8Pbd_A{nCH+>cpZ<#t}jNApM>nua>0yGjlcdf?RBygt(Fh)s|-;ing?;*&2p#Ovww=<PUK"
+    "*f8e%_dUR~sna@=*LU3qt%3yhkz~$O+eW#Q+qc-LeZPLO6hM&&WY3<!w+0!NFY-y}A_vGntv@)AjWj%glsD;"
+    "f$i>p@d=jvtnd$D7lAqR}PKT4g{R9Jfd=}dgt^)~zvqki$PM0UYq4~wf}M}&z@RZa;kT71XX%8$Ajzd*ctrl"
+    "Uyw%sUcJf1<W9zOW`)YL=$6-*QVy(5f(m$S==4Fw99hCHau0=e|_yT%uFmxQ8FT&E_`Xc82#!*2Ct#axY9~N"
+    "D@Y3D-VZcqHma|25Fd->68a!ay5eqty^9l$-I*^S-wqb1i4(b>*a~Ny2Tj^Sz1@)Eao#p9IZD;%@!(5O&ipd"
+    "nNt`%FM5|*t_!6K)do*!$QW=|ZNI(HFxVU$`;_@P8o_^p9a(xtHc3a}l()AJmeyc0^z-0ak*lmqrv^q0C!4D"
+    "&Ej;Ued6~^~KGvf5w0_P0$veizCoOACUq1L5bu(W;nD;1M;@SHbz9&Xkd-lYa35f*bWjK8K_3MjYFJl)hj;A"
+    "4HMl{bKCNXEW#TM1J8vez%+v$z7yb?giSNDf^hPRy7)|$}L4ZAC%$dUz#JG_Bs+Vot{=jmx#m(e$%ryXr@p>"
+    "J}X7U-V8GPklgsw>=_!S*g>^xdtSC)!hZYEMU{%%9N)KSk$p8Db)iVOM}d_Vn@1i#LCqrD@0hC3=5KT#Mtt9"
+    "`2$)I-WYDb2{A2tmoMOeEr(KRZ`a%L~ufg9NlA#WJ1_CldfKSNvHd0<KoiMtvK07)$ivQ3o2KL%J1T#?>8<("
+    "2aaw&9H^?jeO%Y$ZK%lBNZEucCQ~HE?m1|~j?1to+bGNh$YeWUFGI&F30y`jS*U2K`IMHAX996WQJZ05+?+n"
+    "v>_o@2QvN`HqCq(QFmt+UE*ztXY%X5~#?UnGYJd&^xQve9Lc(ozHR7#sc_z^;10mRBimb$XkUhE?LE#=8f&R"
+    "A;@;I+UHYLC%l9Po^&7luGj-c~f2$>cIJ~NAL{pNQg0@lJg$v`=2nmUZl&16WFWGidWf!f13LhNrX<ohbi>f"
+    "V>F2%^Bq$yzp1ujGV}XGiK{9G*|#sGdx|{q$|Ano5Y9ng;wVaH7%;YvgBHgHAIzLdS0*7*8;0VGw!>4jci_Q"
+    "R)t8j3cpSHnTtnIa~()Z!zJvnnqW)hD$kI6F5=HfHkNS0f)({P+BO-q;b0FyIJHz!hXz$$sZ3D$cHX!^CSZ*"
+    "@w~NOs3SvqW(<Q|QlZ`4x$GTF(3z0hO5V4|TSt%Exa${IOms-JLdQ00+jxDeI2xTd+;g}pGKZD9qp^|#+lo6"
+    "|$R3kzg;nXd=1?8Ab>$qboQJ^$r^lWp_T+d%b=t_m&LedA@7d`nv_ea{3=Xsjpmvm<Xk2(g_=Fhx>7is>UhP"
+    "v(>3yWd$4N=c(WVtF3VB{>LHwPDLPER8STLx}ubM!*vuddA#H~DcQVeVEl!L~j!)`~iY$_dDov$;nSjs)y(-"
+    "s%~Aobp&qX-dq?s6^<!j7-^T<C~{FLRj`4;}AMs4sj};4opL(REvlBg(iAC0*YrahG+UFK~b0($X*Pp<!e6U"
+    "-3+Y{-AJD!2^of&i{&@$;|o4`(YEtCtOOTwL@C>&82f5j^ut)Fab*QOJREhGdK`jJ(`z72oy5kSsQ<^kV_KQ"
+    "Oi?u`sW45y-ZNqE@qdDv15|Jznu+1jw5Aidxa1`+mO;r+e|Y)#{oHoaR9e|+gIgm;HH_wb((0%}&>t`Lj%<{"
+    "KqrjOVguYg?_~NtO7$oR@BvM*sG)amVJ{k+J95i?a?NLc8eh@Nq{cVqCeatl$l&0F-N){3G>@WKcpbTx^WgP"
+    "RxXb0mij)V4&R4^ewDc{~uZ)u-#te3s3t1~}ftWkvx?9Su-WYv67dvZ%PSEKq)T_|6bsb8|WcCILwyTsjT^@"
+    "yxPOMRZ~Pkra_O6T4y0n`Qy9=G)$x_hPb&oi^#wvnQ{%DapOi*UBt0nk4QDm)R&^Fu0?<LbexGT%#0<RD;Ss"
+    "K`WUgjF({NO`>K@b{Z11=+scU_Jf(N72RZBWvnMRo#`z`;!7xg!p-t#=hjeKG;?$hA<VJ2)(e%mH|s1_1@vJ"
+    "qKM$1T`ky5(%cNUe>l9mDTS7ydbeo6ZKu@uFeq;hAbOYec(3im4?=UYK8K%uolzY*#i0QM60ROXy)U%MzqVb"
+    "J7HiLH7;VKFDmDZ!RrI(1#vX8~MjY%%Nmln?eqFHN)Zcot-y_J+jS42@s8b6g_E6bv@e6L3PR&QJYgS!vN0e"
+    "1Gb8OUL^325@uf@7I=&W#LVUC%Fr*`T_u1)zIxR&uNa*K3Yru&^me)Ys>l>I#tr;vjody{>|l-WG#)q>lx;;"
+    "s7yf&S$M*=dSdg@3{?8%nXh4ObIq8AwgBMbdQ^<8U`A^_uz+REITJE9wYCcwJim3U`Q7G7GQIE8WFWdi=vs?"
+    "PaNOqY)_>Sw<0sUh0ia7fN>!{7-b`pzUnL4K~qNJ{Hq9C41b-w~|SQ{(Fj0QA2~SDalCXRO!u8OO)sdiH}!("
+    "-<w_~P&|;>w)53SYx4fan0INaEx*Xa0-V&oaQGDs7nIiSDoI)TT2$<|U`_<tivk%sqvpH}h2?u3`9o>vzUqI"
+    "6vf!m6h0X(4;bp-w)ul8jOA_ttkJ`qNYeNAH>J(6$D@rH-y7SS`{VUdR1L6Epk-bGuhB5rs-8@R5`~np)EGG"
+    "Ju%j4>VH^kBRN6h9w+Y*jMJ|WOC&i>)~=*EbuXpD-dj-VYz1|#oPGchwYM%j@@V(F2ovjXcDHdc9TUp1MW!|"
+    "#-5wpJMZ67kF3`Q~D|EpqWwBSz6M87;?6?iB@a`%a#-nr;m{Tpf|Cz1=Cdw)5S!uZ_N;)8~xSi=)LiW?JFq("
+    "^EA9+LhiFUKcwEBZMnEaUsm4Ty#ncBkJGz@wMG#Iyqj3j_}to08n>+#vna9^psU`=*`=C*vVelF$_S&)Wlfo"
+    ">}~Q#f4arGHzEB000"
 ), -15)
 # fmt: on
-UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)  # the matrix of the track, and turned
-TURNED = (0, 65536, 0, -65536 & 0xFFFFFFFF, 0, 0, 72 << 16, 0, 1 << 30)
-MATRICES = [b"".join(number.to_bytes(4) for number in row) for row in (UPRIGHT, TURNED)]
-PORTRAIT_CLIP = MATRICES[1].join(LANDSCAPE_CLIP.rsplit(MATRICES[0], 1))
+# Its frames are square, and hold both clips: sizes, and what its header cuts off.
+PORTRAIT_CLIP = LANDSCAPE_CLIP
+for wide, tall in (
+    ("0120000000a00000", "00a0000001200000"),
+    ("012000a0", "00a00120"),
+    ("be08410c", "b821043c"),
+):
+    PORTRAIT_CLIP = PORTRAIT_CLIP.replace(bytes.fromhex(wide), bytes.fromhex(tall))
 SIMULATED_SIZES = {
     "LANDSCAPE": (1376, 768),
     "PORTRAIT": (768, 1376),
@@ -4347,13 +4442,29 @@ SIMULATED_PRICES = r"""
 DEMO_ACCOUNTS = {"pro": ("PAYGATE_TIER_ONE", 1000), "ultra": ("PAYGATE_TIER_TWO", 25000)}
 
 
+def paint_hills(code, width, height):
+    """Rows of colours 0 to 127 for a sky, 128 for a sun and 129 to 131 for hills."""
+    rows = [bytearray([y * 128 // height]) * width for y in range(height)]
+    for number, (top, size) in enumerate(((3, 2), (11, 15), (13, 20), (15, 60))):
+        middle = width * code[number] // 256
+        size = (width + height) * size // 15  # the diameter
+        for y, row in enumerate(rows[height * top // 20 :][:size]):
+            half = math.isqrt(y * (size - y))
+            disc = slice(max(0, middle - half), middle + half)
+            row[disc] = bytes([128 + number]) * len(row[disc])
+    return rows
+
+
 def block_picture(text, width, height):
-    """A PNG made from a text: eight by eight blocks in two colours of its hash."""
+    """A PNG made from a text: a sun and three hills, in places and colours of its hash."""
     code = hashlib.sha256(text.encode(errors="replace")).digest()
-    rows = [bytes(code[y] >> x * 8 // width & 1 for x in range(width)) for y in range(8)]
-    pixels = zlib.compress(b"".join(b"\0" + rows[y * 8 // height] for y in range(height)))
+    rows = paint_hills(code, width, height)
+    sky = [(colour | 64) * (y + 30) // 160 for y in range(128) for colour in code[4:7]]
+    hills = [(colour | 64) * part // 5 for part in (3, 2, 1) for colour in code[7:10]]
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
     head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    chunks = {b"IHDR": head, b"PLTE": code[8:14], b"IDAT": pixels, b"IEND": b""}
+    colours = bytes([*sky, 255, 240, 200, *hills])
+    chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
     png = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
         png += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
@@ -4611,8 +4722,8 @@ class Role(enum.Enum):
     EITHER = "who has the API key, or is logged in"
 
 
-GATEWAY = web.AppKey("gateway", Gateway)
-SESSIONS = web.AppKey("sessions", Sessions)
+GATEWAY = AppKey("gateway", Gateway)
+SESSIONS = AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
 V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
@@ -4692,8 +4803,11 @@ NO_ROUTE = (
     "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
     " (a client that asks for the Responses API: set it to chat completions)"
 )
+ADDRESSES = [
+    route for routes in ROUTES.values() for route in routes if not re.search(r"[*?|\\]", route)
+]
 HTTP_ERRORS = {  # of aiohttp -> code, message
-    404: ("not_found", NO_ROUTE),
+    404: ("not_found", "it is not there"),
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
@@ -4771,6 +4885,21 @@ async def answer_errors(request, handler):
     return web.json_response(body, status=error.status, reason=reason, headers=headers)
 
 
+@web.middleware
+async def find_route(request, handler):
+    """Where there is none a browser is led to the page, and a client hears of the nearest."""
+    if getattr(request.match_info.http_exception, "status", 0) != 404:
+        return await handler(request)
+    address = f"{request.method} {request.path[:80]}"
+    page = "text/html" in request.headers.get("Accept", "")
+    if page and re.match("GET /(?!api/|v1/|flow/)", address):
+        return web.Response(status=302, headers={"Location": "/"})
+    nearest = difflib.get_close_matches(address, ADDRESSES, 1, 0.75)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    message = "no such route" if "/api/" in address else NO_ROUTE
+    raise GatewayError("not_found", f"{address}: {message}{hint}")
+
+
 def preflight(request):
     """CORS: browser clients send their key in a header."""
     asked = request.headers.get("Access-Control-Request-Headers")
@@ -4813,7 +4942,7 @@ async def run_forever(loop):
 def make_app(settings, store):
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
-    app = web.Application(middlewares=[answer_errors], client_max_size=limit)
+    app = web.Application(middlewares=[answer_errors, find_route], client_max_size=limit)
     app[GATEWAY] = gateway = Gateway(settings, store)
     apis = [api(gateway) for api in (AdminApi, ServiceApi, ChatApi, ImagesApi, VideosApi)]
     app[SESSIONS] = apis[0].sessions
@@ -4838,41 +4967,61 @@ def add_route(app, route, handler):
 def open_store(settings):
     """Opens the database, which holds what the admin page has set, and the secrets."""
     store = Store(settings.data)
-    store.open()
-    for key, value in store.settings().items():
-        layer, _, name = key.partition(":")
-        if name in SETTING and layer in Settings.LAYERS and value is not None:
-            settings.layers[layer][name] = value
+    try:
+        store.open()
+    except (OSError, sqlite3.Error) as err:
+        reason = getattr(err, "strerror", None) or err
+        hint = "make it writable for this user, or set another with --data (server.data_dir)"
+        raise StoreError(f"data folder {settings.data}: {reason}; {hint}") from None
+    settings.read_stored(store.settings())
+    settings.warnings.extend(weak_secrets(settings))
     return store
 
 
 async def make_secrets(settings, store):
-    """Makes the API key and the admin password that nobody has set -> the new ones."""
+    """Makes the API key and the admin password that nobody has set -> the new ones; each
+    of letters and digits only, so that a double click takes it whole."""
     new = {}
-    for name, size in (("global.api_key", 24), ("global.admin_password", 12)):
+    for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
         if not settings[name]:
-            new[name] = stored = secrets.token_urlsafe(size)
+            new[name] = stored = secrets.token_hex(size)
             if name == "global.admin_password":
-                stored = hash_password(stored, secrets.token_bytes(16))
+                stored = hash_password(stored)
             settings.layers["generated"][name] = stored
             await store.put_setting(f"generated:{name}", stored)
     return new
 
 
-def greet(settings, port, new, demo):
+def weak_secrets(settings):
+    """Warns of each secret that other machines could guess."""
+    local = settings["server.host"] in ("127.0.0.1", "::1", "localhost")
+    for name in () if local else SECRETS:
+        if 0 < len(set(settings[name])) < 9:
+            told = f"{name} ({settings.source(name)}) is easy to guess, also from other machines"
+            yield f"{told}: make it longer, or set server.host to 127.0.0.1"
+
+
+def greet(settings, port, new, accounts):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * demo)
+    url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{url_host}]:{port}" if ":" in host else f"http://{url_host}:{port}"
+    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * settings.demo)
+    print(f"listens on: {host or 'all addresses'}, port {port}")
+    print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
         print(f"{name.partition('.')[2]}: {secret}")
-    if new and not demo:
-        print("Keep these: they are not shown again; setting.toml can set others.")
-    key = settings["global.api_key"] if demo else new.get("global.api_key", "$KEY")
-    body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
-    curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
-    print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'', flush=True)
+    if new and not settings.demo:
+        print("These are not shown again. For a new password: --reset-password")
+    if accounts:
+        key = new.get("global.api_key", "$KEY")
+        body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
+        curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
+        print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
+    else:
+        print(f"Next: open {url}, log in, and add an account there.")
+    fate = "keeps nothing" if settings.demo else "goes on at the next start with what was sent"
+    print(f"Ctrl-C stops it; it {fate}.", flush=True)
 
 
 async def start_demo(settings):
@@ -4891,6 +5040,7 @@ async def start_demo(settings):
         "cache.timeout": 0,
     }
     settings.layers["command line"].update(demo)
+    settings.layers["generated"].update({"server.host": "127.0.0.1", "global.api_key": "demo"})
     return runner
 
 
@@ -4900,10 +5050,10 @@ def write_address(data, address):
         (data / "address").write_text("{} {}".format(*address))
 
 
-async def serve(settings, demo):
+async def serve(settings):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
-        if demo:
+        if settings.demo:
             stack.push_async_callback((await start_demo(settings)).cleanup)
         store = open_store(settings)
         app = make_app(settings, store)
@@ -4911,12 +5061,17 @@ async def serve(settings, demo):
         runner = web.AppRunner(app, access_log=None, **options)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        host = settings["server.host"]
-        await web.TCPSite(runner, host, settings["server.port"]).start()
+        await listen(runner, settings["server.host"], settings["server.port"])
         write_address(settings.data, runner.addresses[0])
-        for name in DEMO_ACCOUNTS if demo else ():
-            await app[GATEWAY].pool.add(name)
-        greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
+        pool = app[GATEWAY].pool
+        for name in DEMO_ACCOUNTS if settings.demo else ():
+            await pool.add(name)
+        new = await make_secrets(settings, store)
+        if settings.demo:
+            new["global.api_key"] = settings["global.api_key"]
+        for warning in settings.warnings:
+            log.warning(warning)
+        greet(settings, runner.addresses[0][1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
         for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
@@ -4925,30 +5080,43 @@ async def serve(settings, demo):
         log.info("stopping")
 
 
-async def check(settings):
-    """--check: tells the settings, and what is wrong -> is all well? Spends nothing."""
-    for name in SETTING:
-        value = "(set)" if settings[name] and name in HIDDEN else repr(settings[name])
-        print(f"      {name} = {value}  ({settings.source(name)})")
+async def listen(runner, host, port):
+    """Raises SettingError."""
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except (OSError, ValueError) as err:  # ValueError: no name can be like that
+        reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
+        hint = "choose others with --host and --port (server.host, server.port)"
+        raise SettingError(f"can't listen on {host} port {port}: {reason}; {hint}") from None
+
+
+async def check(settings, verbose):
+    """--check: tells what is wrong, then what is set -> is all well? Spends nothing."""
     all_well = True
     async for well, text in findings(settings):
         print("ok   " if well else "WRONG", text)
         all_well = all_well and well
+    print("Settings:" if verbose else "Settings that differ from their defaults:")
+    for name, setting in SETTING.items():
+        value = settings[name]
+        if verbose or value != setting.default:
+            hidden = "(set)" if value and name in HIDDEN else repr(value)
+            print(f"      {name} = {hidden}  ({settings.source(name)})")
     return all_well
 
 
 async def findings(settings):
     """(is it well, a line with what to do)"""
-    for warning in settings.warnings:
-        yield False, warning
     try:
         gateway = Gateway(settings, open_store(settings))
-    except (StoreError, OSError) as err:
-        yield False, f"data folder {settings.data}: {err}"
+    except StoreError as err:
+        yield False, str(err)
         return
     yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
+    for warning in settings.warnings:
+        yield False, warning
     for name in ("flow.labs_base_url", "flow.api_base_url"):
         yield await check_address(gateway, settings[name])
     if not gateway.pool.tokens:
@@ -4986,7 +5154,7 @@ def parse_arguments(argv):
     parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
     parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
     option = parser.add_argument
-    beside = Path(__file__).with_name("setting.toml")
+    beside = Path(__file__).parent
     option("--config", type=Path, default=beside, help="default: setting.toml beside it")
     option("--data", dest="data_dir", help="data folder; default: data/ beside the config")
     option("--host", help="address to listen on")
@@ -4995,6 +5163,8 @@ def parse_arguments(argv):
     instead("--demo", action="store_true", help="run on a simulated Flow, keep nothing")
     instead("--check", action="store_true", help="say what is wrong, spend nothing, exit")
     instead("--backup", type=Path, metavar="FILE", help="copy the database, and exit")
+    instead("--reset-password", action="store_true", help="print a new one, and exit")
+    option("--verbose", action="store_true", help="with --check: print all settings")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
@@ -5002,8 +5172,16 @@ def parse_arguments(argv):
 def load_settings(arguments):
     """Raises SettingError."""
     settings = Settings()
+    settings.demo = arguments.demo
+    path = Path(os.path.expanduser(arguments.config)).resolve()
+    if path.is_dir() and path.suffix != ".toml":  # of a folder that one, if it is there
+        path /= "setting.toml"
+    elif not path.exists():
+        raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
-        settings.read_file(arguments.config.expanduser().resolve())
+        settings.read_file(path)
+    for other in () if path.exists() else path.parent.glob("[Ss]et*"):
+        settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
@@ -5015,6 +5193,21 @@ def load_settings(arguments):
     return settings
 
 
+def reset_password(settings):
+    """Also beside a running process, which reads it at the next login."""
+    name = "global.admin_password"
+    source = settings.source(name)
+    if source in ("command line", "environment"):
+        raise SettingError(f"{name} is set by the {source}: change it there")
+    password = secrets.token_hex(8)
+    try:
+        Store(settings.data).set_beside(f"admin page:{name}", hash_password(password))
+    except sqlite3.Error as err:
+        hint = "start Flow2API once, or name its folder with --data"
+        raise StoreError(f"no password is kept in {settings.data} ({err}): {hint}") from None
+    print(f"admin_password: {password}\nIt counts from now on; its first login ends all others.")
+
+
 def main(argv=None):
     arguments = parse_arguments(argv)
     try:
@@ -5022,16 +5215,17 @@ def main(argv=None):
         style = "%(asctime)s %(levelname)s %(message)s"
         logging.basicConfig(level=logging.INFO, format=style)
         if arguments.check:
-            return 0 if asyncio.run(check(settings)) else 1
+            return 0 if asyncio.run(check(settings, arguments.verbose)) else 1
         if arguments.backup:
             Store(settings.data).copy(arguments.backup)
             return 0
-        for warning in settings.warnings:
-            log.warning(warning)
+        if arguments.reset_password:
+            reset_password(settings)
+            return 0
         with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
             if arguments.demo:
                 settings.layers["command line"]["server.data_dir"] = folder
-            asyncio.run(serve(settings, arguments.demo))
+            asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
         print(f"flow2api: {err}", file=sys.stderr)
         return 2

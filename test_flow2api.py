@@ -4,6 +4,7 @@ Real sockets where the socket matters: the gateway on a free loopback port, the 
 Google's side, with faults switched on in front of it. Nothing here needs the internet.
 """
 
+import ast
 import asyncio
 import base64
 import collections
@@ -29,6 +30,7 @@ import sys
 import time
 import tomllib
 import uuid
+import zlib
 
 import aiohttp
 import pytest
@@ -407,6 +409,8 @@ class Program:
     url = property(lambda self: re.search(r"Flow2API .* on (http://\S+)", "\n".join(self.out))[1])
     curl = property(lambda self: next((ln for ln in self.out if ln.startswith("curl ")), ""))
 
+    serves = property(lambda self: any(line.startswith("Ctrl-C ") for line in self.out))
+
     def __init__(self, process):
         self.process, self.out, self.log = process, [], []
         pairs = (process.stdout, self.out), (process.stderr, self.log)
@@ -459,8 +463,8 @@ async def flow2(run, tmp_path):
         address = {"FLOW2API_SERVER_HOST": "127.0.0.1", "FLOW2API_SERVER_PORT": "0"}
         env = environment(**address | more)
         program = await run(sys.executable, script, *arguments, cwd=tmp_path, env=env)
-        await until(lambda: program.curl or program.process.returncode is not None, 30)
-        assert program.curl, (program.out, program.log)
+        await until(lambda: program.serves or program.process.returncode is not None, 30)
+        assert program.serves, (program.out, program.log)
         return program
 
     return start
@@ -3006,6 +3010,9 @@ async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock
     replies += [await w.chat(), await owner("POST", "/api/tokens", {"st": tokens[0].st})]
     errors = [str(reply) for reply in replies if reply.status >= 400]
     assert len(errors) > 8 and caplog.records
+    assert re.search(
+        rf"{replies[0].job_id} completed: {BANANA} user\d@\S+ \d+ s 0 credits", caplog.text
+    )
     assert not [secret for secret in hidden if secret in caplog.text + str(errors)]
 
 
@@ -3282,6 +3289,24 @@ async def test_what_is_not_here_is_told_as_such_and_a_wrong_route_what_is(world)
         message = expect_error(w, await w.post(path, {"input": "a boat"}), "not_found")["message"]
         assert {CHAT, IMAGES, VIDEOS} <= set(re.findall(r"/v1/[a-z/]+\b", message))
         assert "Responses API" in message
+    assert f"did you mean POST {IMAGES}?" in message
+    detail = expect_detail(await w.get("/api/setings"), 404)
+    assert "did you mean GET /api/settings?" in detail and "/v1/" not in detail
+    assert "did you mean" not in expect_detail(await w.get("/api/nothing/like/it"), 404)
+
+
+async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_not(world):
+    w = await world(())
+    browser = {"Accept": "text/html,*/*;q=0.8", "Authorization": ""}
+    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/favicon"):
+        guess = await w.call("GET", path, headers=browser, allow_redirects=False)
+        assert (guess.status, guess.headers.get("Location")) == (302, "/"), path
+        expect_error(w, await w.call("POST", path, headers=browser), "not_found")
+        expect_error(w, await w.call("GET", path), "not_found")
+    for path in ("/v1/docs", "/flow/v1/docs"):
+        expect_error(w, await w.call("GET", path, headers=browser), "not_found")
+    expect_detail(await w.call("GET", "/api/docs", headers=browser), 404)
+    expect_error(w, await w.call("GET", "/v1/models", headers=browser), "invalid_api_key")
 
 
 # ---- OpenAI's own client ----
@@ -4615,12 +4640,16 @@ async def test_the_page_makes_a_clip_that_plays(page, flow2):
     await page.wait("document.querySelector('.try video')?.readyState >= 3")
     await page.use(".try video", "node.scrollIntoView()")  # unseen, it waits
     await page.wait("document.querySelector('.try video').currentTime > 0.2")
+    shape = "(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])"
+    assert await page.eval(f"{shape}(document.querySelector('.try video'))") == [160, 288]
+    await page.fill("[name=model]", "veo_3_1-landscape-fast", "[data-act=generate]")
+    await page.wait("document.querySelector('.try video')?.videoWidth === 288")
     await page.fill("[name=model]", "nano_banana_2", "[data-act=generate]")
     await page.wait("document.querySelector('.try .media img')?.naturalWidth > 500")
     await page.fill("[name=prompt]", "an unsafe boat", "[data-act=generate]")
     await page.sees(".try .error", "content policy")
     await page.eval("location.hash = '#jobs'")
-    await page.wait("document.querySelectorAll('.jobs .job').length === 3")
+    await page.wait("document.querySelectorAll('.jobs .job').length === 4")
     await page.sees("[data-figure=failures_today]", "1 × content policy")
     page.expect_clean(program.url)
 
@@ -4868,7 +4897,8 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     assert any("simulated Flow" in line for line in program.out)
     password = program.said("admin_password")
     url, key, body = CURL.fullmatch(program.curl).groups()
-    assert key == program.said("api_key") and len(key) >= 20 and len(password) >= 12
+    assert key == program.said("api_key") == "demo" and len(password) >= 12
+    assert "keeps nothing" in program.out[-1]
     answer = await ask(url, json.loads(body), key)
     assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
     [film] = await kept_files(answer.body.decode())
@@ -4877,7 +4907,39 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     assert await program.stop() == 0
     assert not list(temporary.iterdir())
     assert {path.name for path in folder.iterdir()} == {"flow2api.py", "temporary"}
-    assert not [line for line in program.log if key in line or password in line]
+    assert not [line for line in program.log if "easy to guess" in line or password in line]
+
+
+async def test_the_demo_is_for_this_machine_and_its_end_says_that_its_clips_are_lost(run):
+    command = (sys.executable, REPOSITORY / "flow2api.py", "--demo", "--port", "0")
+    program = await run(*command, env=environment(FLOW2API_DEMO_VIDEO_SECONDS="3600"))
+    await until(lambda: program.serves)
+    assert program.said("listens on").startswith("127.0.0.1,")
+    body = chat_body("veo_3_1-fast", "a paper boat") | {"stream": True}
+    stream = asyncio.create_task(ask(program.url + CHAT, body, "demo"))
+    while b"in_progress" not in (await ask(program.url + VIDEOS, key="demo")).body:
+        await asyncio.sleep(0.05)
+    assert await program.stop() == 0
+    text = (await stream).body.decode()
+    assert "is lost: the demo keeps nothing" in text and "goes on" not in text
+
+
+def test_a_simulated_picture_is_whole_and_of_its_prompt():
+    sizes = ((1, 1), (16, 16), (320, 180), *flow2api.SIMULATED_SIZES.values())
+    for width, height in sizes:
+        png = flow2api.block_picture("a boat", width, height)
+        chunks, rest = {}, png[8:]
+        while rest:
+            size = int.from_bytes(rest[:4])
+            chunks[rest[4:8]] = data = rest[8 : 8 + size]
+            assert zlib.crc32(rest[4:8] + data).to_bytes(4) == rest[8 + size : 12 + size]
+            rest = rest[12 + size :]
+        assert chunks[b"IHDR"][:8] == width.to_bytes(4) + height.to_bytes(4)
+        pixels = zlib.decompress(chunks[b"IDAT"])
+        assert len(pixels) == (width + 1) * height and not any(pixels[:: width + 1])
+        assert max(pixels) < len(chunks[b"PLTE"]) / 3
+        assert png != flow2api.block_picture("a ship", width, height)
+    assert len(set(pixels)) > 60 and {128, 131} < set(pixels)
 
 
 @needs_curl
@@ -5005,15 +5067,11 @@ async def google(tmp_path):
     await runner.cleanup()
 
 
-async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, run, tmp_path):
-    command = (sys.executable, REPOSITORY / "flow2api.py", "--data", tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        program = await run(*command, "--host", "127.0.0.1", "--port", taken.getsockname()[1])
-        assert await program.end() == 2
-        assert any("address already in use" in line for line in program.log)
+async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, tmp_path):
     program = await flow2("--data", tmp_path)
     key, password = map(program.said, ("api_key", "admin_password"))
-    assert len(key) >= 20 and len(password) >= 12
+    assert len(key) >= 20 and len(password) >= 12 and (key + password).isalnum()
+    assert any("add an account there" in line for line in program.out) and not program.curl
     assert (await ask(f"{program.url}/v1/models", key=key)).status == 200
     assert (await ask(f"{program.url}/v1/models", key=password)).status == 401
     files = b"".join(path.read_bytes() for path in tmp_path.glob("flow2api.db*"))
@@ -5027,9 +5085,83 @@ async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, run, tmp
     assert (await ask(f"{again.url}/api/login", login)).status == 200
 
 
+BLOCKED = """import runpy, sys; sys.modules[sys.argv[1]] = None
+runpy.run_path(sys.argv[2], run_name='__main__')"""
+ADDRESS = r"(--host and --port|server\.host)"
+START_ERRORS = (  # arguments after a data folder of its own, or none; what is said
+    ("--port {taken} --host 127.0.0.1", rf"127\.0\.0\.1 port \d+: address already .*{ADDRESS}"),
+    ("--host 192.0.2.1", rf"192\.0\.2\.1 port 8000: .*address; .*{ADDRESS}"),
+    ("--host a..b", rf"listen on a\.\.b port .*{ADDRESS}"),
+    ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
+    ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
+    ("--data {folder}/odd", r"data folder .*/odd: unable to open .*--data"),
+    ("--data {folder}/busy", r"busy/flow2api\.db is in use by another Flow2API: .*--data"),
+    ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
+    ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
+    ("--config {folder}/setting.toml", r"/setting\.toml is a folder, not a file"),
+    ("--config {folder}", r"/setting\.toml is a folder, not a file"),
+    ("--config {folder}/file", r"/file: Expected '='.*line 1"),
+    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API once"),
+)
+
+
+async def test_what_hinders_the_start_is_one_sentence_that_says_what_to_do(run, tmp_path):
+    script = REPOSITORY / "flow2api.py"
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "setting.toml").mkdir()
+    (tmp_path / "odd" / "flow2api.db").mkdir(parents=True)
+    lines = [
+        (sys.executable, "-c", BLOCKED, "tomllib", script),
+        (sys.executable, "-c", BLOCKED, "aiohttp", script),
+    ]
+    patterns = [r"needs Python 3\.11 or newer, and \S+ is 3", r"needs aiohttp .*-m pip install"]
+    with socket.create_server(("127.0.0.1", 0)) as taken, opened(tmp_path / "busy"):
+        for number, (text, pattern) in enumerate(START_ERRORS):
+            text = text.format(folder=tmp_path, taken=taken.getsockname()[1])
+            lines.append((sys.executable, script, "--data", tmp_path / str(number), *text.split()))
+            patterns.append(pattern)
+        for line, pattern in zip(lines, patterns, strict=True):
+            program = await run(*line)
+            assert await program.end() == 2, (line, program.out, program.log)
+            assert len(program.log) == 1 and not program.out, (line, program.out, program.log)
+            assert re.match(rf"flow2api: .*{pattern}", program.log[0]), (line, program.log)
+
+
+def test_python_3_8_reads_the_file_as_far_as_the_check_of_its_version():
+    text = (REPOSITORY / "flow2api.py").read_text("utf-8")
+    statements = ast.parse(text, feature_version=(3, 8)).body
+    check = next(number for number, node in enumerate(statements) if isinstance(node, ast.Try))
+    imports = statements[1:check]
+    assert {type(node) for node in imports} == {ast.Import, ast.ImportFrom}
+    assert "tomllib" not in "".join(map(ast.unparse, imports))
+
+
+async def test_a_new_password_counts_beside_a_running_process_and_ends_sessions(
+    flow2, run, tmp_path
+):
+    program = await flow2("--data", tmp_path)
+    command = (sys.executable, REPOSITORY / "flow2api.py", "--data", tmp_path, "--reset-password")
+    login = {"username": "admin", "password": program.said("admin_password")}
+    session = (await ask(f"{program.url}/api/login", login)).json["token"]
+    reset = await run(*command)
+    assert await reset.end() == 0, reset.log
+    new = reset.said("admin_password")
+    assert len(new) >= 12 and new.isalnum()
+    assert (await ask(f"{program.url}/api/login", login)).status == 401
+    login["password"] = new
+    assert (await ask(f"{program.url}/api/login", login)).status == 200
+    assert (await ask(f"{program.url}/api/tokens", key=session)).status == 401
+    await program.stop()
+    again = await flow2("--data", tmp_path)
+    assert (await ask(f"{again.url}/api/login", login)).status == 200
+    refused = await run(*command, env=environment(FLOW2API_GLOBAL_ADMIN_PASSWORD="x" * 12))
+    assert await refused.end() == 2 and "set by the environment" in refused.log[0]
+
+
 async def test_sigterm_ends_a_stream_naming_its_job(flow2, google):
     """Which goes on: test_a_job_survives_the_end_of_the_process."""
     program = await flow2(**google.variables)
+    assert CURL.fullmatch(program.curl)[2].startswith("$")  # for a key of one's own
     body = chat_body("veo_3_1-fast", "a paper boat") | {"stream": True}
     stream = asyncio.create_task(ask(program.url + CHAT, body, OWN_KEY))
     await until(lambda: any("batchCheck" in path for path, _ in google.calls))
@@ -5057,6 +5189,9 @@ async def test_check_finds_nothing_wrong_and_spends_nothing(run, google):
     assert "somebody@example.com" in text and "Pro, 1000 credits" in text
     assert "flow.poll_interval = 0.1  (environment)" in text
     assert f"{google.address}/v1 answers 404 through no proxy" in text
+    assert "generation.video_timeout" not in text  # it has its default
+    assert text.index("ok ") < text.index("flow.poll_interval")
+    _, text = await check(run, "--verbose", **google.variables)
     assert "generation.video_timeout = 1500  (" in text
     assert OWN_KEY not in text and google.st not in text
     asked = {path for path, _ in google.calls}
@@ -5069,7 +5204,19 @@ CHECKS = (
     ("new", "", 1, "WRONG no Google account yet: start Flow2API and add one"),
     ("account", "", 1, "WRONG account somebody@example.com: .*Sign in to Flow again"),
     ("file", "", 1, "WRONG data folder .*file: "),
-    ("busy", "", 1, "WRONG data folder .* is in use by another Flow2API"),
+    ("busy", "", 1, "WRONG .*db is in use by another Flow2API"),
+    (
+        "new",
+        "global.admin_password = 'han1234'",
+        1,
+        r"WRONG global.admin_password \(file\) is easy",
+    ),
+    (
+        "new",
+        "plugin.connection_token = 'aaaaaaaaaaaaaa'",
+        1,
+        "WRONG plugin.connection_token .*easy",
+    ),
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
