@@ -4848,6 +4848,10 @@ async def test_what_the_dockerfile_says_works_in_an_empty_folder(run, flow2, tmp
     assert [*app.rglob("flow2api.db")] == [app / "data" / "flow2api.db"]
     options = {"env": environment(**variables)}
     assert await (await run(sys.executable, *health, **options)).end() == 0
+    reset = await run(sys.executable, app / script, "--reset-password", **options)
+    assert await reset.end() == 0
+    login = {"username": "admin", "password": reset.said("admin_password")}
+    assert (await ask(f"{program.url}/api/login", login)).status == 200
     assert await program.stop() == 0
     assert await (await run(sys.executable, *health, **options)).end() != 0
     with (app / "setting.toml").open("a") as settings:  # it is the one that is read
@@ -4945,7 +4949,7 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
 @needs_curl
 async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_path):
     """Each alone, as -u proves, but for first.png, which the first one makes."""
-    program = await flow2("--demo", FLOW2API_GLOBAL_API_KEY="demo", **QUICK_DEMO)
+    program = await flow2("--demo", **QUICK_DEMO)
     options = {"cwd": tmp_path, "env": environment(KEY="")}
 
     async def paste(block):
@@ -5035,7 +5039,7 @@ def test_no_block_of_the_documents_deletes_anything_or_goes_untried():
 
 
 async def test_the_python_lines_of_the_documents_work(run, flow2, openai):
-    program = await flow2("--demo", FLOW2API_GLOBAL_API_KEY="demo", **QUICK_DEMO)
+    program = await flow2("--demo", **QUICK_DEMO)
     [block] = blocks(CLIENTS, "python")
     block = block.replace("http://127.0.0.1:8000", program.url)
     python = await run(sys.executable, "-c", block)
