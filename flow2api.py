@@ -51,6 +51,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -70,6 +71,7 @@ import threading
 import time
 import uuid
 import weakref
+import zipfile
 import zlib
 from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import Iterable
@@ -1380,7 +1382,11 @@ def new_session(socks, fresh):
 
 # ---- 6. Upstream -----------------------------------------------------------------------
 # Wire facts: captures of Flow's web client and of public clients, up to August 2026.
-SESSION_COOKIE = "__Secure-next-auth.session-token"
+SESSION_COOKIE = "__Secure-next-auth.session-token"  # .0, .1: the parts of a long one
+PASTED_COOKIE = re.compile(
+    r"next-auth\.session-token(?:\.(\d))?"  # its name, perhaps that of a part
+    r"[\"']?(?:[ \t]*[=:][ \t]*|\s+)[\"']?([^;,\s\"']+)"
+)
 WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
 WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
 CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
@@ -1436,9 +1442,24 @@ class Upstream(Protocol):
 
 
 def clean_session_token(text):
-    """The bare token of what people paste: a value, `name=value`, a Cookie header."""
-    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
-    return match[1] if match else text.strip("\"'; \t\r\n")
+    """The bare token of what people paste: a value, `name=value`, `name: value`, a Cookie
+    header, an export as JSON or in Netscape's format. Else the text, but stripped."""
+    cookies = []
+    header = ""
+
+    def collect(item):
+        cookies.extend([(item.get("name"), item.get("value")), *item.items()])
+
+    with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
+        json.loads(text, object_hook=collect)
+        header = "".join(f"{name}={value};" for name, value in cookies)
+    parts = dict(PASTED_COOKIE.findall(header or text))
+    numbers = [str(number) for number in range(len(parts))]
+    if "" in parts:
+        return parts[""]
+    if len(parts) > 1 and sorted(parts) == numbers:  # a single part is never all
+        return "".join(map(parts.get, numbers))
+    return text.strip("\"'; \t\r\n")
 
 
 def client_context(project, tier="", captcha=""):
@@ -1839,6 +1860,10 @@ class RestFlow:
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
 AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+ENDED_ALREADY = (
+    "Google says that this session has ended. Sign in to Flow again in your browser, and"
+    " paste the new value of its cookie"
+)
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -1872,10 +1897,20 @@ class Pool:
     def adapter_for(self, token) -> Upstream:
         return self.adapters[token.adapter]
 
+    async def sign_in(self, draft):
+        """-> {email, name}. A session that somebody brings when it has ended is a mistake
+        in the request, and blames no account."""
+        try:
+            return await self.adapter_for(draft).sign_in(draft)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+            raise bad(ENDED_ALREADY, "st") from err
+
     async def add(self, st, **fields):
         """The account of a session token -> (token, is it new). Raises as sign_in."""
         draft = Token(**fields, st=clean_session_token(st), created_at=now())
-        account = await self.adapter_for(draft).sign_in(draft)
+        account = await self.sign_in(draft)
         if not account["email"]:
             raise changed("Google's session names no e-mail address")
         tokens = {token.email: token for token in self.tokens.values()}
@@ -3767,6 +3802,17 @@ TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
     **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
 }
+PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
+PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
+    ("^$", f"The session token is missing: {PASTE_IT}"),
+    (r"(^|[\s\"':=])ya29\.", f"This is an access token, which ends soon: {PASTE_IT}"),
+    (r"^\S+@\S+$", f"This is an e-mail address: {PASTE_IT}"),
+    (r"session-token\.\d", "The cookie is in parts (.0, .1 and on): paste all of them"),
+    ("session-token", "This is the cookie's name: paste its value, too"),
+    (r"=[^=]|[:;\t{\[]", f"The right cookie is not in this: {PASTE_IT}"),
+    (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
+    ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
+)
 BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
 NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
 
@@ -3908,10 +3954,12 @@ def read_token_fields(body):
 
 
 def read_session_token(body):
+    """Raises invalid_request: Google is asked only about what can be one."""
     text = body.get("session_token") or body.get("st")
     st = clean_session_token(text) if isinstance(text, str) else ""
-    if not re.fullmatch("[ -~]+", st):
-        raise bad("st, the session token, is missing or not one", "st")
+    for pattern, mistake in PASTE_MISTAKES:
+        if re.search(pattern, st):
+            raise bad(mistake, "st")
     return st
 
 
@@ -3954,6 +4002,8 @@ class AdminApi(Api):
         super().__init__(gateway)
         self.tokens = self.pool.tokens
         self.sessions = Sessions(self.settings, self.store)
+        self.plugin = {"last_call": None, "last_account": None}
+        self.plugin.update(self.store.settings().get("plugin", {}))
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
@@ -4022,6 +4072,8 @@ class AdminApi(Api):
 
     async def get_config(self, request, message=""):
         fields = CONFIGS[request.match_info["group"]]
+        if "connection_token" in fields:
+            await self._make_connection_token()
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
         origin = str(request.url.origin())
@@ -4029,7 +4081,32 @@ class AdminApi(Api):
             config["effective_base_url"] = config["base_url"] or origin
         if "connection_token" in fields:
             config["connection_url"] = f"{origin}/api/plugin/update-token"
+            config["pairing_link"] = f"{origin}/#{config['connection_token']}"
+            config.update(self.plugin)
         return ok(message, config=config, **config)
+
+    async def _make_connection_token(self):
+        """Makes one, as if somebody had set it, where there is none."""
+        name = "plugin.connection_token"
+        if not self.settings[name]:
+            secret = secrets.token_hex(20)  # letters and digits: a double click copies it
+            self.settings.layers["admin page"][name] = secret  # before others ask
+            await self.store.put_setting(f"admin page:{name}", secret)
+
+    async def extension(self, request):
+        """The companion extension, as a zip of the files beside this one."""
+        files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
+        if not files:
+            message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
+            raise bad(message, code="not_found")
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.writestr(f"flow2api-extension/{file.name}", file.read_bytes())
+        name = 'attachment; filename="flow2api-extension.zip"'
+        headers = {**PAGE_HEADERS, "Content-Disposition": name}
+        data = buffer.getvalue()
+        return web.Response(body=data, content_type="application/zip", headers=headers)
 
     async def list_settings(self, request):
         names = [name for name in SETTING if name not in NOT_SET_HERE]
@@ -4076,7 +4153,7 @@ class AdminApi(Api):
         if st != token.st:
             draft = Token(st=st, adapter=token.adapter)
             draft.proxy_url = fields.get("proxy_url", token.proxy_url)
-            account = await self.pool.adapter_for(draft).sign_in(draft)
+            account = await self.pool.sign_in(draft)
             if account["email"] not in ("", token.email):
                 raise bad(f"This session is of {account['email']}", "st", "conflict")
             fields = {"name": account["name"], **draft.session(), **AWAKE, **fields}
@@ -4181,7 +4258,7 @@ class AdminApi(Api):
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
-        account = await self.pool.adapter_for(draft).sign_in(draft)
+        account = await self.pool.sign_in(draft)
         about = {"access_token": draft.at, "email": account["email"]}
         return ok("ST converted to AT", **about, expires=iso(draft.at_expires))
 
@@ -4190,15 +4267,22 @@ class AdminApi(Api):
         secret = self.settings["plugin.connection_token"]
         if not secret or not same(bearer(request), secret):
             raise GatewayError("invalid_api_key", "Invalid connection token")
+        self._note_call(last_call=iso(now()))
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
         token, new = await self.pool.add(st)
+        self._note_call(last_account=token.email)
         enabled = token.id in asleep
         action = "added" if new else "updated"
         if enabled and not self.settings["plugin.auto_enable_on_update"]:
             await self.pool.update(token, is_active=False)
             enabled = False
-        return ok(f"Token {action}", action=action, token_id=token.id, auto_enabled=enabled)
+        about = {"action": action, "token_id": token.id, "email": token.email}
+        return ok(f"Token {action}", **about, auto_enabled=enabled)
+
+    def _note_call(self, **news):
+        self.plugin.update(news)
+        self.store.put_setting("plugin", self.plugin)
 
     def _job_object(self, request, job):
         """A job as its owner may see it: the video object, and whose and how it was."""
@@ -4790,6 +4874,7 @@ ROUTES = {
         "GET /api/logs": AdminApi.list_logs,
         "DELETE /api/logs": AdminApi.clear_logs,
         "GET /api/logs/{id}": AdminApi.get_log,
+        "GET /api/plugin/extension.zip": AdminApi.extension,
         "GET /api/state": AdminApi.state,
         "GET /api/stats": ServiceApi.stats,
         "GET /api/system/info": AdminApi.system_info,
