@@ -5,6 +5,7 @@ RUN pip install --no-cache-dir aiohttp==3.14.5 aiohttp-socks==0.12.0
 
 WORKDIR /app
 COPY flow2api.py admin.html setting.toml LICENSE ./
+COPY extension extension/
 
 # Whatever a setting.toml says that is mounted: the data goes to the volume, and the port that is
 # published is answered.

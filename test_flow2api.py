@@ -4976,7 +4976,7 @@ async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_
         assert (tmp_path / name).read_bytes().startswith(PNG[:4])
     assert (tmp_path / "paper-boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
     [accounts] = [out for out, _ in answers if "Token added" in out]
-    assert "@demo.example" in accounts and "the-session-token" not in accounts
+    assert "@demo.example" in accounts and "the-value-of-the-cookie" not in accounts
 
 
 STAND_IN = r"""#!/bin/sh
