@@ -11,6 +11,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import io
 import ipaddress
 import itertools
 import json
@@ -25,11 +27,13 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import sys
 import time
 import tomllib
 import uuid
+import zipfile
 import zlib
 
 import aiohttp
@@ -51,6 +55,7 @@ EDITS = "/v1/images/edits"
 VIDEOS = "/v1/videos"
 EXTEND = "/v1/videos/extensions"
 REPOSITORY = pathlib.Path(flow2api.__file__).parent
+EXTENSION = REPOSITORY / "extension"
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled")
 
 
@@ -2211,10 +2216,6 @@ async def test_hidden_refusals_are_refusals_and_sessions_and_links_are_read(worl
             assert caught.value.code == code, body
     w.fault = says_on("upload", {"media": [{"name": "n"}]})
     assert await upload(w.token) == "n"
-    form = "__Secure-next-auth.session-token={}"
-    pasted = ["{}", ' "{}"\n', form, "next-auth.session-token={};", f"a=x%40y; {form}; _ga=GA1.1"]
-    for text in (*pasted, 'Cookie: a=b; __Secure-next-auth.session-token="{}"'):
-        assert flow2api.clean_session_token(text.format("eyJ..a.b")) == "eyJ..a.b", text
     monkeypatch.setattr(flow2api, "now", lambda: 1000.0)
     assert flow2api.read_link(SIGNED) == flow2api.Link(SIGNED, 1771256167.0)
     assert flow2api.read_link("https://x.test/?Expires=soon").expires == 4600.0  # an hour
@@ -4202,7 +4203,7 @@ def in_force(w):
 
 
 async def test_settings_are_stored_and_survive_a_restart_and_what_is_wrong_changes_nothing(world):
-    w, do = await owner_of(world)
+    w, do = await owner_of(world, **{"plugin.connection_token": "x" * 16})
     st = w.flow.add_account("new@example.com", PRO, 100)
     password = {"old_password": w.password, "new_password": "x" * 8}
     good = {"POST tokens": {"st": st}, "POST admin/password": password}
@@ -4272,8 +4273,6 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
     w = await world(accounts=())
     do = await log_in(w)
     st = w.flow.add_account("new@example.com", ULTRA, 777)
-    assert "Sign in to Flow again" in await do("POST tokens", 503, st="dead")
-    assert not w.pool.tokens
     fields = {"remark": "mine", "video_enabled": False, "project_name": "Boats"}
     pasted = f"__Secure-next-auth.session-token={st}; other=1"
     added = (await do("POST tokens", st=pasted, **fields))["token"]
@@ -4296,6 +4295,7 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
     key = "k" * 16
     shown = await do("POST plugin/config", connection_token=key)
     assert shown["connection_url"] == w.url + path
+    assert shaped(shown, {"pairing_link": f"{w.url}/#{key}", "last_call": None})
     rows = (("added", False, True), ("updated", True, True), ("updated", False, False))
     for action, enabled, active in rows:
         if action == "updated":
@@ -4303,12 +4303,100 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
             await do("POST plugin/config", auto_enable_on_update=enabled)
             body["session_token"] = w.flow.add_account("another@example.com", PRO, 5)
         answer = (await w.post(path, body, key=key)).json
-        assert shaped(answer, {"action": action, "auto_enabled": enabled})
+        about = {"action": action, "auto_enabled": enabled, "email": "another@example.com"}
+        assert shaped(answer, about)
         assert w.pool.tokens[2].is_active == active
     expect_detail(await w.post(path, {}, key=key))
     assert (await w.get("/api/tokens", key=key)).status == 401
-    await do("POST plugin/config", connection_token="")
+    await w.restart()
+    about = {"last_call": str, "last_account": "another@example.com"}
+    made = await do("POST plugin/config", connection_token="")  # that is a new one
+    assert shaped(made, about)
+    assert re.fullmatch("[0-9A-Za-z]{32,}", made["connection_token"])
     expect_detail(await w.post(path, body, key=key), 401)
+    await w.restart()
+    again = await do("GET plugin/config")
+    assert again["connection_token"] == made["connection_token"]
+    assert (await w.post(path, body, key=made["connection_token"])).status == 200
+
+
+SESSION = "eyJhbGciOiJkaXIi..a-b_c.d"
+HALVES = [{"name": "NAME.1", "value": SESSION[9:]}, {"name": "NAME.0", "value": SESSION[:9]}]
+EXPORT = [{"name": "SID", "value": "x"}, {"value": SESSION, "name": "NAME", "path": "/"}]
+PASTED = (
+    *("VALUE", ' "VALUE"\n', "NAME=VALUE", "NAME: VALUE", "NAME\nVALUE", '"NAME": "VALUE",'),
+    *("next-auth.session-token=VALUE;", 'Cookie: a=x%40y; NAME="VALUE"; _ga=GA1.1'),
+    *("NAME\tVALUE\tlabs.google\t/\t2026-12-01", "curl 'https://labs.google' -b 'a=b; NAME=VALUE'"),
+    "# Netscape\n.google\tTRUE\t/\tTRUE\t17\tSID\tx\n#HttpOnly_labs.google\tx\tNAME\tVALUE\n",
+    *map(json.dumps, (EXPORT, EXPORT[::-1], {"cookies": EXPORT}, {"NAME": SESSION}, HALVES)),
+    f"NAME.0={SESSION[:9]}; _ga=1; NAME.1={SESSION[9:]}",
+)
+NO_SESSIONS = {  # what is told, and of what
+    "access token": (
+        "ya29.a0AfB",
+        "Bearer ya29.a0AfB",
+        '{"token": "ya29.a0AfB"}',
+        "NAME=ya29.abcde",
+    ),
+    "e-mail": ("somebody@example.com",),
+    "cookie is not in this": (
+        *(
+            "SID=g.a000-abcdef",
+            "__Host-next-auth.csrf-token: abcdef",
+            "Cookie: SID=a; HSID=bcdefghi",
+        ),
+        *(json.dumps(EXPORT[:1]), ".g\tTRUE\t/\tTRUE\t1\tSID\tabcdefgh", "https://labs.google/fx"),
+        *("[" * 99999, '{"name":' * 9999),
+    ),
+    "the cookie's name": ("NAME", "NAME=", "NAME=; SID=abcdefghi", '{"name": "NAME", "value": ""}'),
+    "in parts": (f"NAME.0={SESSION}", "NAME.1=VALUE; NAME.2=VALUE", json.dumps(HALVES[:1])),
+    "odd characters": ("eyJhbGciOi\nJkaXIi", "eyJh…aXIi", "ключключключ", "a session token"),
+    "too short": ("eyJhbGciO", "NAME=eyJhb"),
+    "missing": ("", " ", None, 5, {}),
+}
+
+
+def named(text):
+    full = str(text).replace("NAME", flow2api.SESSION_COOKIE).replace("VALUE", SESSION)
+    return full if isinstance(text, str) else text
+
+
+async def test_what_is_pasted_is_looked_at_before_google_is_asked(world):
+    """And a session that Google says has ended is a mistake in the request, too."""
+    w, do = await owner_of(world)
+    for text in map(named, PASTED):
+        assert flow2api.read_session_token({"st": text}) == SESSION, text
+    w.flow.calls.clear()
+    for told, texts in NO_SESSIONS.items():
+        for text in map(named, texts):
+            assert told in await do("POST tokens", 400, st=text), text
+    assert not w.flow.calls and len(w.pool.tokens) == 1
+    ended = {"st": "a-session-that-has-ended"}
+    for call in ("POST tokens", "PUT tokens/1", "POST tokens/st2at"):
+        assert "Sign in to Flow again" in await do(call, 400, **ended)
+    answer = await do("POST tokens/import", tokens=[ended])
+    assert "has ended" in answer["errors"][0]
+    config = await do("GET plugin/config")
+    answer = await w.post("/api/plugin/update-token", ended, key=config["connection_token"])
+    assert "has ended" in expect_detail(answer)
+    assert shaped(await do("GET plugin/config"), {"last_call": str, "last_account": None})
+    assert w.token.is_active and not w.token.failures
+
+
+async def test_the_extension_comes_as_a_zip_and_asks_for_no_more_than_it_needs(world, monkeypatch):
+    w = await world()
+    reply = await w.get("/api/plugin/extension.zip", key=await w.admin())
+    assert (reply.status, reply.headers["Content-Type"]) == (200, "application/zip")
+    with zipfile.ZipFile(io.BytesIO(reply.body)) as archive:
+        files = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist()}
+        assert {name.partition("/")[0] for name in archive.namelist()} == {"flow2api-extension"}
+    assert files == {path.name: path.read_bytes() for path in EXTENSION.iterdir()}
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["permissions"] == ["cookies", "storage", "alarms"]
+    assert manifest["host_permissions"] == ["https://labs.google/*"]
+    monkeypatch.setattr(flow2api, "__file__", str(w.data / "flow2api.py"))
+    reply = await w.get("/api/plugin/extension.zip", key=await w.admin())
+    assert "extension/" in expect_detail(reply, 404)
 
 
 # What the original's page reads of an account (contract.md A.2).
@@ -4337,7 +4425,7 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
         assert shaped(row, TOKEN | {"token": row["at"], "st": token.st, "email": token.email})
         await do(f"DELETE tokens/{row['id']}")
     for added, updated in ((3, 0), (0, 3)):
-        junk = [5, None, {}, {"st": "dead", "email": "d@x"}]
+        junk = [5, None, {}, {"st": "a-session-that-ended", "email": "d@x"}]
         result = await do("POST tokens/import", tokens=[*reversed(exported), *junk])
         assert shaped(result, {"added": added, "updated": updated, "failed": 4})
         assert len(result["errors"]) == 4 and "d@x: " in result["errors"][3]
@@ -4514,7 +4602,7 @@ async def test_no_masked_answer_holds_a_secret_and_an_edit_asks_google_nothing(w
     new = w.flow.add_account(token.email, PRO, 5)
     await do("PUT tokens/1", st=new)
     assert (token.st, token.is_active, token.email) == (new, True, "user1@example.com")
-    await do("PUT tokens/1", 503, st="dead")
+    await do("PUT tokens/1", 400, st="a-session-that-ended")
     for call, fields in (
         ("PUT tokens/1/status", {"is_active": True}),
         ("POST tokens/1/enable", {}),
@@ -4606,13 +4694,13 @@ class Page:
         assert not self.troubles, self.troubles
 
 
-@pytest.fixture
-async def page(run, tmp_path):
+@contextlib.asynccontextmanager
+async def browser(run, tmp_path, *flags):
     """Starts Chromium -> a Page."""
     if not CHROMIUM:
-        pytest.skip("NOT TESTED: the admin page, for lack of Chromium (apt: chromium)")
+        pytest.skip("NOT TESTED: the admin page and the extension need Chromium (apt: chromium)")
     profile = tmp_path / "chromium"
-    await run(CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank")
+    await run(CHROMIUM, *FLAGS.split(), *flags, f"--user-data-dir={profile}", "about:blank")
     port = profile / "DevToolsActivePort"
     await until(lambda: port.exists() and "\n" in port.read_text(), 60)
     devtools = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
@@ -4623,6 +4711,12 @@ async def page(run, tmp_path):
             for domain in ("Page", "Network", "Runtime", "Log"):
                 await page.send(f"{domain}.enable")
             yield page
+
+
+@pytest.fixture
+async def page(run, tmp_path):
+    async with browser(run, tmp_path) as page:
+        yield page
 
 
 async def test_the_page_makes_a_clip_that_plays(page, flow2):
@@ -4708,6 +4802,137 @@ async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, wor
     change = {"old_password": w.password, "new_password": "x" * 8}
     await (await log_in(w))("POST admin/password", **change)  # ends the session
     await page.sees("form.login")
+
+
+# ---- The companion extension, in a browser ----
+
+
+class Labs:
+    """A throw-away labs.google over TLS, which gives its cookies to whoever opens a page."""
+
+    def __init__(self):
+        self.cookies, self.port = {}, 0
+
+    async def page(self, request):
+        reply = web.Response(text="Flow")
+        for name, value in self.cookies.items():
+            age = "" if value else "; Max-Age=0"
+            cookie = f"{name}={value}; Path=/; Secure; HttpOnly; SameSite=Lax{age}"
+            reply.headers.add("Set-Cookie", cookie)
+        return reply
+
+
+@pytest.fixture
+async def labs(run, tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("NOT TESTED: the extension, for lack of a certificate (apt: openssl)")
+    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=labs.google"
+    openssl = await run(*command.split(), "-out", files[0], "-keyout", files[1])
+    assert await openssl.end() == 0, openssl.log
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*files)
+    labs = Labs()
+    app = web.Application()
+    app.router.add_get("/{_:.*}", labs.page)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    labs.port = runner.addresses[0][1]
+    yield labs
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def companion(run, tmp_path, labs):
+    """Starts Chromium with the extension -> (a Page, the address of its popup). What a person
+    would allow when asked, the gateway's address, is allowed in its manifest."""
+    folder = shutil.copytree(EXTENSION, tmp_path / "extension")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["host_permissions"].append("http://127.0.0.1/*")
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    flags = (
+        f"--load-extension={folder}",
+        f"--disable-extensions-except={folder}",
+        "--disable-features=DisableLoadExtensionCommandLineSwitch",
+        f"--host-resolver-rules=MAP labs.google 127.0.0.1:{labs.port}",
+        "--ignore-certificate-errors",
+    )
+    async with browser(run, tmp_path, *flags) as page:
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+        name = "".join(chr(ord("a") + int(digit, 16)) for digit in digest)
+        yield page, f"chrome-extension://{name}/popup.html"
+
+
+async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sign_out(
+    world, labs, companion, monkeypatch
+):
+    """And no other cookie leaves the browser."""
+    w = await world(accounts=())
+    do = await log_in(w)
+    page, popup = companion
+    sent = []
+    read_json = flow2api.read_json
+
+    async def record(request):
+        sent.append((request.headers, await read_json(request)))
+        return sent[-1][1]
+
+    async def visit(*parts):
+        """Opens Flow, which sets the cookie, or its parts, and clears the others."""
+        name = flow2api.SESSION_COOKIE
+        cookies = dict.fromkeys((name, f"{name}.0", f"{name}.1"), "")
+        names = [name] if len(parts) == 1 else list(cookies)[1:]
+        labs.cookies = {"SID": "another-cookie"} | cookies | dict(zip(names, parts, strict=False))
+        await page.send("Page.navigate", url="https://labs.google/fx/tools/flow")
+        await page.sees("body", "Flow")
+
+    async def see(selector, part):
+        """Opens the popup, which tells so."""
+        await page.send("Page.navigate", url=popup)
+        await page.sees(selector, part)
+
+    first, second, third = (
+        w.flow.add_account("mine@example.com", PRO, 1000, st=name * 300) for name in "abc"
+    )
+    await visit(first)
+    await page.send("Page.navigate", url=popup)
+    await page.fill("[name=link]", w.url, "#pairing button")
+    await page.sees("#mistake", "no pairing link")
+    assert not sent
+    monkeypatch.setattr(flow2api, "read_json", record)
+    config = await do("GET plugin/config")
+    asks = "chrome.permissions.request = async (permission) => { window.asked = permission; }"
+    await page.eval(f"{asks}, 0")
+    await page.fill("[name=link]", config["pairing_link"], "#pairing button")
+    await page.sees("#account", "mine@example.com")
+    await page.sees("#connection", "Connected")
+    assert w.token.st == first
+    assert await page.eval("window.asked") == {"origins": [f"{w.url}/*"]}
+    await w.pool.update(w.token, is_active=False)
+    await visit(second[:200], second[200:])
+    await until(lambda: w.token.st == second)
+    await until(lambda: w.token.is_active)
+    w.fault = fault("session", refusal(500))
+    await visit(third)
+    await see("#problem", "tried again by itself")
+    w.fault = None
+    await page.eval("chrome.alarms.create('look', { when: Date.now() })")
+    await until(lambda: w.token.st == third)
+    await see("#connection", "Connected")
+    config = await do("GET plugin/config")
+    assert shaped(config, {"last_call": str, "last_account": "mine@example.com"})
+    await visit("a-session-that-has-ended")
+    await see("#problem", "Sign in to Flow again")
+    await visit()
+    await see("#problem", "signed out")
+    await visit(third)
+    await page.send("Page.navigate", url=popup)
+    await page.click("#add")
+    await page.wait("document.querySelector('#problem').hidden")
+    assert "another-cookie" not in str(sent)
+    assert all(set(body) == {"session_token"} for _, body in sent)
+    assert not [headers for headers, _ in sent if "Cookie" in headers]
 
 
 # ---- The files agree with each other ----

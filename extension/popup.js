@@ -10,8 +10,8 @@ const TEXTS = {
   connected: ["Connected", "已连接"], not_connected: ["Not connected", "未连接"], never: ["never", "从未"],
   sends: ["Reads the one session cookie of labs.google and sends it to this gateway. Nothing else leaves the browser.",
     "只读取 labs.google 的会话 cookie 并发送到此网关，其他数据不会离开浏览器。"],
-  not_allowed: ["The browser does not let this extension reach the gateway. Unpair, pair again, and allow it.",
-    "浏览器未允许扩展访问该网关。请解除配对后重新配对并点允许。"],
+  not_allowed: ["The browser does not let this extension reach the gateway. Press the button below, and allow it.",
+    "浏览器未允许扩展访问该网关。请点击下面的按钮并选择允许。"],
   unpaired: ["The gateway does not accept this pairing link any more. Unpair, and paste the new one.",
     "网关不再接受此配对链接。请解除配对并粘贴新的链接。"],
   unreachable: ["The gateway does not answer. Is it running, and is its address right? This is tried again by itself.",
@@ -25,6 +25,8 @@ const TEXTS = {
 };
 const t = (key) => TEXTS[key][navigator.language.startsWith("zh") ? 1 : 0];
 const $ = (id) => document.getElementById(id);
+let pairing; // {address, token} as it is in storage
+
 const originsOf = ({ address }) => ({ origins: [`${new URL(address).origin}/*`] });
 
 /** The address and the connection token of a pairing link; null if it is none. */
@@ -34,7 +36,9 @@ function readLink(text) {
 }
 
 async function render() {
-  const { pairing, status = {} } = await chrome.storage.local.get(["pairing", "status"]);
+  const stored = await chrome.storage.local.get(["pairing", "status"]);
+  const { status = {} } = stored;
+  pairing = stored.pairing;
   $("pairing").hidden = Boolean(pairing);
   $("paired").hidden = !pairing;
   if (!pairing) return;
@@ -45,35 +49,36 @@ async function render() {
   $("problem").textContent = status.problem ? `${t(status.problem)} ${status.detail ?? ""}` : "";
   const signal = AbortSignal.timeout(5000);
   const answers = await fetch(`${pairing.address}/health`, { signal }).then(() => true, () => false);
-  const connected = answers && !["unpaired", "not_allowed"].includes(status.problem);
+  const connected = answers && ![undefined, "unpaired", "not_allowed"].includes(status.problem);
   $("connection").textContent = t(connected ? "connected" : "not_connected");
   $("connection").className = connected ? "good" : "bad";
 }
 
+/** Has it handed over; asks first, where the browser does not let it reach the gateway yet. */
 async function handOver() {
   $("add").disabled = true;
+  await chrome.permissions.request(originsOf(pairing));
   await chrome.runtime.sendMessage("hand over");
   $("add").disabled = false;
 }
 
-$("pairing").addEventListener("submit", async (event) => {
+$("pairing").addEventListener("submit", (event) => {
   event.preventDefault();
-  const pairing = readLink(event.target.link.value);
+  pairing = readLink(event.target.link.value);
   $("mistake").hidden = Boolean(pairing);
   $("mistake").textContent = t("mistake");
   if (!pairing) return;
   // Not awaited: the browser asks only while it counts as an answer to the click. Where its question
   // closes this popup, the worker goes on by itself once it is allowed.
   chrome.storage.local.set({ pairing, status: {} });
-  await chrome.permissions.request(originsOf(pairing));
-  await handOver();
+  handOver();
 });
 $("add").addEventListener("click", handOver);
 $("unpair").addEventListener("click", async () => {
-  const { pairing } = await chrome.storage.local.get("pairing");
+  const origins = originsOf(pairing);
   await chrome.storage.local.clear();
   await chrome.action.setBadgeText({ text: "" });
-  await chrome.permissions.remove(originsOf(pairing));
+  await chrome.permissions.remove(origins);
 });
 chrome.storage.onChanged.addListener(render);
 for (const node of document.querySelectorAll("[data-text]")) node.textContent = t(node.dataset.text);
