@@ -1071,7 +1071,7 @@ class Store:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
             if "locked" in str(err):
-                reason = " is in use by another Flow2API: stop that, or set another --data"
+                reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
     def _migrate(self):
@@ -1099,11 +1099,11 @@ class Store:
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
     def set_beside(self, name, value):
-        """Stores a setting, also while another process is at work. Raises sqlite3.Error."""
+        """Stores a setting beside another process. Raises sqlite3.Error."""
         address = f"{self.path.as_uri()}?mode=rw"
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as writer, writer:
             row = name, to_json(value)
-            connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+            writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
 
     def close(self):
         self._thread.shutdown()  # once all is written
@@ -2472,7 +2472,8 @@ class Jobs:
             token = self.token_of(job) or Token()
             about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
             message = job.error.get("message", "")
-            log.info("%s %s: %s %s %d s %d credits %s", job.id, job.state, *about, message)
+            form = "%s %s: %s %s %d s %d credits %s"
+            log.info(form, job.id, job.state, *about, message)
         self._tell(job)
 
     def _tell(self, job, stage=""):
@@ -4526,33 +4527,26 @@ SIMULATED_PRICES = r"""
 DEMO_ACCOUNTS = {"pro": ("PAYGATE_TIER_ONE", 1000), "ultra": ("PAYGATE_TIER_TWO", 25000)}
 
 
-def paint_hills(code, width, height):
-    """Rows of colours 0 to 127 for a sky, 128 for a sun and 129 to 131 for hills."""
-    rows = [bytearray([y * 128 // height]) * width for y in range(height)]
-    for number, (top, size) in enumerate(((3, 2), (11, 15), (13, 20), (15, 60))):
-        middle = width * code[number] // 256
-        size = (width + height) * size // 15  # the diameter
-        for y, row in enumerate(rows[height * top // 20 :][:size]):
-            half = math.isqrt(y * (size - y))
-            disc = slice(max(0, middle - half), middle + half)
-            row[disc] = bytes([128 + number]) * len(row[disc])
-    return rows
-
-
 def block_picture(text, width, height):
-    """A PNG made from a text: a sun and three hills, in places and colours of its hash."""
+    """A PNG made from a text: waves in two colours of its hash."""
     code = hashlib.sha256(text.encode(errors="replace")).digest()
-    rows = paint_hills(code, width, height)
-    sky = [(colour | 64) * (y + 30) // 160 for y in range(128) for colour in code[4:7]]
-    hills = [(colour | 64) * part // 5 for part in (3, 2, 1) for colour in code[7:10]]
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
+    silk = bytes(abs(x * (code[0] + 64) * 3 // width % 256 - 128) for x in range(2 * width))
+    swing = (1 + math.sin(code[1] + y * code[2] / 40 / height) for y in range(height))
+    rows = b"".join(b"\0" + silk[int(width * part / 2) :][:width] for part in swing)
+    ends = [*zip(code[3:6], code[6:9], strict=True)]
+    colours = bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends)
+    return png(width, height, colours, rows)
+
+
+def png(width, height, colours, rows):
+    """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
     head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    colours = bytes([*sky, 255, 240, 200, *hills])
+    pixels = zlib.compress(rows, 1)
     chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
-    png = b"\x89PNG\r\n\x1a\n"
+    file = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
-        png += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-    return png
+        file += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return file
 
 
 @dataclass
@@ -4888,9 +4882,8 @@ NO_ROUTE = (
     "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
     " (a client that asks for the Responses API: set it to chat completions)"
 )
-ADDRESSES = [
-    route for routes in ROUTES.values() for route in routes if not re.search(r"[*?|\\]", route)
-]
+ADDRESSES = itertools.chain(*ROUTES.values())
+ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
     404: ("not_found", "it is not there"),
     405: ("method_not_allowed", "it has other methods"),
@@ -4972,7 +4965,7 @@ async def answer_errors(request, handler):
 
 @web.middleware
 async def find_route(request, handler):
-    """Where there is none a browser is led to the page, and a client hears of the nearest."""
+    """Where there is none, a browser is led to the page, a client told of the nearest."""
     if getattr(request.match_info.http_exception, "status", 0) != 404:
         return await handler(request)
     address = f"{request.method} {request.path[:80]}"
@@ -5056,17 +5049,16 @@ def open_store(settings):
         store.open()
     except (OSError, sqlite3.Error) as err:
         reason = getattr(err, "strerror", None) or err
-        hint = "make it writable for this user, or set another with --data (server.data_dir)"
+        hint = "let this user write there, or set another --data (server.data_dir)"
         raise StoreError(f"data folder {settings.data}: {reason}; {hint}") from None
     settings.read_stored(store.settings())
-    settings.warnings.extend(weak_secrets(settings))
     return store
 
 
 async def make_secrets(settings, store):
     """Makes the API key and the admin password that nobody has set -> the new ones; each
     of letters and digits only, so that a double click takes it whole."""
-    new = {}
+    new = {"global.api_key": settings["global.api_key"]} if settings.demo else {}
     for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
         if not settings[name]:
             new[name] = stored = secrets.token_hex(size)
@@ -5081,9 +5073,10 @@ def weak_secrets(settings):
     """Warns of each secret that other machines could guess."""
     local = settings["server.host"] in ("127.0.0.1", "::1", "localhost")
     for name in () if local else SECRETS:
-        if 0 < len(set(settings[name])) < 9:
-            told = f"{name} ({settings.source(name)}) is easy to guess, also from other machines"
-            yield f"{told}: make it longer, or set server.host to 127.0.0.1"
+        secret = settings[name]
+        if 0 < len(secret) + len(set(secret)) < 20:
+            hint = "make it longer, or set server.host to 127.0.0.1"
+            yield f"{name} ({settings.source(name)}) is easy to guess for others: {hint}"
 
 
 def greet(settings, port, new, accounts):
@@ -5105,8 +5098,10 @@ def greet(settings, port, new, accounts):
         print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
     else:
         print(f"Next: open {url}, log in, and add an account there.")
-    fate = "keeps nothing" if settings.demo else "goes on at the next start with what was sent"
-    print(f"Ctrl-C stops it; it {fate}.", flush=True)
+    fate = "what was sent goes on at the next start"
+    if settings.demo:
+        fate = "the demo keeps nothing"
+    print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
 async def start_demo(settings):
@@ -5125,14 +5120,9 @@ async def start_demo(settings):
         "cache.timeout": 0,
     }
     settings.layers["command line"].update(demo)
-    settings.layers["generated"].update({"server.host": "127.0.0.1", "global.api_key": "demo"})
+    unless_set = {"server.host": "127.0.0.1", "global.api_key": "demo"}
+    settings.layers["generated"].update(unless_set)
     return runner
-
-
-def write_address(data, address):
-    """Tells the container's health check where this process listens."""
-    with contextlib.suppress(OSError):  # nothing else needs it
-        (data / "address").write_text("{} {}".format(*address))
 
 
 async def serve(settings):
@@ -5141,21 +5131,18 @@ async def serve(settings):
         if settings.demo:
             stack.push_async_callback((await start_demo(settings)).cleanup)
         store = open_store(settings)
+        for warning in weak_secrets(settings):
+            log.warning(warning)
         app = make_app(settings, store)
         options = {"handler_cancellation": True, "shutdown_timeout": 2}
         runner = web.AppRunner(app, access_log=None, **options)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await listen(runner, settings["server.host"], settings["server.port"])
-        write_address(settings.data, runner.addresses[0])
+        await listen(runner, settings)
         pool = app[GATEWAY].pool
         for name in DEMO_ACCOUNTS if settings.demo else ():
             await pool.add(name)
         new = await make_secrets(settings, store)
-        if settings.demo:
-            new["global.api_key"] = settings["global.api_key"]
-        for warning in settings.warnings:
-            log.warning(warning)
         greet(settings, runner.addresses[0][1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
@@ -5165,14 +5152,18 @@ async def serve(settings):
         log.info("stopping")
 
 
-async def listen(runner, host, port):
-    """Raises SettingError."""
+async def listen(runner, settings):
+    """Also writes where, for the container's health check. Raises SettingError."""
+    host, port = settings["server.host"], settings["server.port"]
     try:
         await web.TCPSite(runner, host, port).start()
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
-        hint = "choose others with --host and --port (server.host, server.port)"
-        raise SettingError(f"can't listen on {host} port {port}: {reason}; {hint}") from None
+        hint = "set others with --host and --port (server.host, server.port)"
+        message = f"can't listen on {host} port {port}: {reason}; {hint}"
+        raise SettingError(message) from None
+    with contextlib.suppress(OSError):  # nothing else needs it
+        (settings.data / "address").write_text("{} {}".format(*runner.addresses[0]))
 
 
 async def check(settings, verbose):
@@ -5181,7 +5172,7 @@ async def check(settings, verbose):
     async for well, text in findings(settings):
         print("ok   " if well else "WRONG", text)
         all_well = all_well and well
-    print("Settings:" if verbose else "Settings that differ from their defaults:")
+    print("Settings that differ from their defaults (with --verbose: all):")
     for name, setting in SETTING.items():
         value = settings[name]
         if verbose or value != setting.default:
@@ -5192,6 +5183,8 @@ async def check(settings, verbose):
 
 async def findings(settings):
     """(is it well, a line with what to do)"""
+    for warning in settings.warnings:
+        yield False, warning
     try:
         gateway = Gateway(settings, open_store(settings))
     except StoreError as err:
@@ -5200,7 +5193,7 @@ async def findings(settings):
     yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
-    for warning in settings.warnings:
+    for warning in weak_secrets(settings):
         yield False, warning
     for name in ("flow.labs_base_url", "flow.api_base_url"):
         yield await check_address(gateway, settings[name])
@@ -5265,7 +5258,7 @@ def load_settings(arguments):
         raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
         settings.read_file(path)
-    for other in () if path.exists() else path.parent.glob("[Ss]et*"):
+    for other in () if path.exists() else path.parent.glob("[Ss]ett*"):
         settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
@@ -5288,9 +5281,9 @@ def reset_password(settings):
     try:
         Store(settings.data).set_beside(f"admin page:{name}", hash_password(password))
     except sqlite3.Error as err:
-        hint = "start Flow2API once, or name its folder with --data"
-        raise StoreError(f"no password is kept in {settings.data} ({err}): {hint}") from None
-    print(f"admin_password: {password}\nIt counts from now on; its first login ends all others.")
+        hint = "start Flow2API, or set --data"
+        raise StoreError(f"no password is in {settings.data} ({err}): {hint}") from None
+    print(f"admin_password: {password}\nIt counts from now on, and ends older logins.")
 
 
 def main(argv=None):
@@ -5307,6 +5300,8 @@ def main(argv=None):
         if arguments.reset_password:
             reset_password(settings)
             return 0
+        for warning in settings.warnings:
+            log.warning(warning)
         with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
             if arguments.demo:
                 settings.layers["command line"]["server.data_dir"] = folder

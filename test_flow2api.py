@@ -1433,8 +1433,8 @@ class Apart(World):
 
     async def serves(self):
         """Waits until it does -> whether it does, and has not died before."""
-        await until(lambda: self.program.curl or self.dead(), 60)
-        self.url = self.program.url if self.program.curl else ""
+        await until(lambda: self.program.serves or self.dead(), 60)
+        self.url = self.program.url if self.program.serves else ""
         return self.url
 
     async def start_gateway(self):
@@ -1591,7 +1591,7 @@ async def test_a_job_whose_process_is_killed_at_this_point_ends_as_promised(apar
     w.fault = None
     w.own = "on('find', before=die); on('resolve', before=die)"
     await w.launch()
-    await until(lambda: w.dead() or (w.program.curl and w.at_rest()), 60)
+    await until(lambda: w.dead() or (w.program.serves and w.at_rest()), 60)
     await w.kill()
     w.own = ""
     await w.start_gateway()
@@ -1846,6 +1846,22 @@ def test_the_stronger_origin_of_a_setting_wins(tmp_path, row):
         assert type(settings[name]) is kind and not settings.warnings
 
 
+def test_a_setting_file_of_another_name_and_a_weak_secret_are_told(tmp_path):
+    (tmp_path / "settings.toml").write_text("")
+    arguments = flow2api.parse_arguments(["--config", str(tmp_path)])
+    settings = flow2api.load_settings(arguments)
+    assert [text for text in settings.warnings if "settings.toml is not read" in text]
+    (tmp_path / "setting.toml").write_text("global.api_key = '12345678'")
+    settings = flow2api.load_settings(arguments)
+    assert not settings.warnings
+    [warning] = flow2api.weak_secrets(settings)
+    assert "global.api_key (file) is easy to guess" in warning and "12345678" not in warning
+    for name, value in (("server.host", "127.0.0.1"), ("global.api_key", secrets.token_hex(8))):
+        settings = flow2api.load_settings(arguments)
+        settings.put("environment", name, value, "test")
+        assert not [*flow2api.weak_secrets(settings)]
+
+
 def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_path):
     """A placeholder is no value, and what can not be read stops the start."""
     settings = flow2api.Settings()
@@ -1877,8 +1893,6 @@ def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_
     unknown = ("loose", "redis.host", "server.colour", "FLOW2API_SERVER_SHAPE")
     for warning, name in zip(settings.warnings, unknown, strict=True):
         assert name in warning
-    with pytest.raises(flow2api.SettingError, match="there is no such folder"):
-        settings.read_file(tmp_path / "nowhere" / "setting.toml")
     for text in ("[server\n", "models = 3", "[models]\na = 3", '[models]\na = "{X}"'):
         with pytest.raises(flow2api.SettingError, match="setting.toml.*(models|line 1)"):
             settings.read_file(setting_file(tmp_path, text))
@@ -5168,7 +5182,7 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
         assert len(pixels) == (width + 1) * height and not any(pixels[:: width + 1])
         assert max(pixels) < len(chunks[b"PLTE"]) / 3
         assert png != flow2api.block_picture("a ship", width, height)
-    assert len(set(pixels)) > 60 and {128, 131} < set(pixels)
+    assert len(set(pixels)) > 100
 
 
 @needs_curl
@@ -5324,13 +5338,13 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
     ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
     ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
     ("--data {folder}/odd", r"data folder .*/odd: unable to open .*--data"),
-    ("--data {folder}/busy", r"busy/flow2api\.db is in use by another Flow2API: .*--data"),
+    ("--data {folder}/busy", r"busy/flow2api\.db is used by another Flow2API: .*--data"),
     ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
     ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
     ("--config {folder}/setting.toml", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}/file", r"/file: Expected '='.*line 1"),
-    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API once"),
+    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API"),
 )
 
 
@@ -5433,7 +5447,7 @@ CHECKS = (
     ("new", "", 1, "WRONG no Google account yet: start Flow2API and add one"),
     ("account", "", 1, "WRONG account somebody@example.com: .*Sign in to Flow again"),
     ("file", "", 1, "WRONG data folder .*file: "),
-    ("busy", "", 1, "WRONG .*db is in use by another Flow2API"),
+    ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
     (
         "new",
         "global.admin_password = 'han1234'",
