@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.10"]
+# ///
 """Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
     client -> Generation -> Job(queued) -> a lease -> upload -> submit -> Job(running)
@@ -6134,12 +6138,16 @@ async def listen(server, settings):
     loop = asyncio.get_running_loop()
     host, port = settings["server.host"], settings["server.port"]
     try:
-        return await loop.create_server(take, host, port)
+        listener = await loop.create_server(take, host, port)
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
         hint = "set others with --host and --port (server.host, server.port)"
         message = f"can't listen on {host} port {port}: {reason}; {hint}"
         raise SettingError(message) from None
+    with contextlib.suppress(OSError):  # for a container's health check alone
+        address = listener.sockets[0].getsockname()
+        (settings.data / "address").write_text(f"{address[0]} {address[1]}")
+    return listener
 
 
 def open_store(settings):

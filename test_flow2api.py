@@ -23,7 +23,6 @@ import pathlib
 import random
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -5656,34 +5655,59 @@ async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sig
 
 # ---- The files agree with each other ----
 
-README = (REPOSITORY / "README.md").read_text("utf-8")
+NAMES = ("README.md", "README.zh.md", "docs/api.md", "docs/clients.md")
+DOCUMENTS = {name: (REPOSITORY / name).read_text("utf-8") for name in NAMES}
+README, CHINESE, API, CLIENTS = DOCUMENTS.values()
 
 
-def test_the_readme_lists_settings_errors_and_models_as_they_are():
-    rows = re.findall(r"^\| `\w+\.\w+` \| `.*", README, re.MULTILINE)
-    for row, setting in zip(rows, flow2api.SETTINGS, strict=True):
-        kind = "`true` `false`" if isinstance(setting.default, bool) else "text"
-        values = " ".join(f"`{choice}`" for choice in setting.choices) or kind
-        if setting.low is not None:
-            values = f"{setting.low:.10g} to {setting.high:.10g}"
-        default = json.dumps(setting.default)
-        assert row == f"| `{setting.name}` | `{default}` | {values} | {setting.help} |"
-    table = README.partition("### Errors")[2]
+def blocks(text, language="", part=""):
+    """The blocks of a document in a language that hold this part; without one: set-up commands."""
+    bodies = re.findall(r"^```(.*)\n((?:.*\n)*?)^```", text, re.MULTILINE)
+    return [body for name, body in bodies if name == language and part in body]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_documents_tell_settings_models_and_places_as_they_are(name):
+    text = DOCUMENTS[name]
+    sections = "|".join({setting.partition(".")[0] for setting in flow2api.SETTING})
+    settings = re.findall(rf"`((?:{sections})\.(?!html)\w+)", text)
+    assert set(settings) <= {*flow2api.SETTING}
+    cell = r" ([\d-]+) \|"
+    for model, *cells in re.findall(rf"^\| `([\w-]+)`[^|]*\|{cell * 3}", text, re.MULTILINE):
+        credits = ["-" if cost is None else str(cost) for cost in flow2api.resolve(model).costs]
+        assert cells == credits, model
+    for model in re.findall(r"`((?:veo_|omni_|nano_|imagen_)[\w-]+)`", text):
+        assert flow2api.resolve(model)
+    for place, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        file = (REPOSITORY / name).parent / place if place else REPOSITORY / name
+        if file.suffix == ".png":
+            assert not file.exists() or file.stat().st_size < 200_000
+            continue
+        headings = re.findall(r"^#+ (.+)", file.read_text("utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [head.lower().replace(" ", "-") for head in headings]
+
+
+def test_the_readme_is_short_and_the_api_document_has_all_errors_and_models():
+    assert README.count("\n") <= 220 and len(re.findall(r"`[\w-]+` \| [\d-]+ \|", README)) == 8
+    table = API.partition("## Errors")[2]
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| \S", table, re.MULTILINE)
     errors = {code: str(status) for code, (status, _) in flow2api.ERRORS.items()}
     assert sorted(rows) == sorted(errors.items())
-    table = README[README.index("## Models") : README.index("Ids in Google's own style")]
-    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|", table, re.MULTILINE)
-    assert len(rows) > 10
-    for model, *cells in rows:
-        plan = flow2api.resolve(model)
-        if plan.kind == "video":
-            credits = ["-" if cost is None else str(cost) for cost in plan.costs]
-            assert [cell.strip() for cell in cells] == credits, model
+    assert all(f"| `{head}`" in API for head in ("omni_flash", *flow2api.PICTURE_FAMILIES))
 
 
-def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path):
-    """And its example of a rename is taken."""
+def test_the_chinese_readme_holds_the_same():
+    """The same blocks, sections, rows, names and links."""
+    for pattern in (r"^```(?:.*\n)*?^```", r"^#+ ", r"^\|", r"^- "):
+        here = re.findall(pattern, CHINESE, re.MULTILINE)
+        assert here == re.findall(pattern, README, re.MULTILINE), pattern
+    for pattern in (r"`[^`\n]+`", r"https?://[^\s)>`]+", r"\]\([^)]+\)"):
+        names = [set(re.findall(pattern, re.sub("```", "", text))) for text in (README, CHINESE)]
+        assert not {name for name in names[0] ^ names[1] if "README" not in name}, pattern
+
+
+def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path, capsys):
+    """And its example of a rename is taken; and --help has each in short."""
     text = (REPOSITORY / "setting.toml").read_text("utf-8")
     document = tomllib.loads(text)
     assert document.pop("models") == {}
@@ -5702,10 +5726,15 @@ def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path):
     settings.read_file(tmp_path / "a.toml")
     plan = flow2api.resolve("nano_banana_2", overrides=settings.models)
     assert plan.key(PRO) == "BELUGA" and not settings.warnings
+    with pytest.raises(SystemExit):
+        flow2api.parse_arguments(["--help"])
+    rows = [f"{setting.name:28} {setting.help}" for setting in flow2api.SETTINGS]
+    help_text = capsys.readouterr().out
+    assert all(row in help_text for row in rows)
 
 
 def test_the_files_name_no_file_of_ours_that_is_gone_and_no_folder_of_their_author():
-    names = ("README.md", "setting.toml", "Dockerfile", "docker-compose.yml", "admin.html")
+    names = (*NAMES, "setting.toml", "Dockerfile", "docker-compose.yml", "admin.html")
     for name in (*names, ".dockerignore", ".ci/run", "flow2api.py"):
         text = (REPOSITORY / name).read_text("utf-8")
         assert not re.search(r"/work/|/root/|/home/|/tmp/\w+/", text), name
@@ -5728,46 +5757,60 @@ async def ask(url, body=None, key="none"):
 
 
 async def test_what_the_dockerfile_says_works_in_an_empty_folder(run, flow2, tmp_path):
-    text = (REPOSITORY / "Dockerfile").read_text("utf-8")
-    lines = {"FROM python:3.13-slim", "WORKDIR /app", "VOLUME /app/data", "EXPOSE 8000"}
-    assert lines <= set(text.splitlines())
-    assert re.search(r"^RUN pip install .*\baiohttp aiohttp-socks$", text, re.MULTILINE)
-    as_user = text.split("\nUSER 1000:1000\n", 1)[1]
-    assert not re.search(r"^(RUN|COPY|ADD|USER)\b", as_user, re.MULTILINE)
     app = tmp_path / "app"
     (app / "data").mkdir(parents=True)
+    text = (REPOSITORY / "Dockerfile").read_text("utf-8")
+    assert {"WORKDIR /app", "VOLUME /app/data", "EXPOSE 8000"} <= {*text.splitlines()}
+    assert re.search(r"^FROM python:3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
+    pinned = r"^RUN pip install .*\baiohttp==[\d.]+ aiohttp-socks==[\d.]+$"
+    assert re.search(pinned, text, re.MULTILINE)
+    as_user = text.split("\nUSER 1000:1000\n", 1)[1]
+    assert not re.search(r"^(RUN|COPY|ADD|USER)\b", as_user, re.MULTILINE)
+    text = text.replace("/app", str(app))
     sent = re.findall(r"^!(.+)", (REPOSITORY / ".dockerignore").read_text(), re.MULTILINE)
     for sources, target in re.findall(r"^COPY (.+) (\S+)$", text, re.MULTILINE):
-        (app / target).mkdir(exist_ok=True)
-        for source in sources.split():
-            sent.remove(source)
-            if (REPOSITORY / source).is_dir():
-                shutil.copytree(REPOSITORY / source, app / target, dirs_exist_ok=True)
+        for source in map(REPOSITORY.joinpath, sources.split()):
+            sent.remove(source.name)
+            if source.is_dir():
+                shutil.copytree(source, app / target)
             else:
-                shutil.copy(REPOSITORY / source, app / target)
+                shutil.copy(source, app / target)
     assert not sent, "Docker is sent what nothing copies"
-    commands = re.findall(r"^ *CMD (\[.+\])$", text.replace("/app", str(app)), re.MULTILINE)
-    (python, *check), (same, script, *arguments) = map(json.loads, commands)
+    lines = re.findall(r"^ENV (.+)", text, re.MULTILINE)
+    variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(lines)))
+    assert variables.pop("FLOW2API_SERVER_HOST") == "0.0.0.0"  # a test listens on loopback only
+    variables["FLOW2API_GLOBAL_API_KEY"] = OWN_KEY
+    commands = re.findall(r"^ *CMD (\[.+\])$", text, re.MULTILINE)
+    (python, *health), (same, script) = map(json.loads, commands)
     assert python == same == "python"
-    program = await flow2(*arguments, script=app / script, FLOW2API_GLOBAL_API_KEY=OWN_KEY)
+    program = await flow2(script=app / script, **variables)
     assert (await ask(f"{program.url}/v1/models", key=OWN_KEY)).status == 200
     assert (await ask(program.url)).status == 200
     assert program.said("admin_password") and not program.said("api_key")
     assert OWN_KEY not in "\n".join(program.out + program.log)
     assert [*app.rglob("flow2api.db")] == [app / "data" / "flow2api.db"]
-    port = environment(FLOW2API_SERVER_PORT=program.url.rpartition(":")[2])
-    assert await (await run(sys.executable, *check, env=port)).end() == 0
+    options = {"env": environment(**variables)}
+    assert await (await run(sys.executable, *health, **options)).end() == 0
+    reset = await run(sys.executable, app / script, "--reset-password", **options)
+    assert await reset.end() == 0
+    login = {"username": "admin", "password": reset.said("admin_password")}
+    assert (await ask(f"{program.url}/api/login", login)).status == 200
     assert await program.stop() == 0
-    assert await (await run(sys.executable, *check, env=port)).end() != 0
+    assert await (await run(sys.executable, *health, **options)).end() != 0
+    with (app / "setting.toml").open("a") as settings:  # it is the one that is read
+        settings.write('nonsense = "X"')
+    program = await run(sys.executable, app / script, "--check", **options)
+    assert await program.end() == 1
+    assert any("WRONG [models] nonsense is unknown" in line for line in program.out)
 
 
 def test_the_compose_file_has_the_standard_mode_and_a_proxy_beside_it():
     text = re.sub(r"(?m)^ *#.*\n", "", (REPOSITORY / "docker-compose.yml").read_text("utf-8"))
     names = r"^(?:  flow2api|  flow2api-proxy|  warp|volumes):"
-    _, standard, through, warp, _ = re.split(names, text, maxsplit=4, flags=re.MULTILINE)
-    for line in ("build: .", '- "8000:8000"', "- TZ=", "restart: unless-stopped"):
-        assert f" {line}" in standard
-    assert "./config:/app/config" in standard and "./data:/app/data" in standard
+    _, standard, through, warp, volumes = re.split(names, text, maxsplit=4, flags=re.MULTILINE)
+    for line in ("build: .", '- "127.0.0.1:8000:8000"', "- TZ=${TZ:-UTC}", "- data:/app/data"):
+        assert f" {line}\n" in standard
+    assert "./setting.toml:/app/setting.toml:ro" in standard and "  data:\n" in volumes
     settings = flow2api.Settings()
     settings.read_environment(dict(re.findall(r"(FLOW2API_\w+)=(\S+)", through)))
     assert settings["proxy.proxy_enabled"] is True and not settings.warnings
@@ -5780,12 +5823,6 @@ def test_the_compose_file_has_the_standard_mode_and_a_proxy_beside_it():
 
 QUICK_DEMO = {"FLOW2API_DEMO_VIDEO_SECONDS": "0.5", "FLOW2API_DEMO_IMAGE_SECONDS": "0"}
 KEPT_LINK = re.compile(r"http://127\.0\.0\.1:\d+/tmp/[\w-]+\.(?:png|mp4)")
-
-
-def blocks(language, part=""):
-    """README's blocks in a language that hold this part."""
-    bodies = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return [body for body in bodies if part in body]
 
 
 async def kept_files(text):
@@ -5853,47 +5890,101 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
 
 
 @needs_curl
-async def test_the_shell_lines_of_the_readme_work_as_pasted(run, flow2, tmp_path):
-    program = await flow2("--demo", FLOW2API_GLOBAL_API_KEY=OWN_KEY, **QUICK_DEMO)
-    assert CURL.fullmatch(program.curl)[2] == OWN_KEY
-    shutil.copy(REPOSITORY / "flow2api.py", tmp_path)
-    options = {"cwd": tmp_path, "env": environment(KEY=OWN_KEY)}
+async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_path):
+    """Each alone, as -u proves, but for first.png, which the first one makes."""
+    program = await flow2("--demo", **QUICK_DEMO)
+    options = {"cwd": tmp_path, "env": environment(KEY="")}
 
     async def paste(block):
         """-> (what it wrote, the files that this links to)"""
         text = block.replace("http://127.0.0.1:8000", program.url)
         text = text.replace("the admin password", program.said("admin_password"))
-        text = text.replace("python -c", f"{shlex.quote(sys.executable)} -c")
         shell = await run("bash", "-euo", "pipefail", "-c", text, **options)
         assert await shell.end() == 0, (block, shell.log)
         out = "\n".join(shell.out)
         return out, await kept_files(out)
 
-    await paste(*blocks("bash", "flow2api.block_picture"))
-    chats = blocks("bash", "/v1/chat/completions")
-    assert len(chats) >= 10
-    answers = await asyncio.gather(*map(paste, chats))
-    for block, (out, files) in zip(chats, answers, strict=True):
-        assert len(files) == (3 if '"n": 3' in block else 1), (block, out)
+    first, *others = [*blocks(API, "bash"), *blocks(README, "bash")]
+    await paste(first)
+    answers = await asyncio.gather(*map(paste, others))
+    counts = [len(files) for _, files in answers]
+    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1], answers
+    for block, (out, files) in zip(others, answers, strict=True):
         clip = flow2api.LANDSCAPE_CLIP if "landscape" in block else flow2api.PORTRAIT_CLIP
         start = PNG[:4] if "banana" in block else clip
-        assert all(data.startswith(start) for data in files), block
+        whole = "/chat/" in block or "/images/" in block
+        assert not whole or all(data.startswith(start) for data in files), block
         assert ("[DONE]" in out) == ('"stream": true' in block)
-    others = blocks("bash", "/v1/images/") + blocks("bash", "/v1/videos")
-    answers = await asyncio.gather(*map(paste, others))
-    assert [len(files) for _, files in answers] == [1, 0, 1, 0, 1, 2, 0], answers
-    assert (tmp_path / "boat.png").read_bytes().startswith(PNG[:4])
-    assert (tmp_path / "boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
-    accounts, _ = await paste("".join(blocks("bash", "/api/tokens")))
-    for part in ("Token added", "@demo.example", "1000", "Token deleted"):
-        assert part in accounts
+    for name in ("first.png", "paper-boat.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG[:4])
+    assert (tmp_path / "paper-boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
+    [accounts] = [out for out, _ in answers if "Token added" in out]
+    assert "@demo.example" in accounts and "the-value-of-the-cookie" not in accounts
 
 
-async def test_the_python_lines_of_the_readme_work(run, flow2, openai):
+STAND_IN = r"""#!/bin/sh
+name=$(basename "$0")
+echo "$name $*" >>"$CALLS"
+case "$name $*" in
+    "git clone"*) mkdir "$3" && touch "$3/flow2api.py" ;;
+    *"-m venv .venv")
+        mkdir -p .venv/bin
+        for link in pip python; do ln -s "$0" .venv/bin/$link; done ;;
+    python*flow2api.py*) [ -f flow2api.py ] ;;
+esac
+"""
+
+
+async def test_the_setup_blocks_of_the_documents_name_what_there_is(run, tmp_path):
+    """With stand-ins for what needs a network or Docker, in the folder that the first makes."""
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "python3", "python", "pip", "uv", "docker", "pytest"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    env = environment(PATH=path, CALLS=str(tmp_path / "calls"))
+    first, *others = blocks(README)
+    for folder, block in [("", first), *(("flow2api", block) for block in others)]:
+        shell = await run("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path / folder, env=env)
+        assert await shell.end() == 0, (block, shell.log)
+    compose = (REPOSITORY / "docker-compose.yml").read_text("utf-8")
+    tests = (REPOSITORY / "test_flow2api.py").read_text("utf-8")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    for call in calls:
+        _, *arguments = call.split()
+        if "flow2api.py" in call:
+            flow2api.parse_arguments(call.partition("flow2api.py")[2].split())
+        if call.startswith("docker"):
+            assert re.match("docker compose (up -d|logs|stop|start|run --rm)( |$)", call)
+            services = [word for word in arguments[2:] if re.match("flow2api[^.]*$", word)]
+            assert all(f"\n  {service}:" in compose for service in services)
+        if call.startswith("pip"):
+            assert {*arguments} <= {"install", "aiohttp", "pytest", "pytest-aiohttp"}
+        if call.startswith("pytest -"):
+            assert re.search(rf"def test_\w*{arguments[-1]}", tests)
+    for old in ("pip install aiohttp", "python flow2api.py --demo", "python flow2api.py"):
+        assert old in calls
+    script = (REPOSITORY / "flow2api.py").read_text("utf-8")
+    header = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", script)[1]
+    assert tomllib.loads(header.replace("# ", "")) == {
+        "requires-python": ">=3.11",
+        "dependencies": ["aiohttp>=3.10"],
+    }
+
+
+def test_no_block_of_the_documents_deletes_anything_or_goes_untried():
+    for name, text in DOCUMENTS.items():
+        shells = blocks(text, "bash") + blocks(text)
+        tried = shells + blocks(text, "python")
+        assert 2 * len(tried) == len(re.findall("^ *```", text, re.MULTILINE)), name
+        assert not re.search(r"DELETE|(?<!-)\brm\b|\bdown\b|prune", "".join(shells)), name
+    assert not blocks(API) + blocks(CLIENTS) + blocks(CLIENTS, "bash")
+
+
+async def test_the_python_lines_of_the_documents_work(run, flow2, openai):
     program = await flow2("--demo", **QUICK_DEMO)
-    [block] = blocks("python")
+    [block] = blocks(CLIENTS, "python")
     block = block.replace("http://127.0.0.1:8000", program.url)
-    block = block.replace("the API key", program.said("api_key"))
     python = await run(sys.executable, "-c", block)
     assert await python.end() == 0, python.log
     [film] = await kept_files("\n".join(python.out))
