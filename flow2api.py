@@ -617,7 +617,8 @@ OTHER_NAMES = (
     ("^(models|google)/", "", ""),
     (r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d)+(?=-|\Z)", r"\1", ""),
     (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
-    (r"^imagen-(3\.0|4\.0-fast|4\.0-ultra)(?=-|\Z)", "imagen-4.0", "Flow has Imagen 4 alone."),
+    (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
+    (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4; this is it."),
     (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
     (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
     (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
@@ -2721,7 +2722,7 @@ EDIT_WORDS = re.compile(
     r"|zoom|crop|fix"
     r"|((с?дела|измен|помен|замен|добав|убер|убра|удал|перекрас|исправ|увелич|уменьш|цвет)\w*)"
     r"|больше|меньше|ярче|темнее|светлее|фоне?|оставь|без|вместо|его|её|ее|эт[оуи]|эт[ои][тйм]"
-    r"|((haz|cambi|agreg|añad|quit|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle|más|menos"
+    r"|((haz|cambi|agreg|añad|qu[ií]t|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle|más|menos"
     r"|fondo|sin|mism[oa]|ahora"
     r"|((mud|troqu|troc|adicion|remov|retir|deix|coloqu|transform|faça)\w*)|mais|fundo|sem"
     r"|mesm[oa]|agora"
@@ -3056,6 +3057,9 @@ async def read_picture(body, media, edit):
     if body.get("mask"):
         message = "Flow knows no masks: say what to change"
         raise bad(message, "mask", "unsupported_parameter")
+    if plain(body.get("output_format")) in ("svg", "gif"):
+        message = "Flow makes PNG or JPEG pictures, no SVG or GIF"
+        raise bad(message, "output_format", "unsupported_parameter")
     prompt = read_prompt(body)
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
@@ -3191,9 +3195,9 @@ def read_turn(message, where):
     return Turn(role, "\n".join(filter(None, texts)), links)
 
 
-async def read_chat_generation(chat, media, own_picture):
+async def read_chat_generation(chat, media, own_picture=None):
     """What the user's last turn asks for; other turns are no part of the prompt.
-    own_picture: as Api.own_picture."""
+    own_picture: finds pictures that were made here, as Api.own_picture."""
     settings = media.settings
     prompt = chat.last.text
     if not prompt.strip():
@@ -3223,7 +3227,8 @@ async def continued_picture(chat, media, own_picture):
         return [], []
     try:
         link = read_links(last[-1:], "messages")[-1]
-        data = await own_picture(link) or await media.input_image(link, "messages")
+        data = own_picture and await own_picture(link)
+        data = data or await media.input_image(link, "messages")
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
         return [], [f"The chat's last picture can't be had, so it did not go along: {err}"]
@@ -3942,6 +3947,18 @@ CONFIGS = {
         "auto_enable_on_update": "plugin.auto_enable_on_update",
     },
 }
+# What it asks for beside them: what is, and why it is not set here.
+FIXED_CONFIGS = {
+    "call-logic/config": (
+        {"call_mode": "default", "polling_mode_enabled": False},
+        "The account with the least to do is taken first; this can't be changed",
+    ),
+    "captcha/config": (
+        {"captcha_method": "none"},
+        "No captcha is solved here: where Google wants one, that is told as"
+        " captcha_required; this can't be changed",
+    ),
+}
 # What a text that is set here must be like, beyond what Settings asks for.
 WEB_ADDRESS = r"https?://[^\s/]+\S*"
 TEXT_FORMS = {
@@ -4221,6 +4238,14 @@ class AdminApi(Api):
         if "connection_token" in fields:
             config["connection_url"] = f"{origin}/api/plugin/update-token"
         return ok(message, config=config, **config)
+
+    async def get_fixed_config(self, request):
+        fields, message = FIXED_CONFIGS[request.match_info["group"]]
+        return ok(message, config=fields, **fields)
+
+    async def set_fixed_config(self, request):
+        message = FIXED_CONFIGS[request.match_info["group"]][1]
+        raise bad(message, code="unsupported_parameter")
 
     async def list_settings(self, request):
         names = [name for name in SETTING if name not in NOT_SET_HERE]
@@ -4843,6 +4868,7 @@ SESSIONS = web.AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
 V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
+FIXED_CONFIG = f"/api/{{group:{'|'.join(FIXED_CONFIGS)}}}"
 # Of the programs before this one; Flow has nothing like it.
 ABSENT = "characters characters/search videos/characters videos/characters/{name}"
 ABSENT += " invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"
@@ -4883,6 +4909,8 @@ ROUTES = {
         "POST /api/admin/{_:(change-)?}password": AdminApi.change_password,
         f"GET {CONFIG}": AdminApi.get_config,
         f"POST {CONFIG}": AdminApi.set_config,
+        f"GET {FIXED_CONFIG}": AdminApi.get_fixed_config,
+        f"POST {FIXED_CONFIG}": AdminApi.set_fixed_config,
         "GET /api/settings": AdminApi.list_settings,
         "POST /api/settings": AdminApi.change_settings,
         "GET /api/tokens": AdminApi.list_tokens,
