@@ -546,18 +546,6 @@ class ModelId:
             raise bad(f"size {size} contradicts {named!r} in {self.text}", "size")
         return named or nearest
 
-    def choose_upscale(self, resolution):
-        """The upscale: a parameter, or what `resolution` ("1080p", "2k", …) means. Raises
-        invalid_request."""
-        base = "1K" if self.family in PICTURE_FAMILIES else "720p"
-        named = self.first((base, *UPSCALES))
-        sizes = [named] if named else [base, *filter(self.may.__contains__, UPSCALES)]
-        for size in sizes:
-            if size.lower() == (resolution or sizes[0].lower()):
-                return size if size in UPSCALES else ""
-        can = ", ".join(sizes)
-        raise bad(f"{self.text} makes {can}, not {resolution}", "resolution")
-
     def choose_family(self, mode):
         """The family, variant included, and the mode before pictures are counted."""
         variant = self.first(VARIANTS)
@@ -570,25 +558,27 @@ class ModelId:
 SHAPES, SIDES = tuple(RATIOS), ("portrait", "landscape")
 SIZES, LENGTHS = ("1K", "2K", "4K"), {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
 VARIANTS = ("relaxed", "fast", "lite")
-VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "1080p", "4k")
+VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "720p", "1080p", "4k")
 BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
-OMNI_PARAMS = (*SIDES, "fl", *LENGTHS)
+ONE_SIZE = (*SHAPES, "1K")
+ALL_SIZES = (*SHAPES, *SIZES)
+OMNI_PARAMS = (*SIDES, "fl", *LENGTHS, "720p")
 HEADS = {
     "veo_3_1": ModelId("veo_3_1", VEO_PARAMS),
     "omni_flash": ModelId("omni_flash", OMNI_PARAMS),
-    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS), "landscape", "references"),
-    "nano_banana": ModelId("nano_banana_2", SHAPES, note=BANANA),
-    "nano_banana_2": ModelId("nano_banana_2", SHAPES + SIZES),
-    "nano_banana_2_lite": ModelId("nano_banana_2_lite", SHAPES),
-    "nano_banana_pro": ModelId("nano_banana_pro", SHAPES + SIZES),
-    "imagen_4": ModelId("imagen_4", SHAPES),
+    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS, "720p"), "landscape", "references"),
+    "nano_banana": ModelId("nano_banana_2", ONE_SIZE, note=BANANA),
+    "nano_banana_2": ModelId("nano_banana_2", ALL_SIZES),
+    "nano_banana_2_lite": ModelId("nano_banana_2_lite", ONE_SIZE),
+    "nano_banana_pro": ModelId("nano_banana_pro", ALL_SIZES),
+    "imagen_4": ModelId("imagen_4", ONE_SIZE),
     "veo-3.1": ModelId("veo_3_1", VEO_PARAMS, "landscape"),
     "gemini-omni-flash": ModelId("omni_flash", OMNI_PARAMS, "landscape"),
-    "gemini-2.5-flash-image": ModelId("nano_banana_2", SHAPES, "landscape", note=BANANA),
-    "gemini-3.0-pro-image": ModelId("nano_banana_pro", SHAPES + SIZES, "landscape"),
-    "gemini-3.1-flash-image": ModelId("nano_banana_2", SHAPES + SIZES, "landscape"),
-    "gemini-3.1-flash-lite-image": ModelId("nano_banana_2_lite", SHAPES, "landscape"),
-    "imagen-4.0": ModelId("imagen_4", SHAPES, "landscape"),
+    "gemini-2.5-flash-image": ModelId("nano_banana_2", ONE_SIZE, "landscape", note=BANANA),
+    "gemini-3.0-pro-image": ModelId("nano_banana_pro", ALL_SIZES, "landscape"),
+    "gemini-3.1-flash-image": ModelId("nano_banana_2", ALL_SIZES, "landscape"),
+    "gemini-3.1-flash-lite-image": ModelId("nano_banana_2_lite", ONE_SIZE, "landscape"),
+    "imagen-4.0": ModelId("imagen_4", ONE_SIZE, "landscape"),
 }
 # Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
 WIRE_MODES = {
@@ -607,10 +597,10 @@ INPUTS = {
     "image": (0, 10, ("image",)),
 }
 OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
-# Other ids of today's models, of the same price: a pattern, what it means here, and a note.
+# Other ids of today's models of the same price: a pattern, what it means, and a note.
 OTHER_NAMES = (
     (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
-    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired Veo 2 Fast; this is Veo 3.1 Lite."),
+    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired it; this is Veo 3.1 Lite."),
     ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
     ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
     # Those of Google's public API, as veo-3.1-fast-generate-preview.
@@ -618,17 +608,18 @@ OTHER_NAMES = (
     (r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d)+(?=-|\Z)", r"\1", ""),
     (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
     (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
-    (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4; this is it."),
+    (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4 only."),
     (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
     (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
     (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
 )
-# Ids of OpenAI's families: what they make, by the default model of that. The first counts.
+# Ids of OpenAI's families: what they make, by the default model of that.
 OPENAI_IDS = (
     ("image", "(openai/)?((chat)?gpt-image|dall-e|sora.*image)"),
     ("video", "(openai/)?sora"),
 )
-EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"), ("1080p", "4k"))
+EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"))
+EXCLUSIVE += (("720p", "1080p", "4k"),)
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
@@ -642,7 +633,8 @@ LISTED = """
     imagen-4.0-generate-preview-{portrait|landscape}
     nano_banana{|-portrait|-landscape|-square|-4-3|-3-4}
     gemini-2.5-flash-image-{portrait|landscape}
-    veo_{2_1_fast_d_15_t2v|2_1_fast_d_15_i2v|2_0_t2v|2_0_i2v|3_0_r2v_fast}_{portrait|landscape}
+    veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}
+    veo_3_0_r2v_fast_{portrait|landscape}
 """
 CHOICES = [[part.split("|") for part in re.split("[{}]", row)] for row in LISTED.split()]
 MODELS = tuple("".join(parts) for row in CHOICES for parts in itertools.product(*row))
@@ -712,9 +704,9 @@ def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", over
     "edit" or "extend". `overrides`: the section [models]. Raises model_not_found,
     mode_not_available, invalid_request."""
     overrides = overrides or {}
-    model_id = parse_id(model)
+    model_id = parse_id(model, resolution)
     ratio = model_id.choose_ratio(size)
-    upscale = model_id.choose_upscale(resolution)
+    upscale = model_id.first(UPSCALES)
     family, mode = model_id.choose_family(mode)
     least, most, modes = INPUTS.get(mode, (0, 0, (mode,)))
     mode = modes[min(images, len(modes) - 1)]
@@ -739,9 +731,10 @@ def foreign_kind(model):
     return next((kind for kind, pattern in OPENAI_IDS if re.match(pattern, model)), "")
 
 
-def parse_id(model):
-    """Raises model_not_found, invalid_request."""
+def parse_id(model, resolution=""):
+    """resolution: as if the id ended in it. Raises model_not_found, invalid_request."""
     head, words = split_id(model)
+    words += [resolution] if resolution else []
     may = {param.lower().replace("-", ":"): param for param in head.may}
     for word in words:
         if word.lower() not in may:
@@ -784,8 +777,8 @@ def split_wire_id(model, name, note):
 
 
 def products_of(family, overrides):
-    """The products of a family, and Omni's in the lengths that [models] adds, at the price
-    of Omni 1.2: 3 credits a second, and 6 from the eleventh on."""
+    """The products of a family, and Omni's in the lengths that [models] adds, at the
+    price of Omni 1.2: 3 credits a second, and 6 from the eleventh on."""
     own = [product for product in PRODUCTS if product.family == family]
     lengths = re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))
     return own + [
@@ -2717,40 +2710,43 @@ SIDE_PROMPTS = (
 )
 # Words of a wish to change the picture before, a language after the other.
 EDIT_WORDS = re.compile(
-    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn"
-    r"|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background"
-    r"|zoom|crop|fix"
-    r"|((с?дела|измен|помен|замен|добав|убер|убра|удал|перекрас|исправ|увелич|уменьш|цвет)\w*)"
-    r"|больше|меньше|ярче|темнее|светлее|фоне?|оставь|без|вместо|его|её|ее|эт[оуи]|эт[ои][тйм]"
-    r"|((haz|cambi|agreg|añad|qu[ií]t|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle|más|menos"
-    r"|fondo|sin|mism[oa]|ahora"
-    r"|((mud|troqu|troc|adicion|remov|retir|deix|coloqu|transform|faça)\w*)|mais|fundo|sem"
-    r"|mesm[oa]|agora"
+    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete"
+    r"|replace|turn|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter"
+    r"|colou?r|background|zoom|crop|fix"
+    r"|((с?дела|измен|помен|замен|добав|убер|убра|удал|перекрас|исправ|увелич)\w*)"
+    r"|((уменьш|цвет)\w*)|больше|меньше|ярче|темнее|светлее|фоне?|оставь|без|вместо"
+    r"|его|её|ее|эт[оуи]|эт[ои][тйм]"
+    r"|((haz|cambi|agreg|añad|qu[ií]t|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle"
+    r"|más|menos|fondo|sin|mism[oa]|ahora"
+    r"|((mud|troqu|troc|adicion|remov|retir|deix|coloqu|transform|faça)\w*)|mais|fundo"
+    r"|sem|mesm[oa]|agora"
     r"|((chang|ajout|enlèv|enlev|supprim|remplac|rend|mets|retir)\w*)|plus|moins|fond"
     r"|arrière-plan|sans|même|couleur|maintenant"
-    r"|((änder|mach|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|mehr|weniger|größer"
-    r"|kleiner|heller|dunkler|hintergrund|ohne|statt|farbe|dies(e[smr]?)?|jetzt"
+    r"|((änder|mach|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|mehr|weniger"
+    r"|größer|kleiner|heller|dunkler|hintergrund|ohne|statt|farbe|dies(e[smr]?)?|jetzt"
     r"|làm|đổi|thay|thêm|xóa|xoá|bỏ|sửa|chỉnh|giữ|nền|màu|nó|này|hơn|lại)\b"
     r"|[改换变加减去删除修调把它这再更]|背景|颜色"
-    r"|変え|変更|追加|消し|削除|直し|加え|にして|くして|もっと|色を|それ|これ|この|その|同じ"
-    r"|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸|그것|이것"
+    r"|変え|変更|追加|消し|削除|直し|加え|にして|くして|もっと|色を|それ|これ|この|その"
+    r"|同じ|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸"
+    r"|그것|이것"
 )
 PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
-PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data inlineData"
-PICTURE_KEYS += " base64 bytesBase64Encoded video_url audio_url"
+PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data"
+PICTURE_KEYS += " inlineData base64 bytesBase64Encoded video_url audio_url"
 # What clients call the same; the pictures of `first` come before the others.
 FIELD_TABLE = """
     first    first_frame first_frame_image start_frame start_image init_image image_start
     picture  input_reference image photo picture img reference input_image reference_image
     picture  ref_image source_image image_reference file input_file attachment
-    last     last_frame last_frame_image end_frame end_image image_end last_image image_tail
+    last     last_frame last_frame_image end_frame end_image image_end last_image
+    last     image_tail tail_image
     length   seconds duration duration_seconds video_length video_duration
     number   n num_images number_of_images sample_count candidate_count
     shape    aspect_ratio ratio orientation size image_size video_size resolution
-    options  extra_body google image_config video_config generation_config config parameters
-    options  input options
+    options  extra_body google image_config video_config generation_config config
+    options  parameters input options
     text     prompt messages tools functions response_format
 """
 FIELDS = defaultdict(list)
@@ -2764,7 +2760,8 @@ CARRIED_FILE = re.compile(
     r"""\w*\ (?: data:[^\s,]{0,100}, | .*;base64,
         | iVBORw0KGgo | /9j/ | R0lGOD | UklGR | AAAA.GZ0eX | JVBERi0
         | (?=.*[A-Z]) (?=.*[a-z]) (?=.*[0-9]) [A-Za-z0-9+/=_\\r\\n-]{1000}
-        | https?://\S+\.(?i:png|jpe?g|webp|gif|heic|avif|mp4|mov|webm|mp3|wav|pdf)(?![^?\#]))
+        | https?://\S+\.(?i:png|jpe?g|webp|gif|heic|avif|mp4|mov|webm|mp3|wav|pdf)
+          (?![^?\#]))
     | \w*(?:image|img|picture|photo|frame|video|audio|mask|media|file|reference)
         (?:\w*\ https?:// | _ids?\ .)""",
     re.VERBOSE,
@@ -2821,8 +2818,8 @@ def join_values(values):
 
 
 def read_links(values, param):
-    """The pictures in these values, in order: each a URL, data URL, base64 or bytes, alone,
-    in a list, or in an object like {url} or {image_url: {url}}."""
+    """The pictures in these values, in order: each a URL, data URL, base64 or bytes,
+    alone, in a list, or in an object like {url} or {image_url: {url}}."""
     links = []
     waiting = [*reversed(values)]
     while waiting:
@@ -2879,8 +2876,9 @@ def field_name(name):
 
 
 def read_fields(body):
-    """The values of a body's fields, by field_name, as lists. Raises unsupported_parameter
-    where one that is not read holds a file: nothing is left out in silence."""
+    """The values of a body's fields, by field_name, as lists. Raises
+    unsupported_parameter where one that is not read holds a file: nothing is left out in
+    silence."""
     fields = defaultdict(list)
     waiting = [(*item, True) for item in body.items() if item[0] not in FIELDS["text"]]
     while waiting:
@@ -2897,8 +2895,8 @@ def read_fields(body):
         elif isinstance(value, list):
             waiting.extend((name, item, False) for item in value)
         elif isinstance(value, bytes) or CARRIED_FILE.match(text):
-            message = f"{name[:80]} holds a file that can't be used: send pictures in image"
-            raise bad(message, name[:80], "unsupported_parameter")
+            message = f"{field}: this file can't be used; send pictures in image"
+            raise bad(message, field, "unsupported_parameter")
     return fields
 
 
@@ -2996,53 +2994,60 @@ class Wish:
         )
 
     def plan(self, settings, model="", mode="", source=None):
-        """-> a Plan, and notes for the client. source: the job of the clip that a new one is
-        made from. Raises as resolve; invalid_request for another kind or shape."""
-        model = model or self.model
+        """source: the job of the clip that a new one is made from. Raises as resolve;
+        invalid_request for another kind or shape."""
         shape = source.plan.ratio if source else ""
-        options = {"images": len(self.links), "mode": mode, "overrides": settings.models}
-        options["size"] = self.size or SIDE_SIZES.get(shape, "")
-        options["resolution"] = self.resolution
-        seconds, notes = self.fit_length(model, options, source)
-        plan = resolve(model, seconds=seconds, **options)
-        expect_kind(model, plan.kind, self.kind)
+        plan_of = functools.partial(
+            resolve,
+            model or self.model,
+            size=self.size or SIDE_SIZES.get(shape, ""),
+            resolution=self.resolution,
+            images=len(self.links),
+            mode=mode,
+            overrides=settings.models,
+        )
+        plan = plan_of(seconds=self.seconds if self.ours and mode != "edit" else 0)
+        expect_kind(plan.model, plan.kind, self.kind)
         if source and plan.ratio != shape:
             raise bad(f"What is made from a clip has its shape, {shape}", "size")
+        if mode == "edit":
+            return dataclasses.replace(plan, seconds=source.plan.seconds)
+        if self.ours or not self.seconds or plan.kind == "image":
+            return plan
+        return plan_of(seconds=self.nearest_length(plan, settings.models))
+
+    def nearest_length(self, plan, overrides):
+        """For a client of Sora, which names Sora's models or none, and knows only Sora's
+        lengths: the nearest that accounts of each tier make."""
+        possible = lengths_of(plan.family, "", overrides, everywhere=True)
+        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in possible:
+            return plan.seconds
+        return min(possible, key=lambda length: abs(length - self.seconds))
+
+    def notes(self, plan):
+        """What the client should know of its plan."""
+        if plan.note:
+            yield plan.note
         if self.size and distance(self.size, plan.ratio) > math.log(1.5):
-            notes.append(f"{model} has no {self.size}; the nearest is {plan.ratio}.")
-        return plan, [*filter(None, [plan.note]), *notes]
+            yield f"{plan.model} has no {self.size}; the nearest is {plan.ratio}."
+        if plan.kind == "video" and self.seconds not in (0, plan.seconds):
+            yield f"{plan.model} makes {plan.seconds} s, not {self.seconds}."
 
-    def fit_length(self, model, options, source):
-        """The seconds to ask for, and notes. A client of Sora, which names Sora's models or
-        none, knows only Sora's lengths: it gets the nearest that accounts of each tier
-        make. An edit is as long as its source."""
-        edit = options["mode"] == "edit"
-        plan = resolve(model, **options) if self.seconds and not self.ours else None
-        if not plan or plan.kind == "image":
-            return 0 if edit else self.seconds, []
-        possible = lengths_of(plan.family, "", options["overrides"], everywhere=True)
-        if parse_id(model).first(LENGTHS) or plan.seconds not in possible:
-            possible = [plan.seconds]
-        if edit:
-            possible = [source.plan.seconds]
-        nearest = min(possible, key=lambda length: abs(length - self.seconds))
-        note = f"{model} makes {nearest} s, not {self.seconds}."
-        return 0 if edit else nearest, [] if nearest == self.seconds else [note]
-
-    async def generation(self, media, plan, prompt, notes, param="image", **more):
+    async def generation(self, media, plan, prompt, param="image", notes=(), **more):
         """Holds the number of pictures against the plan, and reads them."""
         least, most = plan.images
         links = self.links
+        notes = [*self.notes(plan), *notes]
         if plan.mode == "extend" and not more.get("source"):
             raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
         if re.search(";base64,[A-Za-z0-9+/]{60}", prompt):
             raise bad("The prompt holds a file as text: send pictures in image", "prompt")
         if plan.mode == "text" and most == 0 and links:
-            notes = [f"{plan.model} takes no pictures; they were left out.", *notes]
+            notes.append(f"{plan.model} takes no pictures; they were left out.")
             links = []
         elif not least <= len(links) <= most:
-            message = f"{plan.model} takes {least} to {most} pictures; here are {len(links)}"
-            raise bad(message, param, "invalid_image")
+            count = f"{least} to {most} pictures; here are {len(links)}"
+            raise bad(f"{plan.model} takes {count}", param, "invalid_image")
         images = await asyncio.gather(*(media.input_image(link, param) for link in links))
         return Generation(plan, prompt, n=self.n, images=images, notes=notes, **more)
 
@@ -3064,8 +3069,8 @@ async def read_picture(body, media, edit):
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
-    plan, notes = wish.plan(media.settings)
-    return await wish.generation(media, plan, prompt, notes)
+    plan = wish.plan(media.settings)
+    return await wish.generation(media, plan, prompt)
 
 
 async def read_clip(body, media):
@@ -3073,13 +3078,14 @@ async def read_clip(body, media):
     refuse(body, SORA_ONLY)
     prompt, metadata = read_prompt(body), read_metadata(body)
     wish = await read_wish(body, media.settings, "video")
-    plan, notes = wish.plan(media.settings)
-    return await wish.generation(media, plan, prompt, notes, metadata=metadata)
+    plan = wish.plan(media.settings)
+    return await wish.generation(media, plan, prompt, metadata=metadata)
 
 
 async def read_derived(mode, body, media, source):
-    """A new clip from the source. Mode "edit": POST /v1/videos/edits, /v1/videos/{id}/remix;
-    as long as the source. "extend": POST /v1/videos/extensions; it goes on where that ends."""
+    """A new clip from the source. Mode "edit" (POST /v1/videos/edits and
+    /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it goes
+    on where that ends."""
     refuse(body, SORA_ONLY[2:])
     more = {"source": source_handle(source), "metadata": read_metadata(body)}
     prompt = read_prompt(body)
@@ -3090,12 +3096,10 @@ async def read_derived(mode, body, media, source):
         expect_kind(model, resolve(model).kind, "video")
     if mode == "edit":  # whatever model of clips is named
         model = EDITOR
-    plan, notes = wish.plan(media.settings, model, mode, source)
-    if mode == "edit":
-        plan = dataclasses.replace(plan, seconds=source.plan.seconds)
-        if wish.ours and wish.seconds not in (0, plan.seconds):
-            raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
-    return await wish.generation(media, plan, prompt, notes, **more)
+    plan = wish.plan(media.settings, model, mode, source)
+    if wish.ours and wish.seconds not in (0, plan.seconds):
+        raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
+    return await wish.generation(media, plan, prompt, **more)
 
 
 def source_handle(source):
@@ -3161,8 +3165,8 @@ def read_chat(body):
 
 
 def last_turn(turns):
-    """The user's last one; None: there is none. Some clients send pictures and text one after
-    the other: what has no text belongs to what stands beside it."""
+    """The user's last one; None: there is none. Some clients send pictures and text one
+    after the other: what has no text belongs to what stands beside it."""
     last, before = None, ""
     for turn in turns:
         if turn.role == before == "user" and not (last.text and turn.text):
@@ -3189,7 +3193,7 @@ def read_turn(message, where):
         text = dig(part, "text")
         if not kind or not isinstance(kind, str) or not isinstance(text, str):
             raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
-        if kind not in TEXT_PARTS or not part.keys().isdisjoint(PICTURE_KEYS.split()):
+        if kind not in TEXT_PARTS:
             links.append(part)
         texts.append(text)
     return Turn(role, "\n".join(filter(None, texts)), links)
@@ -3207,19 +3211,19 @@ async def read_chat_generation(chat, media, own_picture=None):
     if len(links) < len(chat.last.links):
         raise bad("A part of the last message is empty", "messages", "invalid_image")
     wish = dataclasses.replace(wish, links=links + wish.links)
-    plan, notes = wish.plan(settings)
+    plan = wish.plan(settings)
+    told = ()
     if plan.kind == "image" and not wish.links and settings["chat.continue_pictures"]:
         links, told = await continued_picture(chat, media, own_picture)
         wish = dataclasses.replace(wish, links=links)
-        notes = [*notes, *told]
     if settings["chat.use_system_prompt"] and chat.system:
         prompt = f"{chat.system}\n\n{prompt}"
-    return await wish.generation(media, plan, prompt, notes, "messages")
+    return await wish.generation(media, plan, prompt, "messages", told)
 
 
 async def continued_picture(chat, media, own_picture):
-    """Where the last turn asks for an edit and brings no picture: the chat's last one, in a
-    list, and what to tell of it."""
+    """Where the last turn asks for an edit and brings no picture: the chat's last one, in
+    a list, and what to tell of it."""
     answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
     pictures = ([*PICTURE_LINK.findall(turn.text), *turn.links] for turn in answers)
     last = next(filter(None, pictures), [])
@@ -3231,7 +3235,7 @@ async def continued_picture(chat, media, own_picture):
         data = data or await media.input_image(link, "messages")
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
-        return [], [f"The chat's last picture can't be had, so it did not go along: {err}"]
+        return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
 
 
 def side_answer(chat):
@@ -3475,12 +3479,8 @@ class Api:
     async def own_picture(self, link):
         """The picture that a link of ours leads to; None: it is none of ours. Raises as
         output_of_link and Jobs.fetch."""
-        name = str(link).partition("?")[0].rpartition("/")[2]
-        if path := self.media.path(name):
-            return await asyncio.to_thread(path.read_bytes)
-        if not OUTPUT_LINK.fullmatch(name):
-            return None
-        return await self.output_bytes(*await self.output_of_link(name))
+        match = OUTPUT_LINK.search(str(link))
+        return await self.output_bytes(*await self.output_of_link(match[0])) if match else None
 
     async def data_url(self, job, output):
         """OpenRouter's AI SDK provider takes no other."""
@@ -3824,7 +3824,7 @@ class VideosApi(Api):
 def model_object(model, settings):
     frames = "i2v" in model or "interpolation" in model or model.endswith("-fl")
     request = {"model": model, "images": ["start", "end"] if frames else []}
-    plan, _ = Wish.read(request, settings).plan(settings)
+    plan = Wish.read(request, settings).plan(settings)
     endpoint = "image-generation" if plan.kind == "image" else "openai-video"
     return {
         "id": model,
@@ -3947,18 +3947,19 @@ CONFIGS = {
         "auto_enable_on_update": "plugin.auto_enable_on_update",
     },
 }
-# What it asks for beside them: what is, and why it is not set here.
+# What it asks for beside them, and what can't be set here.
 FIXED_CONFIGS = {
-    "call-logic/config": (
-        {"call_mode": "default", "polling_mode_enabled": False},
-        "The account with the least to do is taken first; this can't be changed",
-    ),
-    "captcha/config": (
-        {"captcha_method": "none"},
-        "No captcha is solved here: where Google wants one, that is told as"
+    "call-logic/config": {
+        "call_mode": "default",
+        "note": "The account with the least to do is taken first; this can't be changed",
+    },
+    "captcha/config": {
+        "captcha_method": "none",
+        "note": "No captcha is solved here; where Google wants one, requests fail with"
         " captcha_required; this can't be changed",
-    ),
+    },
 }
+CONFIGS.update(dict.fromkeys(FIXED_CONFIGS, {}))
 # What a text that is set here must be like, beyond what Settings asks for.
 WEB_ADDRESS = r"https?://[^\s/]+\S*"
 TEXT_FORMS = {
@@ -4223,29 +4224,24 @@ class AdminApi(Api):
         body = await read_json(request)
         unknown = ", ".join(set(body).difference(fields))[:200]
         if unknown or not body:
-            raise bad(f"This sets {', '.join(fields)}; not {unknown or 'nothing'}")
+            can = ", ".join(fields) or "nothing, for it can't be changed"
+            raise bad(f"This sets {can}; the body names {unknown or 'nothing'}")
         changes = {fields[field]: raw for field, raw in body.items() if raw is not None}
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
     async def get_config(self, request, message=""):
-        fields = CONFIGS[request.match_info["group"]]
+        group = request.match_info["group"]
+        fields = CONFIGS[group]
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
+        config.update(FIXED_CONFIGS.get(group, {}))
         origin = str(request.url.origin())
         if "base_url" in fields:
             config["effective_base_url"] = config["base_url"] or origin
         if "connection_token" in fields:
             config["connection_url"] = f"{origin}/api/plugin/update-token"
         return ok(message, config=config, **config)
-
-    async def get_fixed_config(self, request):
-        fields, message = FIXED_CONFIGS[request.match_info["group"]]
-        return ok(message, config=fields, **fields)
-
-    async def set_fixed_config(self, request):
-        message = FIXED_CONFIGS[request.match_info["group"]][1]
-        raise bad(message, code="unsupported_parameter")
 
     async def list_settings(self, request):
         names = [name for name in SETTING if name not in NOT_SET_HERE]
@@ -4868,7 +4864,6 @@ SESSIONS = web.AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
 V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
-FIXED_CONFIG = f"/api/{{group:{'|'.join(FIXED_CONFIGS)}}}"
 # Of the programs before this one; Flow has nothing like it.
 ABSENT = "characters characters/search videos/characters videos/characters/{name}"
 ABSENT += " invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"
@@ -4909,8 +4904,6 @@ ROUTES = {
         "POST /api/admin/{_:(change-)?}password": AdminApi.change_password,
         f"GET {CONFIG}": AdminApi.get_config,
         f"POST {CONFIG}": AdminApi.set_config,
-        f"GET {FIXED_CONFIG}": AdminApi.get_fixed_config,
-        f"POST {FIXED_CONFIG}": AdminApi.set_fixed_config,
         "GET /api/settings": AdminApi.list_settings,
         "POST /api/settings": AdminApi.change_settings,
         "GET /api/tokens": AdminApi.list_tokens,

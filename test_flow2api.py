@@ -2054,7 +2054,8 @@ veo_3_1 1024x1024=portrait wide=! 1280=! 1280x=! 0x720=! -1x2=! 1x2x3=! auto1=! 
 veo_3_1-portrait 9:16=portrait 1280x720=! | veo_3_1-landscape auto=landscape 1024x1024=landscape
 veo_3_1_t2v_fast 1024x1024=landscape      | veo_3_1_t2v_fast_landscape 720x1280=!
 veo_3_1-fast 4s=4 | veo_3_1-6s 6s=6 | veo_3_1-4s 8s=! | omni_flash 10s=10 5s=!
-nano_banana-portrait 16:9=! | nano_banana-landscape 1024x1024=! | nano_banana 3000x1000=landscape 1x9=portrait
+nano_banana-portrait 16:9=! | nano_banana-landscape 1024x1024=!
+nano_banana 3000x1000=landscape 1x9=portrait
 nano_banana-square 1000x999=square | nano_banana_pro-square-2K 2048X2048=square
 nano_banana-4-3 1200x896=4-3 | veo_3_1-30s =!30s | veo_3_1_t2v_30s =!30s | veo_3_1- =!''
 veo_3_1-lite-fast =!fast | veo_3_1-portrait-landscape =!portrait | imagen_4-4K =!4K
@@ -2599,7 +2600,8 @@ làm nó màu đỏ|thêm con mèo|xóa nền|đổi màu|sáng hơn
 make it red|把背景改成蓝色
 """
 NEW_WISHES = """кот на крыше|un barco de papel en el mar|um gato no telhado|un chat sur le toit
-ein Boot auf dem See|海辺の猫|바다 위의 종이배|một con mèo trên mái nhà|a paper boat at sea|海上的纸船"""
+ein Boot auf dem See|海辺の猫|바다 위의 종이배|một con mèo trên mái nhà
+a paper boat at sea|海上的纸船"""
 
 
 def test_a_wish_to_edit_is_told_from_a_new_one_in_many_languages():
@@ -3306,7 +3308,7 @@ PICTURES_AT_FAULT = (  # code, param, fields
     (INVALID, "size", each("size", "16:9", model="nano_banana_pro-square")),
     (INVALID, "model", each("model", 5, "veo_3_1-fast", "omni_flash", "sora" * 99)),
     (INVALID, "model", each("model", "sora-2", "sora-video-landscape-10s", "veo-3.1-generate-001")),
-    (INVALID, "resolution", each("image_size", "2K", model="nano_banana") + each("size", "8K")),
+    (INVALID, "model", each("image_size", "2K", model="nano_banana") + each("size", "8K")),
     (INVALID, "response_format", each("response_format", "png")),
     ("invalid_image", "image", each("image", {"file_id": "1"}, [{"file_id": "1"}])),
     ("invalid_image", "image", each("image", "no!", 5, data_url(b"%PDF"), [DATA] * 11)),
@@ -3724,7 +3726,8 @@ async def test_pictures_shape_and_length_are_read_and_for_clients_of_sora_the_ne
 
 
 NAMES_OF_PICTURES = """image_url image_urls imageUrl reference_images reference_image_urls file
- image_file input_images first_frame start_image lastFrame end_image_url image_tail photo attachments"""
+ image_file input_images first_frame start_image lastFrame end_image_url image_tail photo
+ attachments"""
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
@@ -3760,8 +3763,8 @@ CONTRADICTIONS = (  # what is blamed, fields
     ("size", each("size", "720x1280", aspect_ratio="16:9")),
     ("size", each("size", "720x1280", model="sora-video-landscape-10s")),
     ("seconds", each("seconds", 4, model="sora-video-landscape-10s")),
-    ("resolution", each("resolution", "720p", model=VEO + "-1080p")),
-    ("resolution", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
+    ("model", each("resolution", "720p", model=VEO + "-1080p")),
+    ("model", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
     ("num_images", each("num_images", 2)),
     ("n", each("n", 2.0, 1e308)),
     ("model", each("model", "gpt-image-2", "dall-e-3", "sora-image", "imagen-4.0-generate-001")),
