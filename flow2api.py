@@ -1225,6 +1225,11 @@ class Store:
             jobs[row["job_id"]].outputs.append(Output.from_row(row))
         return list(jobs.values())
 
+    def job_of_file(self, name):
+        """The id of the job of which an output is, or was, kept under this name; or ""."""
+        sql = "SELECT job_id FROM outputs WHERE json_extract(data, '$.file') = ?"
+        return next((row[0] for row in self._rows(sql, [name])), "")
+
     def job_of_key(self, key, since):
         """(hash of the request, job id) of a key that came since then."""
         sql = """SELECT request, job_id FROM request_keys
@@ -3465,7 +3470,7 @@ class Api:
         ending = "mp4" if job.plan.kind == "video" else "png"
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
         base = self.settings["cache.base_url"].rstrip("/") or request.url.origin()
-        return f"{base}/tmp/{name}"
+        return f"{base}/tmp/{output.file if kept else name}"
 
     async def output_of_link(self, name):
         """The job and the output that the file's name in a link of ours tells. Raises
@@ -3479,8 +3484,13 @@ class Api:
     async def own_picture(self, link):
         """The picture that a link of ours leads to; None: it is none of ours. Raises as
         output_of_link and Jobs.fetch."""
-        match = OUTPUT_LINK.search(str(link))
-        return await self.output_bytes(*await self.output_of_link(match[0])) if match else None
+        name = str(link).partition("?")[0].rpartition("/")[2]
+        if OUTPUT_LINK.fullmatch(name):
+            return await self.output_bytes(*await self.output_of_link(name))
+        job_id = await asyncio.to_thread(self.store.job_of_file, name)
+        job = await self.jobs.get(job_id) if job_id else None
+        kept = [output for output in job.done() if output.file == name] if job else []
+        return await self.output_bytes(job, kept[0]) if kept else None
 
     async def data_url(self, job, output):
         """OpenRouter's AI SDK provider takes no other."""
