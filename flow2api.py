@@ -2759,7 +2759,7 @@ for row in FIELD_TABLE.strip().splitlines():
     FIELDS[row.split()[0]] += row.split()[1:]
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
-PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)s?|s)*\Z")
+PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
 # The name of a field and its text, where that is a file or leads to one.
 CARRIED_FILE = re.compile(
     r"""\w*\ (?: data:[^\s,]{0,100}, | .*;base64,
