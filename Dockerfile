@@ -8,6 +8,7 @@ RUN pip install --no-cache-dir aiohttp aiohttp-socks
 WORKDIR /app
 COPY flow2api.py admin.html LICENSE ./
 COPY setting.toml config/
+COPY extension extension/
 
 # A user without rights outside of the data folder. Folders that are mounted here must be writable
 # for the user id 1000 (see docker-compose.yml).
@@ -21,4 +22,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
     CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('FLOW2API_SERVER_PORT', 8000)), timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
 
-CMD ["python", "flow2api.py", "--config", "/app/config/setting.toml", "--data", "/app/data"]
+CMD ["python", "flow2api.py", "--config", "/app/config", "--data", "/app/data"]

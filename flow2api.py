@@ -37,16 +37,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import binascii
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import difflib
+import email
 import enum
+import errno
 import functools
 import gc
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -64,20 +69,31 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import uuid
 import weakref
+import zipfile
 import zlib
 from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlsplit
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http import HttpProcessingError
+try:  # Python 3.8 reads the file, too, and comes as far as this
+    import tomllib
+
+    import aiohttp
+    from aiohttp import web
+    from aiohttp.http import HttpProcessingError
+    from aiohttp.web import AppKey
+    from yarl import URL
+except ImportError as err:
+    needs = f"aiohttp 3.9 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    if err.name == "tomllib":
+        needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
+    print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "0.2.0"
 log = logging.getLogger("flow2api")
@@ -150,6 +166,7 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("server.host", "0.0.0.0", "Address to listen on."),
     ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
     ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
+    ("server.trusted_proxies", "127.0.0.1, ::1", "Proxies whose X-Forwarded-* count."),
     ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
     ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
     ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
@@ -163,19 +180,21 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
     ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
     ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
     ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
-    ("chat.answer_side_prompts", True, "Answer title and tag prompts at no cost."),
+    ("chat.answer_side_prompts", True, "Answer clients' own prompts at no cost."),
     ("chat.use_system_prompt", False, "Put the system message before the prompt."),
     ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
     ("images.default_model", "nano_banana_pro", "Model where a request names none."),
     ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
     ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
     ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Jobs that may wait for a free account.", 1, 100000),
+    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
+    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
     ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
     ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
     ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
     ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: it may not."),
+    ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
+    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
     ("plugin.auto_enable_on_update", True, "A new session enables its account."),
     ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
     ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
@@ -183,7 +202,9 @@ SETTING_ROWS = (  # name, default, help, low, high, choices
 SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
-PLACEHOLDERS = ("", "your_api_key", "your_password")
+# Of this program's and other programs' examples: they count as unset.
+PLACEHOLDERS = ("", "your_api_key", "your_password", "your-api-key", "your-password")
+PLACEHOLDERS += ("han1234", "admin")
 HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
@@ -198,6 +219,7 @@ class Settings:
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path.cwd()
+        self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
         return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
@@ -225,12 +247,13 @@ class Settings:
     def read_file(self, path):
         """Those of a TOML file; a missing file is an empty one. Raises SettingError."""
         self.folder = path.parent
-        if not self.folder.is_dir():
-            raise SettingError(f"{self.folder}: there is no such folder")
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path}: {err}") from None
+        except IsADirectoryError:
+            hint = "Docker makes one where the file to mount is missing"
+            raise SettingError(f"{path} is a folder, not a file ({hint})") from None
         models = document.pop("models", {})
         for name, key in models.items() if isinstance(models, dict) else [("", models)]:
             try:
@@ -251,11 +274,18 @@ class Settings:
             if variable.startswith("FLOW2API_"):
                 self.put("environment", names.get(variable, variable), raw, variable)
 
+    def read_stored(self, rows):
+        """Takes those of the database, by "layer:name"."""
+        for key, value in rows.items():
+            layer, _, name = key.partition(":")
+            if name in SETTING and layer in self.LAYERS and value is not None:
+                self.layers[layer][name] = value
+
     @property
     def data(self):
         """The data folder."""
         folder = self["server.data_dir"] or self.folder / "data"
-        return Path(folder).expanduser().resolve()
+        return Path(os.path.expanduser(folder)).resolve()
 
 
 # ---- 2. Errors -------------------------------------------------------------------------
@@ -269,7 +299,7 @@ class Effect(enum.Enum):
     RETRY = "nothing was spent; one more try"
     ACCOUNT = "nothing was spent; this account steps back, another may be tried"
     BAN = "as ACCOUNT, and it counts towards the automatic ban"
-    SESSION = "as ACCOUNT, and the account is disabled"
+    SESSION = "as ACCOUNT, and if that goes on for minutes the account is disabled"
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
@@ -284,19 +314,23 @@ ERROR_TABLE = (  # HTTP status, effect, codes
     (404, Effect.REQUEST, "not_found model_not_found task_not_found content_not_found"),
     (405, Effect.REQUEST, "method_not_allowed"),
     (409, Effect.REQUEST, "conflict cancelled idempotency_conflict"),
+    (408, Effect.REQUEST, "request_timeout"),
     (413, Effect.REQUEST, "request_too_large"),
+    (415, Effect.REQUEST, "unsupported_encoding"),
     (429, Effect.FINAL, "queue_full too_many_logins"),
+    # Waiting cures these, which all clients know of a 429; of a 503 it does not.
+    (429, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (500, Effect.FINAL, "internal_error"),
     (501, Effect.REQUEST, "not_implemented"),
     (502, Effect.RETRY, "upstream_error upstream_unreachable"),
-    (502, Effect.FINAL, "upstream_changed upstream_retired"),
-    (502, Effect.FINAL, "model_unavailable proxy_unavailable"),
+    (502, Effect.FINAL, "upstream_changed model_unavailable proxy_unavailable"),
+    (502, Effect.SESSION, "upstream_retired"),
     (503, Effect.RETRY, "upstream_busy"),
     (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
-    (503, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
     (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
     (503, Effect.BAN, "account_refused"),
     (503, Effect.SESSION, "account_session_ended"),
+    (507, Effect.FINAL, "disk_full"),
 )
 ERRORS = {code: row[:2] for row in ERROR_TABLE for code in row[2].split()}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -343,11 +377,16 @@ def bad(message, param=None, code="invalid_request"):
     return GatewayError(code, message, param=param)
 
 
+# LiteLLM knows a refusal by policy by the first words, OpenAI's own.
+POLICY = (
+    "Your request was rejected as a result of our safety system: Google's content policy"
+    " refused this prompt or picture; change it and try again"
+)
 # What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
 # (0: a clip that failed later); code, seconds an account pauses, message. The first counts.
 # fmt: off
 REASONS = (
-    ("RPCs have been deprecated", "upstream_retired", 0,
+    ("RPCs have been deprecated", "upstream_retired", 20,
      "This account has moved to flow.google.com, which this version does not speak"),
     ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
     ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
@@ -362,8 +401,7 @@ REASONS = (
     ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
     ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
     ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
-     "content_policy_violation", 0,
-     "Google's content policy refused this prompt or picture; change it and try again"),
+     "content_policy_violation", 0, POLICY),
     ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
     ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
     ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
@@ -385,7 +423,7 @@ def changed(message):
 
 
 def session_ended(message):
-    return GatewayError("account_session_ended", message)
+    return GatewayError("account_session_ended", message, pause=20)
 
 
 def google_error(status, reason, message="", retry_after=0):
@@ -393,6 +431,8 @@ def google_error(status, reason, message="", retry_after=0):
     text = f"{reason} {message} HTTP {status}"
     _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
+    if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
+        retry_after = pause
     return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
 
 
@@ -667,6 +707,11 @@ class Plan:
         return self.template.format(P=portrait, O=self.ratio, U=ultra, D=self.seconds)
 
     @property
+    def scopes(self):
+        """For what an account that can't make it now may pause: all, a kind, a model."""
+        return "", self.kind, self.family
+
+    @property
     def pace(self):
         """What jobs that take equally long have in common."""
         return self.family, self.mode, self.seconds, self.upscale
@@ -856,8 +901,12 @@ MIGRATIONS = (
             WHEN json_extract(data, '$.upscaled') THEN 'ended'
             WHEN json_extract(data, '$.made.name') IS NULL THEN 'none'
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
-            ELSE 'running' END);
+            ELSE 'running' END) WHERE json_valid(data);
     DROP TABLE logs;""",
+    # So that a start reads few of very many jobs.
+    """CREATE INDEX jobs_by_state_and_time ON jobs (state, created_at, id);
+    DROP INDEX jobs_by_state;
+    CREATE INDEX jobs_by_token ON jobs (token_id, created_at);""",
 )
 
 
@@ -879,10 +928,18 @@ class Record:
         return tuple(item.name for item in fields if "in_memory" not in item.metadata)
 
     @classmethod
-    def from_row(cls, row):
-        """What another version has stored beside the record's fields is left out."""
-        values = {**json.loads(row["data"]), **row}
-        return cls(**{name: values[name] for name in cls.stored() if name in values})
+    def from_rows(cls, rows):
+        """What another version has stored beside the record's fields is left out, and so is
+        a row that can't be read: it takes no other along."""
+        records = []
+        for row in rows:
+            try:
+                values = {**json.loads(row["data"]), **row}
+                fields = {name: values[name] for name in cls.stored() if name in values}
+                records.append(cls(**fields))
+            except (ValueError, TypeError, RecursionError) as err:
+                log.error("%s: row %s can't be read and is left out: %s", cls.TABLE, row[0], err)
+        return records
 
     def pick(self, *names):
         return {name: getattr(self, name) for name in names}
@@ -896,6 +953,15 @@ class Record:
         """Sets fields; a name that is none raises AttributeError."""
         for name, value in changes.items():
             setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Of an account that steps back: until when, of how many seconds, and why."""
+
+    until: float = 0.0
+    seconds: float = 0.0
+    error: GatewayError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -934,11 +1000,44 @@ class Token(Record):
     today: dict = field(default_factory=dict)
     busy: Counter = in_memory(Counter)  # leases by kind
     reserved: int = in_memory(int)  # credits of leases whose submit has not been answered
-    paused_until: float = in_memory(float)
-    paused_for: GatewayError | None = in_memory(lambda: None)
-    pause: float = in_memory(float)  # seconds of the last one
+    pauses: dict[str, Pause] = in_memory(dict)  # of a kind, a family, or "" of all
+    suspicions: tuple[float, ...] = in_memory(tuple)  # when its session looked dead
+    wakings: int = in_memory(int)  # in a row, by ourselves, after we have disabled it
+    asked_at: float = in_memory(float)  # when Google was asked about it, answered or not
+    asking: asyncio.Lock = in_memory(asyncio.Lock)
     removed: bool = in_memory(bool)
     lock: asyncio.Lock = in_memory(asyncio.Lock)
+
+    @property
+    def paused_until(self):
+        """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
+        return max((pause.until for pause in self.pauses.values()), default=0.0)
+
+    @paused_until.setter
+    def paused_until(self, until):
+        self.pauses = {"": Pause(until)} if until else {}
+
+    def pause_for(self, plan):
+        """The longest of the pauses that hold up this plan."""
+        own = [self.pauses.get(scope, Pause()) for scope in plan.scopes]
+        return max(own, key=lambda pause: pause.until)
+
+    def is_dead(self):
+        """Whether its session has looked so four times, over two minutes at least."""
+        return len(self.suspicions) >= 4 and now() - self.suspicions[0] >= 120
+
+    def paused_for(self):
+        """Why it pauses now, and what of it."""
+        pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
+        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
+        return "; ".join(reasons)
+
+    def trust(self, plan):
+        """It has served: what counts in a row begins anew; a pause that goes on stays."""
+        self.update(failures=0, suspicions=(), wakings=0)
+        for scope in plan.scopes:
+            if self.pauses.get(scope, Pause()).until <= now():
+                self.pauses.pop(scope, None)
 
     def session(self):
         return self.pick("adapter", "st", "at", "at_expires")
@@ -990,6 +1089,8 @@ class Output(Record):
     upscale: str = Upscale.NONE
     original: dict = field(default_factory=dict)  # once it is upscaled: the handle it had
     answers: int = in_memory(int)  # status answers so far
+    heard_at: float = in_memory(float)  # when the last one came
+    missing: int = in_memory(int)  # of them in a row, those that knew no such name
 
     def handle(self):
         return self.pick("name", "media", "url", "url_expires", "file")
@@ -1039,10 +1140,11 @@ class Job(Record):
     stage: str = in_memory(str)  # what it is at, in words
     task: asyncio.Task | None = in_memory(lambda: None)
     percent: int = in_memory(int)
+    look_at: float = in_memory(float)  # once it ran out of time: when to ask for it again
     clients: int = in_memory(int)  # that wait for it
 
     def __post_init__(self):
-        if isinstance(self.plan, dict):  # as JSON keeps it
+        if not isinstance(self.plan, Plan):  # as JSON keeps it
             self.plan = Plan(**self.plan)
 
     @property
@@ -1051,6 +1153,15 @@ class Job(Record):
 
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
+
+    @property
+    def place(self):
+        """By which jobs are listed."""
+        return self.created_at, self.id
+
+    def spent(self, token):
+        """Credits that it costs its account."""
+        return (self.plan.cost(token.tier) or 0) * self.n if self.submitted_at else 0
 
 
 @dataclass(frozen=True)
@@ -1080,37 +1191,69 @@ class Store:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
     def open(self):
-        """Raises StoreError, also where another process uses this data folder."""
+        """Raises StoreError: also for what is no database of ours, which stays as it is, and
+        where another process uses this data folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock_path = self.path.with_name("lock.db")
-        for path in (self.path, lock_path):
-            path.touch(0o600)
-        connect = functools.partial(sqlite3.connect, check_same_thread=False)
-        self._reader, self._writer = [connect(self.path, timeout=10) for _ in range(2)]
-        self._lock = connect(lock_path, timeout=0)
-        self._reader.row_factory = sqlite3.Row
+        self._connections = []
         try:
+            self._lock = self._connect("lock.db", timeout=0)
             self._lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
-            self._migrate()
+            if not self.path.exists():
+                self._create()
+            self._reader = self._connect(self.path.name)
+            self._reader.row_factory = sqlite3.Row
+            self._reader.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+            self._migrate(self._inspect())
+            self._writer = self._connect(self.path.name)
             self._writer.execute("PRAGMA synchronous=FULL")
-        except sqlite3.DatabaseError as err:
+        except sqlite3.Error as err:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
             if "locked" in str(err):
-                reason = " is in use by another Flow2API"
+                reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
-    def _migrate(self):
-        self._rows("PRAGMA journal_mode=WAL")
+    def _connect(self, name, timeout=10):
+        path = self.path.with_name(name)
+        if not path.exists():
+            path.touch(0o600)
+        connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
+        self._connections.append(connection)
+        return connection
+
+    def _create(self):
+        """A new database, whole or not at all: an empty file is one that was lost."""
+        draft = self.path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        self._connect(draft.name).execute("PRAGMA journal_mode=WAL")
+        self._connections.pop().close()
+        draft.rename(self.path)
+
+    def _inspect(self):
+        """-> the version of its schema. Raises sqlite3.DatabaseError, having changed nothing."""
+        if not self.path.stat().st_size:
+            raise sqlite3.DatabaseError("the file is empty")
         sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
         ((health, version),) = self._rows(sql)
         if health != "ok":
             raise sqlite3.DatabaseError(health)
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
+        if version:
+            for record in (Token, Job, Output):
+                columns = ", ".join(record.COLUMNS)
+                self._rows(f"SELECT {columns}, data FROM {record.TABLE} LIMIT 0")
+        elif self._rows("SELECT name FROM sqlite_master"):
+            raise sqlite3.DatabaseError("this is another program's database")
+        return version
+
+    def _migrate(self, version):
+        self._rows("PRAGMA journal_mode=WAL")
         for number, sql in enumerate(MIGRATIONS[version:], version + 1):
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
+        if version == len(MIGRATIONS):
+            self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1124,9 +1267,16 @@ class Store:
                 target.unlink()  # which was made here
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
+    def set_beside(self, name, value):
+        """Stores a setting beside another process. Raises sqlite3.Error."""
+        address = f"{self.path.as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as writer, writer:
+            row = name, to_json(value)
+            writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+
     def close(self):
         self._thread.shutdown()  # once all is written
-        for connection in (self._writer, self._reader, self._lock):
+        for connection in reversed(self._connections):
             connection.close()
 
     def put(self, *records):
@@ -1146,6 +1296,16 @@ class Store:
         """Deletes the rows of (table, column, value), all or none."""
         sql = "DELETE FROM {} WHERE {} = ?"
         return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
+
+    def prune(self, before, most=100):
+        """Deletes the oldest of the ended jobs from before then, and their outputs."""
+        old = f"""SELECT id FROM jobs WHERE created_at < ? AND state NOT IN {OPEN}
+            ORDER BY created_at LIMIT {most}"""
+        return self._write([
+            (f"DELETE FROM outputs WHERE job_id IN ({old})", [before]),
+            (f"DELETE FROM jobs WHERE id IN ({old})", [before]),
+            ("DELETE FROM request_keys WHERE created_at < ?", [before]),
+        ])  # fmt: skip
 
     def _write(self, steps):
         """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
@@ -1185,11 +1345,11 @@ class Store:
             return self._reader.execute(sql, values).fetchall()
 
     def settings(self):
-        rows = self._rows("SELECT name, data FROM settings")
+        rows = self._rows("SELECT name, data FROM settings WHERE json_valid(data)")
         return {name: json.loads(data) for name, data in rows}
 
     def tokens(self):
-        return [*map(Token.from_row, self._rows("SELECT * FROM tokens ORDER BY id"))]
+        return Token.from_rows(self._rows("SELECT * FROM tokens ORDER BY id"))
 
     def last_owner(self):
         """The highest token id that a job bears."""
@@ -1199,17 +1359,24 @@ class Store:
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
     def jobs(
-        self, *, kind="", states=(), token_id=None, model="", after="", oldest_first=False, limit=-1
+        self,
+        *,
+        kind="",
+        states=(),
+        token_id=None,
+        model="",
+        after=None,
+        oldest_first=False,
+        limit=-1,
     ):
-        """Jobs, the newest first as a rule. `after`: the id that a page starts after."""
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
-        page = f"(created_at, id) {beyond} (SELECT created_at, id FROM jobs WHERE id = ?)"
         tests = {
             "substr(id, 1, 5) = ?": [kind],
             "token_id = ?": [token_id],
-            "json_extract(data, '$.plan.model') = ?": [model],
+            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [model],
             f"state IN ({', '.join('?' * len(states))})": states,
-            page: [after],
+            f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = " AND ".join(tests) or "TRUE"
@@ -1218,11 +1385,11 @@ class Store:
 
     def _jobs(self, where, values):
         rows = self._rows(f"SELECT * FROM jobs {where}", values)
-        jobs = {row["id"]: Job.from_row(row) for row in rows}
+        jobs = {job.id: job for job in Job.from_rows(rows)}
         sql = """SELECT * FROM outputs WHERE job_id IN (SELECT value FROM json_each(?))
             ORDER BY job_id, number"""
-        for row in self._rows(sql, [to_json([*jobs])]):
-            jobs[row["job_id"]].outputs.append(Output.from_row(row))
+        for output in Output.from_rows(self._rows(sql, [to_json([*jobs])])):
+            jobs[output.job_id].outputs.append(output)
         return list(jobs.values())
 
     def job_of_file(self, name):
@@ -1243,7 +1410,47 @@ SHORT_TIMEOUT = aiohttp.ClientTimeout(15)
 MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
 PROXY_SCHEMES = ("http", "https", "socks4", "socks5", "socks5h")
 PROXY_FORM = "must look like http://host:port or socks5://host:port"
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
+MAX_ITEMS = 200_000  # commas and brackets in JSON
+MAX_DEPTH = 64
+BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
+# Beside what ipaddress calls not global: special blocks, and IPv6 blocks that carry an
+# IPv4 address (translated, NAT64, 6to4), which could be an inner one.
+SPECIAL_NETS = """
+    192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4 ::/96 ::ffff:0:0:0/96 64:ff9b::/96
+    64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 2002::/16 3fff::/20 5f00::/16 fec0::/10
+"""
+SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
+
+
+def is_deep(value):
+    """Whether lists and objects are nested in more than MAX_DEPTH levels."""
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        items = itertools.chain.from_iterable(items)
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def parse_json(raw):
+    """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
+    pair in a text becomes a question mark. Raises ValueError."""
+    pieces = (raw[at : at + (1 << 20)] for at in range(0, len(raw), 1 << 20))
+    if sum(len(piece.translate(None, BASE64)) for piece in pieces) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
+        raise ValueError("it has too many elements")
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if is_deep(value):
+        raise ValueError("it is nested too deeply")
+    if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
+        text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+        value = json.loads(text)
+    return value
 
 
 def dig(body, *path, default="", kind=object):
@@ -1267,13 +1474,41 @@ def good_proxy(url):
     return not url or bool(scheme in PROXY_SCHEMES and host and (port or default_port))
 
 
-def public_socket(address):
-    """aiohttp's socket factory for users' URLs: it sees the address that led there."""
-    ip = ipaddress.ip_address(address[4][0].split("%")[0])
+def is_public(host):
+    """Whether an IP address is one of the open internet. Raises ValueError for a name."""
+    ip = ipaddress.ip_address(host.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    if not ip.is_global or ip.is_multicast or ip in NAT64:
-        raise OSError(f"{ip} is not a public address (see server.allow_private_urls)")
+    special = ip.is_multicast or any(ip in net for net in SPECIAL_NETS)
+    return ip.is_global and not special
+
+
+def is_inner(url):
+    """Whether the host of an address is of this machine or network, as far as one sees."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return not is_public(host)
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan"))
+
+
+def as_it_stands(url):
+    """An address that is asked for byte by byte: a signature can be over each of them."""
+    return URL(url, encoded=url.isascii())
+
+
+def public_socket(address):
+    """aiohttp's socket factory for strangers' URLs: it sees the address that led there."""
+    if not is_public(address[4][0]):
+        message = "is not a public address (see server.allow_private_urls)"
+        raise OSError(f"{address[4][0]} {message}")
     return socket.socket(*address[:3])
+
+
+@functools.lru_cache
+def read_networks(text):
+    """The networks of a list like "127.0.0.1, 10.0.0.0/8". Raises ValueError."""
+    items = text.replace(",", " ").split()
+    return [ipaddress.ip_network(item, strict=False) for item in items]
 
 
 @contextlib.contextmanager
@@ -1323,7 +1558,7 @@ class Wire:
 
     def __init__(self, settings):
         self.settings = settings
-        self.sessions = {}  # (SOCKS proxy, fresh or not) -> session
+        self.sessions = {}  # (SOCKS proxy, fresh or not, public or not) -> session
 
     async def call(self, method, url, *, proxy="", spends=False, **options):
         """-> (response, its whole body). proxy: an address, "" for that of the settings.
@@ -1340,25 +1575,29 @@ class Wire:
         return response, data
 
     @contextlib.asynccontextmanager
-    async def stream(self, url, *, proxy="", **options):
-        """A response to GET, unread. Raises proxy_unavailable, upstream_unreachable."""
+    async def stream(self, url, *, proxy="", public=False, **options):
+        """A response to GET, unread. public: its address, and where that leads to, is no
+        inner one, unless Flow's own is. Raises proxy_unavailable, upstream_unreachable."""
+        public = public and not is_inner(self.settings["flow.api_base_url"])
         with transport_errors(url):
-            response = await self._open("GET", url, proxy, options)
+            if public and is_inner(url):
+                raise OSError("it is not a public address")
+            response = await self._open("GET", url, proxy, options, public=public)
         with contextlib.closing(response):
             yield response
 
-    async def _open(self, method, url, proxy, options, sent=None):
+    async def _open(self, method, url, proxy, options, sent=None, public=False):
         """sent: of a submit, an Event to be set as soon as it may have arrived."""
         if not proxy and self.settings["proxy.proxy_enabled"]:
-            proxy = self.settings["proxy.proxy_url"]
+            proxy = self.settings["proxy.proxy_url"] or "none"
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
-        key = socks, bool(sent)
+        key = socks, sent is not None, public and not proxy  # a proxy may be an inner one
         if key not in self.sessions:
             self.sessions[key] = new_session(*key)
         options.update(proxy=plain, trace_request_ctx=sent)
-        return await self.sessions[key].request(method, url, **options)
+        return await self.sessions[key].request(method, as_it_stands(url), **options)
 
     async def fetch_public(self, url, limit, param):
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
@@ -1368,11 +1607,20 @@ class Wire:
         timeout = aiohttp.ClientTimeout(20)
         try:
             with transport_errors(url):
-                session = aiohttp.ClientSession(connector=connector, timeout=timeout)
-                async with session, session.get(url, max_redirects=4) as response:
+                session = aiohttp.ClientSession(
+                    connector=connector,
+                    timeout=timeout,
+                    headers={"User-Agent": f"Flow2API/{__version__}"},
+                    requote_redirect_url=False,
+                )
+                picture = session.get(as_it_stands(url), max_redirects=4)
+                async with session, picture as response:
                     data = await read_bounded(response, limit)
         except GatewayError as err:
-            raise bad(f"The picture's URL: {err}", param, "invalid_image") from None
+            told = f"The picture's URL: {err}"
+            if self.settings["proxy.proxy_enabled"]:
+                told += " (the proxy is for Google alone, not for the URLs of pictures)"
+            raise bad(told, param, "invalid_image") from None
         if response.status != 200:
             raise bad(f"The picture's URL: HTTP {response.status}", param, "invalid_image")
         if data is None:
@@ -1384,15 +1632,16 @@ class Wire:
             await session.close()
 
 
-def new_session(socks, fresh):
-    """fresh: each request by a connection of its own, and told when it is sent. Raises
-    proxy_unavailable."""
+def new_session(socks, fresh, public):
+    """fresh: each request by a connection of its own, and told when it is sent. public: to
+    public addresses only. Raises proxy_unavailable."""
     options = {"cookie_jar": aiohttp.DummyCookieJar()}
     if fresh:
         trace = aiohttp.TraceConfig()
         trace.on_request_headers_sent.append(note_sent)
         options["trace_configs"] = [trace]
-    make = aiohttp.TCPConnector
+    factory = public_socket if public else None
+    make = functools.partial(aiohttp.TCPConnector, socket_factory=factory)
     if socks:
         try:
             from aiohttp_socks import ProxyConnector
@@ -1406,7 +1655,11 @@ def new_session(socks, fresh):
 
 # ---- 6. Upstream -----------------------------------------------------------------------
 # Wire facts: captures of Flow's web client and of public clients, up to August 2026.
-SESSION_COOKIE = "__Secure-next-auth.session-token"
+SESSION_COOKIE = "__Secure-next-auth.session-token"  # .0, .1: the parts of a long one
+PASTED_COOKIE = re.compile(
+    r"next-auth\.session-token(?:\.(\d))?"  # its name, perhaps that of a part
+    r"[\"']?(?:[ \t]*[=:][ \t]*|\s+)[\"']?([^;,\s\"']+)"
+)
 WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
 WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
 CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
@@ -1420,7 +1673,7 @@ class Status:
     """What Google says of one output."""
 
     name: str
-    state: str = "pending"  # or "done", "failed"
+    state: str = "pending"  # or "done", "failed", "missing": Google knows no such name
     media: str = ""  # the name that later calls (upscale, download) want
     project: str = ""
     url: str = ""
@@ -1451,7 +1704,8 @@ class Upstream(Protocol):
     def expires_soon(self, token): ...  # -> bool: should the session be renewed?
     async def sign_in(self, token): ...  # renews it -> {email, name}; session_ended
     async def balance(self, token): ...  # -> {credits, tier}; costs nothing
-    async def project(self, token): ...  # -> where outputs go; made where none is
+    # -> where outputs go; made where none is, or only one that Flow has no more
+    async def project(self, token, gone=""): ...
     async def upload(self, token, project, data, media_type): ...  # -> name of the medium
     async def submit(self, token, job, media): ...  # -> Reply on all n; submit_unknown
     async def find(self, token, job): ...  # -> [Status] of what a lost submit has made
@@ -1462,9 +1716,24 @@ class Upstream(Protocol):
 
 
 def clean_session_token(text):
-    """The bare token of what people paste: a value, `name=value`, a Cookie header."""
-    match = re.search(r"next-auth\.session-token=[\"']?([^;\s\"']+)", text)
-    return match[1] if match else text.strip("\"'; \t\r\n")
+    """The bare token of what people paste: a value, `name=value`, `name: value`, a Cookie
+    header, an export as JSON or in Netscape's format. Else the text, but stripped."""
+    cookies = []
+    header = ""
+
+    def collect(item):
+        cookies.extend([(item.get("name"), item.get("value")), *item.items()])
+
+    with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
+        json.loads(text, object_hook=collect)
+        header = "".join(f"{name}={value};" for name, value in cookies)
+    parts = dict(PASTED_COOKIE.findall(header or text))
+    numbers = [str(number) for number in range(len(parts))]
+    if "" in parts:
+        return parts[""]
+    if len(parts) > 1 and sorted(parts) == numbers:  # a single part is never all
+        return "".join(map(parts.get, numbers))
+    return text.strip("\"'; \t\r\n")
 
 
 def client_context(project, tier="", captcha=""):
@@ -1589,7 +1858,7 @@ def read_medium(item):
     error = None
     if word.startswith(("FAIL", "ERROR", "CANCEL")):
         reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
-        error = failed_output(" ".join(str(reason) for reason in reasons if reason))
+        error = failed_output(" ".join(text for text in reasons if isinstance(text, str)))
         state = "failed"
     elif word.startswith(("SUCCESS", "COMPLETE")) or ready and not word:
         state = "done"
@@ -1599,22 +1868,21 @@ def read_medium(item):
 
 def read_link(url):
     """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
-    Raises ValueError where it is no address."""
+    Raises ValueError where it is neither an address nor empty."""
+    if not re.match(r"https?://|\Z", url):
+        raise ValueError(f"{url[:40]!r} is no address")
     expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
     return Link(url, now() + 3600 if expires is None else float(expires))
 
 
-def read_answer(response, data, spends=False):
+def read_answer(response, body, spends=False):
     """A reply's JSON object. Raises google_error; upstream_changed; where it `spends`,
     submit_unknown for whatever may hide a success."""
-    body = None
     status = response.status
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(data)
     if isinstance(body, dict) and status < 300:
         return body
     error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-    reasons = (str(dig(item, "reason")) for item in list_at(error, "details"))
+    reasons = (dig(item, "reason", kind=str) for item in list_at(error, "details"))
     reason = next(filter(None, reasons), "")
     refused = 400 <= status < 500 and status not in (408, 499)
     if spends and not refused and "PUBLIC_ERROR" not in reason:
@@ -1622,7 +1890,7 @@ def read_answer(response, data, spends=False):
     if status < 300:
         raise changed("Google answered with something else than JSON")
     wait = read_number(response.headers.get("Retry-After")) or 0
-    raise google_error(status, reason, str(dig(error, "message")), wait)
+    raise google_error(status, reason, dig(error, "message", kind=str), wait)
 
 
 # Names in a status call; those that are asked for one by one, at a time.
@@ -1638,16 +1906,24 @@ class RestFlow:
         self.settings, self.wire, self.store = settings, wire, store
         self.captcha_source = captcha_source
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
+        self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
     async def _call(self, token, method, site, path, headers, **options):
-        """-> (response, its body). site: labs, api"""
+        """-> (response, its JSON, or None). site: labs, api"""
         url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
         timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
         options.update(headers=headers, timeout=timeout, proxy=token.proxy_url)
         response, data = await self.wire.call(method, url, **options)
         if self.settings["admin.debug"]:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
-        return response, data
+        body = None
+        with contextlib.suppress(ValueError):
+            body = (
+                parse_json(data)
+                if len(data) < 1 << 16
+                else await asyncio.to_thread(parse_json, data)
+            )
+        return response, body
 
     async def _labs(self, token, method, path, **options):
         """A call to labs.google, which knows the session by its cookie. A session that
@@ -1661,13 +1937,13 @@ class RestFlow:
 
     async def _trpc(self, token, method, path, **options):
         """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
-        response, data = await self._labs(token, method, f"trpc/{path}", **options)
+        response, body = await self._labs(token, method, f"trpc/{path}", **options)
         if response.status == 401:
             raise session_ended("Google refused the session token")
-        body = dig(read_answer(response, data), "result", "data", "json", default={})
+        body = dig(read_answer(response, body), "result", "data", "json", default={})
         status = dig(body, "status", kind=int, default=200)
         if status != 200:
-            raise google_error(status, "", str(dig(body, "statusText")))
+            raise google_error(status, "", dig(body, "statusText", kind=str))
         return body
 
     async def _api(self, token, method, path, *, spends=False, **options):
@@ -1681,9 +1957,9 @@ class RestFlow:
                     await self._open_session(token)
                 access = token.at
             bearer = {"Authorization": f"Bearer {access}"}
-            reply, data = await self._call(token, method, "api", path, bearer, **options)
+            reply, body = await self._call(token, method, "api", path, bearer, **options)
             if reply.status != 401:
-                return read_answer(reply, data, spends)
+                return read_answer(reply, body, spends)
         raise session_ended("Google refuses even a fresh access token")
 
     def expires_soon(self, token):
@@ -1695,25 +1971,29 @@ class RestFlow:
 
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
-        response, data = await self._labs(token, "GET", "auth/session")
-        body = read_answer(response, data)
+        async with self.refreshes:
+            response, body = await self._labs(token, "GET", "auth/session")
+        body = read_answer(response, body)
         access = dig(body, "access_token", kind=str)
         if not access or dig(body, "error"):
             raise session_ended("Session ended. Sign in to Flow again, paste its token")
+        if not re.fullmatch("[!-~]+", access):
+            raise changed("Google gave an odd access token")
         expires = now() + 3600
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
         cookie = response.cookies.get(SESSION_COOKIE)
-        if cookie and len(cookie.value) >= 200:  # Google has renewed it
+        if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
         user = dig(body, "user")
-        return {name: dig(user, name, kind=str) for name in ("email", "name")}
+        return {name: dig(user, name, kind=str)[:200] for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
         if token.id and not token.removed:
-            await self.store.put(token)
+            with contextlib.suppress(StoreError):  # a full disk: what is in memory counts
+                await self.store.put(token)
 
     async def balance(self, token):
         """GET credits. Google leaves a balance of zero out."""
@@ -1723,10 +2003,10 @@ class RestFlow:
             raise changed("Google tells the balance in an unknown form")
         return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
 
-    async def project(self, token):
-        """POST project.createProject, once per account."""
+    async def project(self, token, gone=""):
+        """POST project.createProject, once per account, and for one that is gone."""
         async with token.lock:
-            if token.project_id:
+            if token.project_id not in ("", gone):
                 return token.project_id
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
@@ -1750,7 +2030,7 @@ class RestFlow:
         body = await self._api(token, "POST", "flow/uploadImage", json=request)
         if name := dig(list_at(body, "media"), 0, "name", kind=str):
             return name
-        raise bad("Google dropped a picture (a logo?)", code="content_policy_violation")
+        raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
     async def _context(self, token, job, tier):
         """A clientContext, with a reCAPTCHA token where there is a source of them."""
@@ -1761,7 +2041,8 @@ class RestFlow:
 
     async def submit(self, token, job, media):
         if job.plan.kind == "image":
-            path = f"projects/{job.project}/flowMedia:batchGenerateImages"
+            project = quote(job.project, safe="")
+            path = f"projects/{project}/flowMedia:batchGenerateImages"
             context = await self._context(token, job, "")
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
@@ -1813,7 +2094,8 @@ class RestFlow:
                 raise
             pause = 60 if len(names) == 1 else 0
             self.alone.update(dict.fromkeys(names, now() + pause))
-            return Reply([])
+            missing = err.upstream == 404 and len(names) == 1
+            return Reply([Status(names[0], "missing")] if missing else [])
         for name in names:
             self.alone.pop(name, None)
         return read_statuses(body, "")
@@ -1852,19 +2134,26 @@ class RestFlow:
         name = quote(output.media or output.name, safe="")
         form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
         path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
-        response, data = await self._labs(token, "GET", path, allow_redirects=False)
+        response, body = await self._labs(token, "GET", path, allow_redirects=False)
         if 300 <= response.status < 400 and "Location" in response.headers:
             with contextlib.suppress(ValueError):
                 return read_link(response.headers["Location"])
         if response.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
-        read_answer(response, data)
+        read_answer(response, body)
         raise changed("Google gave no download address")
 
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
 AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
+AWAKE["suspicions"] = ()
+SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
+OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
+ENDED_ALREADY = (
+    "Google says that this session has ended. Sign in to Flow again in your browser, and"
+    " paste the new value of its cookie"
+)
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -1898,10 +2187,22 @@ class Pool:
     def adapter_for(self, token) -> Upstream:
         return self.adapters[token.adapter]
 
-    async def add(self, st, **fields):
-        """The account of a session token -> (token, is it new). Raises as sign_in."""
-        draft = Token(**fields, st=clean_session_token(st), created_at=now())
-        account = await self.adapter_for(draft).sign_in(draft)
+    async def sign_in(self, draft):
+        """-> {email, name}. A session that somebody brings when it has ended is a mistake
+        in the request, and blames no account."""
+        try:
+            return await self.adapter_for(draft).sign_in(draft)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+            raise bad(ENDED_ALREADY, "st") from err
+
+    async def add(self, st, wakes=lambda token: True, **fields):
+        """The account of a session token -> (token, is it new). wakes: whether that enables
+        a token. Raises as sign_in."""
+        draft = Token(st=clean_session_token(st), created_at=now())
+        draft.update(**fields)
+        account = await self.sign_in(draft)
         if not account["email"]:
             raise changed("Google's session names no e-mail address")
         tokens = {token.email: token for token in self.tokens.values()}
@@ -1909,12 +2210,16 @@ class Pool:
         if token is draft:
             self.last_id = draft.id = self.last_id + 1
             self.tokens[draft.id] = draft
-        await self.update(token, **{**account, **draft.session(), **AWAKE, **fields})
+        awake = AWAKE if wakes(token) else {}
+        await self.update(token, **{**account, **draft.session(), **awake, **fields})
         try:
             await self.check(token)
             await self.adapter_for(token).project(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
+            if err.code == "upstream_retired":
+                self.disable(token, err)
+                await self.update(token)
         return token, token is draft
 
     async def update(self, token, **changes):
@@ -1922,6 +2227,11 @@ class Pool:
         if not token.removed:
             await self.store.put(token)
         self.wake()
+
+    def disable(self, token, err):
+        """Because of this error; `ask` wakes it once Google answers well again."""
+        token.update(is_active=False, reason=f"{err} ({err.code})", checked_at=now())
+        log.warning("%s is disabled: %s", token.email, token.reason)
 
     async def remove(self, token):
         """Raises conflict."""
@@ -1938,46 +2248,97 @@ class Pool:
             await adapter.sign_in(token)
         await self.update(token, **await adapter.balance(token), checked_at=now())
 
+    async def examine(self, token, call):
+        """check or sign_in as the owner asks for it: a session that looks dead twice is
+        told on the account at once. Raises as the call."""
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is not Effect.SESSION:
+                raise
+        try:
+            return await call(token)
+        except GatewayError as err:
+            if err.effect is Effect.SESSION and (token.is_active or token.reason):
+                self.disable(token, err)
+                await self.update(token)
+            raise
+
+    async def ask(self, token, since):
+        """Checks it, once for all who ask, unless that was begun since then; a failure is
+        told in the log. One that we have disabled wakes up where all is well again."""
+        async with token.asking:
+            if token.asked_at >= since:
+                return
+            token.asked_at = now()
+            if token.reason:
+                token.update(wakings=token.wakings + 1, checked_at=now())
+            try:
+                await self.check(token)
+                if token.reason:
+                    await self.adapter_for(token).project(token)
+                    await self.update(token, **AWAKE)
+                    log.info("%s serves again", token.email)
+                token.suspicions = ()
+            except (GatewayError, StoreError) as err:  # a full disk ends no loop
+                log.warning("check of %s: %s", token.email, err)
+                if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
+                    self.blame(token, err)
+
     async def keep_fresh(self):
-        """For ever: checks accounts, by `token_refresh.interval` and by their expiry."""
+        """For ever: asks about the accounts that are due, begun one after the other."""
         while True:
-            if self.settings["token_refresh.enabled"]:
-                await asyncio.gather(*map(self.check_if_due, list(self.tokens.values())))
+            due = filter(self.is_due, list(self.tokens.values()))
+            await asyncio.gather(*map(self._ask_in_turn, due, itertools.count()))
             await asyncio.sleep(30)
 
-    async def check_if_due(self, token):
-        interval = self.settings["token_refresh.interval"]
-        rest = 60 if self.adapter_for(token).expires_soon(token) else interval
-        if not token.is_active or now() - token.checked_at <= rest:
-            return
-        try:
-            await self.check(token)
-        except (GatewayError, StoreError) as err:  # a full disk ends no loop
-            log.warning("check of %s: %s", token.email, err)
-            token.checked_at = now() - interval + 60
-            if getattr(err, "effect", None) is Effect.SESSION:
-                self.blame(token, err)
+    async def _ask_in_turn(self, token, number):
+        await asyncio.sleep(number / 4)
+        await self.ask(token, now())
 
-    def blame(self, token, err):
-        """It steps back, each time in a row for twice as long; where its session is dead
-        or its failures are too many, it is disabled."""
-        if now() >= token.paused_until:  # else it is one burst: several jobs were refused
-            again = token.paused_for is not None and token.paused_for.code == err.code
-            token.pause = min(token.pause * 2 if again else err.pause, 3600)
-            token.paused_until = now() + token.pause * random.uniform(0.9, 1.1)
-            token.paused_for = err
+    def is_due(self, token):
+        """By `token_refresh.interval` and its expiry, where that is on; a suspect after
+        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours."""
+        age = now() - token.checked_at
+        if not token.is_active:
+            return token.reason != "" and age > min(3600 << token.wakings, 86400)
+        if token.suspicions:
+            return token.pauses.get("", Pause()).until <= now()
+        soon = self.adapter_for(token).expires_soon(token)
+        rest = 60 if soon else self.settings["token_refresh.interval"]
+        due = age > rest and now() - token.asked_at > 60
+        return due and self.settings["token_refresh.enabled"]
+
+    def blame(self, token, err, plan=None):
+        """It steps back for all, or for the kind or the model of the plan; where its
+        session is dead for minutes, or its failures are too many, it is disabled."""
+        scope = ""
+        if plan and err.effect is not Effect.SESSION:
+            scope = plan.family if err.code in OF_A_MODEL else plan.kind
+        pause = token.pauses.get(scope, Pause())
+        if now() >= pause.until:  # else it is one burst: several jobs were refused
+            pause = self._next_pause(pause, err)
             token.failures += err.effect is Effect.BAN
-        token.paused_until = max(token.paused_until, now() + min(err.retry_after, 86400))
+            if err.effect is Effect.SESSION:
+                token.suspicions += (now(),)
+        until = max(pause.until, now() + min(err.retry_after, 86400))
+        token.pauses[scope] = dataclasses.replace(pause, until=until)
         if err.code == "account_no_credits":
             token.credits = 0
-        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
-        if err.effect is Effect.SESSION or too_many:
-            token.update(is_active=False, reason=str(err))
-            log.warning("%s is disabled: %s", token.email, err)
         token.count("error", 1)
+        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
+        if token.is_dead() or too_many:
+            self.disable(token, err)
         if not token.removed:
             self.store.put(token)
         self.wake()
+
+    def _next_pause(self, pause, err):
+        """Each time in a row for twice as long."""
+        most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
+        again = pause.error is not None and pause.error.code == err.code
+        seconds = min(pause.seconds * 2 if again else err.pause, most)
+        return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
     def able(self, job, tried=()):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
@@ -1994,11 +2355,41 @@ class Pool:
             if not tokens:
                 reasons = {token.reason for token in before if not token.is_active} - {""}
                 raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
-        soonest = min(tokens, key=lambda token: token.paused_until)
-        wait = int(soonest.paused_until - now())
-        if wait > 60 and (err := soonest.paused_for):
-            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        self._expect_awake(tokens, job.plan)
         return tokens
+
+    @staticmethod
+    def _expect_awake(tokens, plan):
+        """Raises why all of them pause for more than a minute."""
+        pauses = [token.pause_for(plan) for token in tokens]
+        pause = min(pauses, key=lambda pause: pause.until)
+        wait = int(pause.until - now())
+        if wait > 60 and (err := pause.error):
+            raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+
+    async def expect_able(self, job, tried=()):
+        """Raises as `able`; no credits only where no balance is older than a minute."""
+        try:
+            return self.able(job, tried)
+        except GatewayError as err:
+            if err.code != "no_credits":
+                raise
+        since = now() - 60
+        active = [token for token in self.tokens.values() if token.is_active]
+        stale = [token for token in active if token.checked_at < since]
+        await asyncio.gather(*(self.ask(token, since) for token in stale))
+        return self.able(job, tried)
+
+    def crowded(self, kind):
+        """Whether as many jobs of this kind wait as may."""
+        waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
+        return waiting >= self.settings["limits.queue"]
+
+    async def expect_room(self, generation):
+        """Raises as `expect_able`, or queue_full."""
+        await self.expect_able(generation)
+        if self.crowded(generation.plan.kind):
+            raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
     def _conditions(plan, n):
@@ -2026,8 +2417,9 @@ class Pool:
             shunned = token.id in job.shunned
             return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-        awake = [token for token in self.able(job, tried) if token.paused_until <= now()]
-        free = [token for token in awake if token.has_slot(job.plan.kind)]
+        able, plan = self.able(job, tried), job.plan
+        awake = [token for token in able if token.pause_for(plan).until <= now()]
+        free = [token for token in awake if token.has_slot(plan.kind)]
         return min(free, key=load, default=None)
 
     def take(self, token, job):
@@ -2053,10 +2445,11 @@ class Pool:
 
     async def lease(self, job, tried):
         """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
+        await self.expect_able(job, tried)
         turn = asyncio.get_running_loop().create_future()
+        crowded = self.crowded(job.plan.kind)
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
-        crowded = len(self.queue) > self.settings["limits.queue"]
         try:
             if crowded and not tried and not turn.done():
                 raise GatewayError("queue_full", "The queue is full", retry_after=30)
@@ -2101,6 +2494,8 @@ MAGIC = (  # first bytes, media type, file ending
 )
 MEDIA_NAME = re.compile(r"[A-Za-z0-9_-]{22,64}\.(png|jpg|webp|gif|mp4|bin)")
 PART_SECONDS = 86400  # after which a half-written file is nobody's
+FILE_SIZES = {"image": 64 << 20, "video": 2 << 30}  # largest ones that are kept, bytes
+SPARE_DISK = 64 << 20  # bytes that files leave to the database
 
 
 def sniff(data):
@@ -2115,7 +2510,7 @@ def decode_base64(text):
     """The bytes of a data URL, or of base64 in either alphabet. Raises ValueError."""
     text = text.partition(",")[2] if text.startswith("data:") else text
     text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
 
 
 async def one_piece(data):
@@ -2137,20 +2532,30 @@ class Media:
         path = self.kept / name
         return path if MEDIA_NAME.fullmatch(name) and path.is_file() else None
 
-    async def keep(self, chunks):
-        """Writes a file -> a name that nobody can guess; what bears one is whole."""
+    async def keep(self, chunks, kind):
+        """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
+        OSError on a full disk, upstream_changed where it is larger than any `kind`."""
         part = self.kept / f"{secrets.token_urlsafe(24)}.part"
-        start = b""
+        start, size = b"", 0
+        if self.free_disk() < SPARE_DISK:
+            raise OSError(errno.ENOSPC, "the disk is full")
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
                     start = start or chunk[:16]
+                    size += len(chunk)
+                    if size > FILE_SIZES[kind]:
+                        raise changed(f"The file is larger than {FILE_SIZES[kind] >> 20} MB")
                     await asyncio.to_thread(file.write, chunk)
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
         finally:
             part.unlink(missing_ok=True)
+
+    def free_disk(self):
+        """Bytes that the disk of the data folder has free."""
+        return shutil.disk_usage(self.settings.data).free
 
     async def expire_forever(self):
         """Removes kept files older than `cache.timeout`."""
@@ -2173,7 +2578,12 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures -> their names. All or none."""
+        """Writes a job's input pictures -> their names. All or none. Raises queue_full."""
+        size = sum(map(len, images))
+        size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
+        if size > self.settings["limits.inputs_mb"] << 20:
+            message = "The pictures of open jobs fill limits.inputs_mb"
+            raise GatewayError("queue_full", message, retry_after=30)
         names = [f"{job_id}_{number}" for number in range(len(images))]
         try:
             for name, image in zip(names, images, strict=True):
@@ -2196,8 +2606,10 @@ class Media:
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             value = await self.wire.fetch_public(value, limit, param)
         elif isinstance(value, str):
+            if len(value) > limit * 1.4:  # base64 takes 4/3
+                raise too_large(limit, param)
             try:
-                value = decode_base64(value)
+                value = await asyncio.to_thread(decode_base64, value)
             except ValueError:
                 message = "This picture is neither a URL nor base64"
                 raise bad(message, param, "invalid_image") from None
@@ -2217,19 +2629,31 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "unknown": ("running", "settling", "completed", "failed"),
     "running": ("settling", "failed"),
     "settling": ("completed",),
+    "failed": ("settling",),  # of generation_timeout alone: Google was late
 }
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+
+
+LATE_SECONDS = 86400  # a clip that is late is asked for so long
+MISSES = 2  # answers in a row, a minute apart, that know no such upscale
 
 
 def unfinished(outputs):
     return [output for output in outputs if output.state == "pending"]
 
 
+def timed_out(job):
+    """The outputs that a failed job could still get."""
+    outputs = job.outputs if job.state == "failed" else ()
+    return [output for output in outputs if output.error.get("code") == "generation_timeout"]
+
+
 class Jobs:
     """Takes jobs from acceptance to their end, over restarts; alone sets their state."""
 
     RETRIES = 2  # of what costs nothing
+    MOST_REFUSED = 200  # requests without a job that are remembered
     LOOKS, FIRST_LOOK = 6, 2.0  # for a submit of unknown outcome; seconds before
     KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
@@ -2237,20 +2661,28 @@ class Jobs:
         self.settings, self.store = pool.settings, store
         self.pool, self.media = pool, media
         self.open = {}  # job id -> Job
+        self.late = {}  # the same, of those that ran out of time in the last day
+        self.refused = {}  # id -> a request that made no job, as one that has failed
+        self.absent = {}  # key -> when Flow had no such in a new project, either
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
         self._pauses = defaultdict(lambda: backoff(self.settings["flow.poll_interval"]))
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
+        for job in store.jobs(states=("failed",), limit=500):
+            if timed_out(job) and job.completed_at > now() - LATE_SECONDS:
+                self.late[job.id] = job
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
         Raises as Pool.able, or queue_full."""
-        self.pool.able(generation)
         kind = generation.plan.kind
-        if len(self.pool.queue) >= self.settings["limits.queue"]:
-            raise GatewayError("queue_full", "The queue is full", retry_after=30)
+        try:
+            await self.pool.expect_room(generation)
+        except GatewayError as err:
+            self._note_refused(generation, origin, err)
+            raise
         fields = {**vars(generation), "origin": origin, "detached": detached}
         images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
         job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
@@ -2260,12 +2692,32 @@ class Jobs:
         writing = self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
         try:
             await asyncio.shield(writing)
+        except StoreError:
+            self.media.drop_inputs(job.inputs)
+            raise
         except asyncio.CancelledError:  # the client left in this very moment
             await writing
             job.detached = detached and key.explicit  # else it never learnt the id
             await self.abandon(self._start(job))
             raise
         return self._start(job)
+
+    def _note_refused(self, generation, origin, err):
+        """For the owner: a request that made no job, as one that is not stored."""
+        job = Job(
+            id=f"{generation.plan.kind}_{secrets.token_hex(12)}",
+            state="failed",
+            created_at=now(),
+            completed_at=now(),
+            plan=generation.plan,
+            prompt=generation.prompt[:1000],
+            n=generation.n,
+            origin=origin,
+            error=err.record(),
+        )
+        self.refused[job.id] = job
+        if len(self.refused) > self.MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
 
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
@@ -2283,13 +2735,25 @@ class Jobs:
         return None
 
     async def get(self, job_id):
-        return self.open.get(job_id) or await asyncio.to_thread(self.store.job, job_id)
+        job = self.open.get(job_id) or self.refused.get(job_id)
+        return job or await asyncio.to_thread(self.store.job, job_id)
 
     async def page(self, **filters):
         """As Store.jobs, the open ones as they are in memory."""
         in_memory = self.open.copy()  # first: what ends meanwhile is newer in memory
         jobs = await asyncio.to_thread(self.store.jobs, **filters)
         return [in_memory.get(job.id, job) for job in jobs]
+
+    async def owners_page(self, limit, state="", token_id=None, model="", after=None):
+        """As page, the newest first, and with what was refused before it made a job."""
+        filters = {"token_id": token_id, "model": model, "after": after, "limit": limit}
+        jobs = await self.page(states=[state], **filters)
+        if state in ("", "failed") and not token_id:
+            refused = self.refused.values()
+            jobs += [job for job in refused if model in ("", job.plan.model)]
+        if after:
+            jobs = [job for job in jobs if job.place < after.place]
+        return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
 
     async def cancel(self, job):
         """Ends a queued job; raises conflict for what is under way, or has ended."""
@@ -2307,7 +2771,17 @@ class Jobs:
         for output in job.outputs:
             if path := self.media.path(output.file):
                 await asyncio.to_thread(path.unlink, missing_ok=True)
+        self.late.pop(job.id, None)
         await self.store.delete(("jobs", "id", job.id), ("outputs", "job_id", job.id))
+        self.refused.pop(job.id, None)
+
+    async def prune_forever(self):
+        """What ended `limits.jobs_days` ago goes, a few jobs at a time."""
+        while True:
+            if days := self.settings["limits.jobs_days"]:
+                with contextlib.suppress(StoreError):  # a full disk, which the log tells
+                    await self.store.prune(now() - days * 86400)
+            await asyncio.sleep(60)
 
     async def abandon(self, job):
         """Its client is gone: what was not sent is cancelled, any other job runs on."""
@@ -2320,7 +2794,7 @@ class Jobs:
     async def watch(self, job):
         """Yields at once, at each change and each HEARTBEAT seconds until the job is
         completed. Raises why it is not."""
-        while job.id in self.open and not job.task.done() and not self.stopping:
+        while job.id in self.open and not (job.ended or job.task.done() or self.stopping):
             changed = job.changed
             yield
             await self._wait(changed, HEARTBEAT)
@@ -2329,8 +2803,10 @@ class Jobs:
         if job.state == "queued":
             raise GatewayError("shutting_down", f"Flow2API stops; {job.id} was not sent")
         if job.state != "completed":
-            message = f"{job.id} was sent and goes on at the next start"
-            raise GatewayError("interrupted", f"{message}: see /v1/videos/{job.id}")
+            fate = f"goes on at the next start: see /v1/videos/{job.id}"
+            if self.settings.demo:
+                fate = "is lost: the demo keeps nothing"
+            raise GatewayError("interrupted", f"{job.id} was sent and {fate}")
 
     async def _wait(self, event, seconds):
         with contextlib.suppress(TimeoutError):
@@ -2369,7 +2845,8 @@ class Jobs:
     async def fetch(self, job, output, thumbnail=False, **headers):
         """A GET of a file. Raises content_not_found, upstream_unreachable, as link."""
         token, reason = self.token_of(job), "no address"
-        options = {"proxy": token.proxy_url if token else "", "timeout": FILE_TIMEOUT}
+        proxy = token.proxy_url if token else ""
+        options = {"proxy": proxy, "timeout": FILE_TIMEOUT, "public": True}
         options["headers"] = {**headers, "Accept-Encoding": "identity"}
         for anew in (False, True):  # an address that has died is asked for anew
             if url := await self.link(job, output, anew, thumbnail):
@@ -2415,13 +2892,22 @@ class Jobs:
         return job
 
     async def _run(self, job):
+        """To its end: what fails in a way that nobody foresaw is done again, ever later."""
         try:
-            await self._advance(job)
-        except GatewayError as err:
-            await self._step(job, "failed", error=err.record(), completed_at=now())
-        except Exception:
-            log.critical("%s stands still until the next start", job.id, exc_info=True)
-        finally:  # on a full disk, too, which refuses the last step
+            for pause in backoff():
+                try:
+                    return await self._advance(job)
+                except GatewayError as err:
+                    fields = {"error": err.record(), "completed_at": now()}
+                    return await self._step(job, "failed", **fields)
+                except Exception:
+                    log.exception("%s: %s failed; again in %d s", job.id, job.state, pause)
+                    if job.state == "submitting":  # it may have been sent
+                        await self._step(job, "unknown")
+                    if job.state == "queued":
+                        self.pool.release(job)
+                    await asyncio.sleep(pause)
+        finally:
             self.pool.release(job)
             self._tell(job)
 
@@ -2431,19 +2917,29 @@ class Jobs:
             await self._submit(job)
         if job.state == "unknown":
             await self._look_for(job)
+        if job.state == "failed":  # Google has finished it after its deadline
+            await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
-            await self._await(job, job.outputs, job.deadline)
+            await self._await(job, job.outputs)
+            if token := self.token_of(job):
+                token.count("error", sum(out.state == "failed" for out in job.outputs))
+                await self.store.put(token)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
-            await asyncio.gather(*(self._settle(job, output) for output in job.outputs))
+            try:
+                async with self._time_left(job):
+                    settling = [self._settle(job, output) for output in job.outputs]
+                    await asyncio.gather(*settling)
+            except TimeoutError:
+                job.notes.append("generation.image_timeout is over: this is the original")
         await self._complete(job)
 
     async def _complete(self, job):
         """Its outputs and the counters of its account go to disk with it."""
         if token := self.token_of(job):
-            token.update(failures=0, paused_for=None)
+            token.trust(job.plan)
             token.count(job.plan.kind, len(job.done()))
         await self._step(job, "completed", *job.outputs, token, completed_at=now())
         self._learn(job)
@@ -2453,13 +2949,33 @@ class Jobs:
         if state not in STEPS.get(job.state, ()):
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
-        await self.store.put(job, *filter(None, records))
+        await self._save(job, *filter(None, records))
         if job.ended:
             self.open.pop(job.id, None)
+            if timed_out(job):
+                self.late[job.id] = job
             self.pool.release(job)
             self.media.drop_inputs(job.inputs)
-            log.info("%s %s %s", job.id, job.state, job.error.get("message", ""))
+            token = self.token_of(job) or Token()
+            about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
+            message = job.error.get("message", "")
+            form = "%s %s: %s %s %d s %d credits %s"
+            log.info(form, job.id, job.state, *about, message)
         self._tell(job)
+
+    async def _save(self, *records):
+        """Returns when they are on the disk; until a full one has room again, it waits."""
+        for pause in backoff(0.5):
+            try:
+                await self.store.put(*records)
+                break
+            except StoreError:
+                if self.stopping:
+                    raise
+                for job in records:
+                    if isinstance(job, Job):
+                        self._tell(job, "Waiting for room on the disk")
+                await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -2471,8 +2987,10 @@ class Jobs:
         self.durations[job.plan.pace].append(job.completed_at - job.submitted_at)
 
     async def _submit(self, job):
-        """Until an account takes it, or may have. What raises has spent nothing."""
-        tried, refusal, pauses = set(), None, backoff(times=self.RETRIES)
+        """Until an account takes it, or may have. What raises has spent nothing. What is
+        refused everywhere speaks against the job: two accounts at most step back."""
+        tried, blamed = set(), set()
+        refusal, pauses = None, backoff(times=self.RETRIES)
         while True:
             token = await self._lease(job, tried, refusal)
             try:
@@ -2482,13 +3000,10 @@ class Jobs:
             if refusal.effect is Effect.UNKNOWN:
                 log.warning("%s: %s; looking for it at Google", job.id, refusal)
                 return await self._step(job, "unknown")
-            gives_up = refusal.code != "account_busy" or token.busy[job.plan.kind] < 2
             self.pool.release(job)
-            if job.state == "submitting":
-                await self._step(job, "queued", submitted_at=0.0)
+            await self._take_back(job)
             if refusal.effect in BLAMED:
-                self.pool.blame(token, refusal)
-                if gives_up:  # else it waits for the account's other jobs
+                if not self._step_back(job, token, refusal, blamed):
                     tried.add(token.id)
             elif refusal.effect is Effect.RETRY and (pause := next(pauses, None)):
                 self._tell(job, f"{refusal}; trying again")
@@ -2496,6 +3011,19 @@ class Jobs:
                 await asyncio.sleep(pause)
             else:
                 raise refusal
+
+    def _step_back(self, job, token, refusal, blamed):
+        """-> whether the job waits for the account, which is just busy with others."""
+        blamed.add(token.id)
+        if len(blamed) > 2:
+            return False
+        self.pool.blame(token, refusal, job.plan)
+        return refusal.code == "account_busy" and token.busy[job.plan.kind] > 0
+
+    async def _take_back(self, job):
+        """It was refused: nothing was spent."""
+        if job.state == "submitting":
+            await self._step(job, "queued", submitted_at=0.0)
 
     async def _lease(self, job, tried, refusal):
         self._tell(job, "Waiting for an account")
@@ -2508,17 +3036,57 @@ class Jobs:
             raise refusal or err from None  # what the last account said says more
 
     async def _submit_on(self, job, token):
+        """Where the account's project is gone at Flow, once more in a new one."""
+        gone, key, reply = "", job.plan.template, None
+        while not reply:
+            try:
+                reply = await self._send(job, token, gone)
+            except GatewayError as err:
+                if err.code != "model_unavailable" or job.source:
+                    raise
+                lately = now() - self.absent.get(key, 0) < 3600
+                if gone:
+                    self.absent[key] = now()
+                if gone or lately:
+                    raise
+                gone = job.project
+                log.warning("%s: is project %s gone? %s", job.id, gone, err)
+                await self._take_back(job)
+        await self._accepted(job, reply)
+        if reply.credits is None and job.plan.cost(token.tier):
+            await self.pool.ask(token, now())  # Google leaves a balance of zero out
+
+    async def _send(self, job, token, gone=""):
+        """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
+        upstream = self.pool.adapter_for(token)
+        try:
+            async with self._time_left(job):
+                own = job.source.get("project")
+                job.project = own or await upstream.project(token, gone)
+                media = await self._upload(job, token)
+                token.update(last_used_at=now(), use_count=token.use_count + 1)
+                job.update(token_id=token.id, batch=str(uuid.uuid4()))
+                await self._step(job, "submitting", token, submitted_at=now())
+                self._tell(job, "Sent to Flow")
+                return await upstream.submit(token, job, media)
+        except TimeoutError:
+            code = "submit_unknown" if job.state == "submitting" else "generation_timeout"
+            message = "There was no picture by generation.image_timeout"
+            raise GatewayError(code, message) from None
+
+    async def _upload(self, job, token):
+        """-> the names that its input pictures have at Google."""
         upstream, media = self.pool.adapter_for(token), []
-        project = job.source.get("project") or await upstream.project(token)
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
-            media.append(await upstream.upload(token, project, data, sniff(data)[0]))
-        token.update(last_used_at=now(), use_count=token.use_count + 1)
-        job.update(token_id=token.id, project=project, batch=str(uuid.uuid4()))
-        await self._step(job, "submitting", token, submitted_at=now())
-        self._tell(job, "Sent to Flow")
-        await self._accepted(job, await upstream.submit(token, job, media))
+            media.append(await upstream.upload(token, job.project, data, sniff(data)[0]))
+        return media
+
+    def _time_left(self, job):
+        """A picture ends by its deadline, whatever Google does; not so a paid clip."""
+        left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
+        return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
@@ -2532,11 +3100,16 @@ class Jobs:
         token = self.token_of(job)
         done = job.done()
         if not done or unfinished(job.outputs):
-            job.deadline = self._deadline(job.plan.kind)
+            self._give_time(job)
             await self._step(job, "running", *job.outputs, token)
         elif job.plan.upscale or not all(map(self._at_hand, done)):
             await self._step(job, "settling", *job.outputs, token)
         self.media.drop_inputs(job.inputs)
+
+    def _give_time(self, job):
+        """A clip's time is counted from the submit."""
+        if job.plan.kind == "video":
+            job.deadline = self._deadline("video")
 
     def _at_hand(self, output):
         return output.file or (output.url and not self.settings["cache.enabled"])
@@ -2548,16 +3121,22 @@ class Jobs:
         """A submit whose answer was lost is not sent again: Google is asked for it."""
         token, statuses, looks = self.token_of(job), [], 0
         pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
+        if job.plan.kind == "image":
+            until = job.deadline
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             self._tell(job, "The answer of Flow was lost; looking for what it has made")
-            await asyncio.sleep(next(pauses))
             try:
-                statuses = await self.pool.adapter_for(token).find(token, job) or statuses
-                looks += 1
-            except GatewayError as err:
+                async with self._time_left(job):
+                    await asyncio.sleep(next(pauses))
+                    upstream = self.pool.adapter_for(token)
+                    statuses = await upstream.find(token, job) or statuses
+                    looks += 1
+            except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
         if not statuses:
-            message = f"No reply; credits may be spent: see project {job.project} at Flow"
+            spends = any(job.plan.costs)
+            risk = "credits may be spent" if spends else "it may have been made"
+            message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
 
@@ -2566,45 +3145,68 @@ class Jobs:
         polls = {}  # token id -> task: a slow account holds up no other
         while True:
             await asyncio.sleep(self.settings["flow.poll_interval"])
-            pending = defaultdict(dict)  # token id -> {output: its job}
-            for job in self.open.values():
-                pending[job.token_id] |= dict.fromkeys(unfinished(job.outputs), job)
+            pending = self._pending()
             for token in self.pool.tokens.values():
                 poll, outputs = polls.get(token.id), pending[token.id]
                 if outputs and (not poll or poll.done()):
                     polls[token.id] = asyncio.create_task(self._poll(token, outputs))
 
+    def _pending(self):
+        """token id -> {output to ask for: its job}; what is late ever more rarely."""
+        pending = defaultdict(dict)
+        for job in self.open.values():
+            pending[job.token_id].update(dict.fromkeys(unfinished(job.outputs), job))
+        for job in list(self.late.values()):
+            age = now() - job.completed_at
+            if age > LATE_SECONDS:
+                del self.late[job.id]
+            elif now() >= job.look_at:
+                job.look_at = now() + min(max(age, 60), 3600)
+                pending[job.token_id].update(dict.fromkeys(timed_out(job), job))
+        return pending
+
     async def _poll(self, token, outputs):
-        """A call that fails says nothing of the clips; it comes again, ever later."""
+        """A call that fails says nothing of the clips; it comes again, ever later. The time
+        until then is not theirs: an outage fails none of them."""
+        start = now() - self.settings["flow.poll_interval"]
         try:
             reply = await self.pool.adapter_for(token).poll(token, list(outputs))
-        except GatewayError as err:
-            log.warning("status call for %s: %s", token.email, err)
-            if err.effect is Effect.SESSION and token.is_active:
+            if reply.credits is not None:
+                token.credits = reply.credits
+                self.pool.wake()
+            await self._hear(reply.statuses, outputs)
+            self._pauses.pop(token.id, None)
+        except Exception as err:
+            odd = not isinstance(err, GatewayError | StoreError)
+            log.warning("status call for %s: %s", token.email, err, exc_info=odd)
+            if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
                 self.pool.blame(token, err)
             await asyncio.sleep(next(self._pauses[token.id]))
-            return
-        self._pauses.pop(token.id, None)
-        if reply.credits is not None:
-            await self.pool.update(token, credits=reply.credits)
-        await self._hear(reply.statuses, outputs)
+            for job in set(outputs.values()):
+                job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
         """Notes an answer to a status call; the jobs that it moves hear when it is on disk."""
         told = {status.name: status for status in statuses}
-        limit = self.settings["flow.max_poll_attempts"]
         moved = []
-        for output in outputs:
-            if status := told.get(output.name):
-                output.answers += 1
+        for output, job in outputs.items():
+            status = told.get(output.name)
+            if not status or (job.ended and status.state != "done"):
+                continue
+            output.heard_at = now()
+            output.answers += 1
+            output.missing = output.missing + 1 if status.state == "missing" else 0
+            if not output.missing:
                 await self._note(output, status)
-                if output.state != "pending" or output.answers >= limit:
-                    moved.append(output)
+            if output.missing or output.state != "pending" or self._is_late(job, output):
+                moved.append(output)
         try:
             if moved:
                 await self.store.put(*moved)
         finally:  # on a full disk, too: nobody else would wake the jobs
             for job in {outputs[output] for output in moved}:
+                if self.late.pop(job.id, None):
+                    self._start(job)
                 self._tell(job, job.stage)
 
     async def _note(self, output, status):
@@ -2614,26 +3216,38 @@ class Jobs:
             output.update(url=link.url, url_expires=link.expires)
         if status.data:
             with contextlib.suppress(OSError):  # a full disk: Google still has it
-                output.file = await self.media.keep(one_piece(status.data))
+                output.file = await self.media.keep(one_piece(status.data), "image")
         output.media = status.media or output.media
         output.error = status.error.record() if status.error else {}
         output.state = status.state
 
-    async def _await(self, job, outputs, deadline):
-        """Until Google has said its last word on them, or the deadline fails them."""
+    async def _await(self, job, outputs):
+        """Until Google has said its last word on them, or the deadline fails them; or does
+        not know an upscale."""
         while pending := unfinished(outputs):
-            changed, limit = job.changed, self.settings["flow.max_poll_attempts"]
-            late = [out for out in pending if now() >= deadline or out.answers >= limit]
+            changed = job.changed
+            if any(out.upscale == Upscale.RUNNING and out.missing >= MISSES for out in pending):
+                return
+            late = [output for output in pending if self._is_late(job, output)]
             for output in late:
                 message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {limit} answers (flow.max_poll_attempts); it may still appear"
-                message += f" in project {output.project} as {output.media or output.name}"
+                message += f" {output.answers} answers (flow.max_poll_attempts); it may still"
+                message += f" appear here, or in project {output.project} at Flow"
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
-                await self.store.put(*late)
+                await self._save(*late)
             else:
-                await self._wait(changed, max(0.01, deadline - now()))
+                rest = job.deadline - now()
+                await self._wait(changed, rest if rest > 0 else HEARTBEAT)
+
+    def _is_late(self, job, output):
+        """Only what Google says after the deadline makes a clip late. A picture, or a clip
+        that nobody can ask for, is late by the clock, and so is any after a day."""
+        asked = job.plan.kind == "video" and self.token_of(job)
+        by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
+        moment = now() if by_clock else output.heard_at
+        return moment >= job.deadline or output.answers >= self.settings["flow.max_poll_attempts"]
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
@@ -2642,18 +3256,18 @@ class Jobs:
         token = self.token_of(job)
         if token and job.plan.upscale and output.upscale != Upscale.ENDED:
             await self._upscale(job, token, output)
-            await self.store.put(job, output)  # what failed is not waited for again
+            await self._save(job, output)  # what failed is not waited for again
         try:
             if not self.media.path(output.file):
                 await self._patiently(self._keep, job, output)
-        except (GatewayError, OSError) as err:
+        except (GatewayError, OSError, StoreError) as err:
             job.notes.append(f"The file can't be fetched now ({err}); it's kept at Flow.")
 
     async def _keep(self, job, output):
         if self.settings["cache.enabled"]:
             self._tell(job, "Fetching the file")
             async with self.fetch(job, output) as reply:
-                output.file = await self.media.keep(chunks(reply))
+                output.file = await self.media.keep(chunks(reply), job.plan.kind)
         else:
             await self.link(job, output)
 
@@ -2662,20 +3276,30 @@ class Jobs:
         size = job.plan.upscale
         self._tell(job, f"Upscaling to {size}")
         try:
-            status = await self._ask_to_upscale(job, token, output)
-            output.update(name=status.name, url="", url_expires=0.0, file="", answers=0)
-            output.upscale = Upscale.RUNNING
-            await self._note(output, status)
-            if status.data and not output.file:
-                raise GatewayError("internal_error", "the disk is full")
-            await self.store.put(output)
-            await self._await(job, [output], self._deadline("video"))
+            if not await self._upscaled(job, token, output):
+                output.update(**output.original, state="done", upscale=Upscale.NONE)
+                if not await self._upscaled(job, token, output):
+                    raise GatewayError("upstream_error", "Google has never heard of it")
             if output.state == "failed":
                 raise GatewayError(**output.error)
         except GatewayError as err:
             output.update(**output.original, state="done", error={})
             job.notes.append(f"Upscaling to {size} failed, this is the original: {err}")
         output.upscale = Upscale.ENDED
+
+    async def _upscaled(self, job, token, output):
+        """Asks for the larger form, and waits for it -> False where Google knows nothing of
+        it: then the request was lost."""
+        status = await self._ask_to_upscale(job, token, output)
+        output.update(name=status.name, url="", url_expires=0.0, file="", answers=0, missing=0)
+        output.upscale = Upscale.RUNNING
+        await self._note(output, status)
+        if status.data and not output.file:
+            raise GatewayError("disk_full", "the disk is full")
+        await self._save(output)
+        job.deadline = self._deadline("video")
+        await self._await(job, [output])
+        return output.state != "pending"
 
     async def _ask_to_upscale(self, job, token, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
@@ -2685,7 +3309,7 @@ class Jobs:
         if job.plan.kind == "video" and output.upscale == Upscale.ASKED:
             return upstream.upscaled(output)
         output.update(original=output.handle(), upscale=Upscale.ASKED)
-        await self.store.put(output)
+        await self._save(output)
         return await self._patiently(upstream.upscale, token, job, output)
 
     async def _patiently(self, call, *arguments):
@@ -2703,15 +3327,227 @@ class Jobs:
 
 
 # ---- 10. Reading requests --------------------------------------------------------------
-# Prompts that chat clients send on their own: where, pattern, answer; %s is a title.
-SIDE_PROMPTS = (
-    ("user", r"^### Task:[\s\S]*follow[_ -]?ups?[\s\S]*<chat_history>", '{"follow_ups": []}'),
-    ("user", r"^### Task:[\s\S]*\btags?\b[\s\S]*<chat_history>", '{"tags": []}'),
-    ("user", r"^### Task:[\s\S]*\btitle\b[\s\S]*<chat_history>", '{"title": "%s"}'),
-    ("user", r"^### Task:[\s\S]*<chat_history>", "%s"),
-    ("user", r"four to five word title|Summarize the discussion briefly in 200 words", "%s"),
-    ("user", r"[Bb]ased on the chat history, give this conversation a name", "%s"),
-    ("system", r"professional conversation summarizer|user's conversation into a title", "%s"),
+NO_TEXT = "Nothing was made: this model makes pictures and clips, no text."
+NO_PROMPT = "Nothing was made: end with a message of the user, and allow over 32 tokens."
+# new-api, Dify and others test a connection with a greeting, again and again. A person
+# who writes no more than that reads what to do: a clip of it would be money for nothing.
+GREETING = "This works. Say what to make, for example: a paper boat on a lake."
+# Prompts that chat clients send on their own; each would be a paid clip. A block begins
+# with whose they are, where they stand (the user's last message, the system message,
+# either, or the system message of a request with tools) and the answer (%s: a title). A
+# prompt, after a |, is known by texts that are all in it: lower case, in one line, ^ at the
+# start of the message, $ at its end. Nothing that describes a scene may match.
+SIDE_PROMPTS = f"""\
+NextChat; user; %s
+| four to five word title & our conversation
+| title (at most 6 words) summarizing our conversation
+| 返回这句话的简要主题 | 返回這句話的簡要主題
+| この文の簡潔なテーマ | この文章の簡潔な主題
+| 이 문장의 간략한 주제
+| fünfwörtigen titel & unser gespräch | kurzes thema in vier bis fünf wörtern
+| titre de quatre à cinq mots & notre conversation
+| le sujet succinct de cette phrase
+| título de cuatro a cinco palabras & nuestra conversación | un tema breve de esta frase
+| título de quatro a cinco palavras & nossa conversa
+| titolo di quattro o cinque parole & nostra conversazione
+| il tema di questa frase in modo conciso
+| заголовок из четырех & пяти слов & наш | краткую тему этого сообщения
+| konuşmamızı özetleyen & başlık | bu cümlenin & kısa başlığını
+| tiêu đề từ bốn đến năm từ & cuộc trò chuyện | chủ đề tóm tắt của câu này
+| أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة
+| এই বাক্যের সংক্ষিপ্ত থিম
+| stručné téma této věty | titul shrnující naši konverzaci
+| päťslovný titul & našu konverzáciu
+| empat hingga lima kata & percakapan kita | ringkasan topik kalimat ini
+| fire til fem ord & oppsummering av temaet
+| kort overskrift med 4-5 ord om emnet
+
+NextChat; either; %s
+| summarize the discussion briefly in
+| to summarise the conversation in at most 200 words
+| 用作后续的上下文提示 | 用作後續的上下文提示
+| 後続のコンテキストプロンプト
+| 후속 컨텍스트 프롬프트
+| als kontextaufforderung für | fassen sie unsere diskussion kurz in 200
+| prompt de contexte ultérieur | comme prompt de contexte futur
+| como un prompt de contexto | resuma nuestra discusión & 200 caracteres
+| resuma a discussão brevemente em 200
+| come prompt di contesto
+| последующего контекстного запроса | нашу дискуссию в 200
+| sonraki bağlam ipucu | gợi ý ngữ cảnh cho các lần sau
+| كإشارة سياقية لاحقة | পরবর্তী কনটেক্সট প্রম্পট
+| jako kontextový prompt | zhrňte diskusiu na menej ako 200
+| sebagai prompt konteks selanjutnya
+| som en kontekstuell prompt | kort resumé (under 200 ord) af vores samtale
+
+Chatbox; either; %s
+| ^based on the chat history & conversation a name
+| name the conversation based on the chat records
+
+LobeChat; either; %s
+| professional conversation summarizer
+| 擅长会话的助理 & 标题 | 请总结上述对话为 & 标题
+| 擅长会话标签总结的助理 | 擅长起名的起名大师 | 擅长技能总结的助理
+| 从 chunk 中提取摘要的助理 | 你需要根据用户提供的 & 总结出一个标题
+| summarize a title based on the ai & prompt provided by the user
+| extracting key takeaways from conversations | conversation context compressor
+| rephrase the follow up question to be a standalone question
+| ^summarize the conversation for future reference
+
+LobeChat; system; {NO_TEXT}
+| professional translator & translate the input text | 擅长翻译的助理
+| what the user will type next
+
+LobeChat; system; 🎬
+| emoji expert who selects | 匹配一个合适的 emoji
+
+LobeChat; system; en-US
+| 语言专家 & locale | identify the language & locale
+
+LobeChat; either; []
+| quick-reply suggestions from the last assistant message
+| follow-up questions that a user might want to ask next
+
+Cherry Studio; either; %s
+| conversation into a title & ignoring instructions
+| conversation into a title within & words
+| 总结给出的会话 & 标题
+
+Cherry Studio; system; %s
+| 會話 & 標題 & 10 | 会話 & タイトル & 10 | 대화 & 제목 & 10 | бесед & заголов & 10
+| диалог & заголов & 10 | gespräch & titel & 10 | unterhaltung & titel & 10
+| conversation & titre & 10 | conversa & título & 10 | conversazione & titolo & 10
+
+Cherry Studio; either; <question>not_needed</question>
+| you are an ai question rephraser
+
+Cherry Studio; either; {NO_TEXT}
+| translate text enclosed with <translate_input> | ^you are a translation expert
+
+Cherry Studio; either; unknown
+| identify the language used in the user's input text
+
+LibreChat; either; %s
+| ^provide a concise, 5-word-or-less title for
+| 5-word-or-less title for the conversation, using
+| ^analyze this conversation and provide & detected language
+| extremely concise title for this conversation
+| concise title for this conversation in the given language
+| concise title & for a conversation that starts with
+| tools you can use to generate the conversation title
+| progressively summarize the lines of conversation
+| summarize the conversation by integrating new lines
+
+Open WebUI; user; {{"follow_ups": []}}
+| ^### task: & follow-up questions & <chat_history>
+| ^### & "follow_ups": & <chat_history>
+
+Open WebUI; user; {{"tags": []}}
+| ^### task: & broad tags & <chat_history> | ^### & "tags": & <chat_history>
+
+Open WebUI; user; {{"queries": []}}
+| ^### task: & generating search queries & <chat_history>
+| ^### & "queries": & <chat_history>
+
+Open WebUI; user; {{"text": ""}}
+| ^### task: & autocompletion system
+
+Open WebUI; user; {{"prompt": "%s"}}
+| ^### task: & image generation task & <chat_history>
+
+Open WebUI; user; {{"title": "%s"}}
+| ^### & title & <chat_history>
+
+Open WebUI; user; %s
+| ^### & <chat_history>
+| ^here is the query: & 3-5 word | ^create a concise, 3-5 word & query
+| ^create a concise, 3-5 word & chat history
+| set of responses from various models to the latest user query
+
+Open WebUI; user; 🎬
+| the speaker's likely facial expression & emoji
+
+Open WebUI; either; {{"tool_calls": []}}
+| available tools: & choose and return the correct tool
+
+SillyTavern; either; %s
+| ^ignore previous instructions. summarize | ^[pause your roleplay
+| ^ignore previous instructions and provide a detailed description
+| ^ignore previous instructions and provide only the last
+| classify the emotion of the last message
+| ^in the next response i want you to provide only
+| ^[write your next reply from the point of view of | ^[write the next reply only as
+
+RikkaHub or Kelivo; either; %s
+| ^i will give you some dialogue content in the `<content>`
+| ^i will give you & messages & summar | conversation compression assistant
+
+RikkaHub or Kelivo; either; {NO_TEXT}
+| ^i will provide you with some chat content in the `<content>`
+| act as the **user** to reply to the assistant | ^you are an ocr assistant
+
+HF chat-ui; either; %s
+| chat thread titling assistant | ^you are a summarization ai
+
+big-AGI; either; %s
+| ai conversation titles assistant | extract a concise chat title
+| skilled in creating diagrams & analyze the conversation
+| skilled in creating user interfaces & analyze the conversation
+
+Dify; either; {{"Language Type": "", "Your Reasoning": "", "Your Output": "%s"}}
+| generate a concise chat title by decomposing
+| you need to decompose the user & intention
+
+Dify; either; []
+| most likely questions that human would ask
+
+LiteLLM; user; {GREETING}
+| ^test from litellm
+
+one-api; user; {GREETING}
+| ^output only your specific model name
+
+a connection test (new-api, Dify, …); user; {GREETING}
+| ^hi$ | ^hi there$ | ^hello$ | ^hello there$ | ^hey$ | ^ping$ | ^test$ | ^testing$
+| ^say hi$ | ^say hello$ | ^say ok$ | ^reply with ok$ | ^say this is a test$ | ^1+1=$
+| ^who are you$ | ^what model are you$ | ^你是谁$ | ^你好$ | ^您好$ | ^测试$ | ^hola$
+| ^hallo$ | ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
+
+a chat client; system; %s
+| generate & title for & conversation | create & title for & conversation
+| short title & conversation & words | concise title & conversation & words
+| short title & based on the first message | short title & user's message
+| title for this conversation | conversation title generator | you are a title generator
+| expert in crafting & titles | titles for conversations | conversation titles
+| 总结 & 对话 & 标题 & 字 | 生成 & 对话 & 标题 & 字以内
+
+a chat client; user; %s
+| ^generate a & title for this conversation | ^generate a & title for this chat
+| ^create a & title for this conversation | ^create a & title for this chat
+| ^write a & title for this conversation | ^please generate a & title for & conversation
+| ^what would be a short and relevant title for this chat
+| ^generate a title in less than & words for the following
+| ^summarize in a 10-word title | ^summarize & conversation & title
+| ^summarize the & conversation & words or less | ^summarize our conversation
+| ^summarize the above conversation | ^please summarize the above conversation
+| ^summarize the conversation so far | ^create a detailed summary of the conversation
+| ^请为 & 对话 & 标题 & 字 | ^请根据 & 对话 & 标题 & 字 | ^根据 & 对话 & 标题 & 字
+| ^请总结 & 对话 | ^总结 & 对话 & 标题
+
+a chat client; user; []
+| ^suggest & follow-up questions & conversation
+| ^generate & follow-up questions & conversation
+
+a choice of tools; tools; {NO_TEXT}
+| choose the & tool | choose a & tool | choose one & tool | choose which & tool
+| select the & tool | select a & tool | select one & tool | select which & tool
+| pick the & tool | pick a & tool | pick one & tool | which tool | 选择 & 工具"""
+TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
+LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
+# The user's first words, as such prompts quote them.
+QUOTED = re.compile(
+    r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
+    r'(\w[^\x00-\x1f<"\\]{0,50})'
 )
 # Words of a wish to change the picture before, a language after the other.
 EDIT_WORDS = re.compile(
@@ -2773,19 +3609,58 @@ CARRIED_FILE = re.compile(
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
-FORM_ERRORS = (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError)
+MAX_PARTS = 1000  # fields of a form
+MAX_PROMPT = 20_000
+BODY_STALL = 30.0  # seconds without a byte that end a request
 
 
-async def read_json(request):
-    """The JSON object in a request. Raises invalid_request."""
-    try:
-        raw = await request.read()
-        body = await asyncio.to_thread(json.loads, raw)  # the loop gets a turn
-        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half a surrogate pair is no text
-            text = json.dumps(body, ensure_ascii=False).encode(errors="replace")
-            body = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise bad(f"The body is not JSON: {str(err)[:120]}") from None
+class Bodies:
+    """Reads request bodies: counted as they come, each alone and all together, and given
+    back when they have been read."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.size = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request, most):
+        """The raw body, of at most so many bytes. Raises request_too_large, queue_full,
+        request_timeout, invalid_request."""
+        data = bytearray()
+        try:
+            while chunk := await self._next(request):
+                data += chunk
+                self.size += len(chunk)
+                if len(data) > most:
+                    raise web.HTTPRequestEntityTooLarge(most, len(data))
+                if self.size > self.settings["limits.bodies_mb"] << 20:
+                    message = "Too many large requests at once"
+                    raise GatewayError("queue_full", message, retry_after=10)
+            yield data
+        finally:
+            self.size -= len(data)
+
+    async def _next(self, request):
+        try:
+            async with asyncio.timeout(BODY_STALL):
+                return await request.content.readany()
+        except TimeoutError:
+            message = f"No byte of the body came for {BODY_STALL:g} s"
+            raise GatewayError("request_timeout", message) from None
+        except (aiohttp.ClientPayloadError, HttpProcessingError) as err:
+            raise bad(f"The body can't be read: {type(err).__name__}") from None
+
+
+BODIES = AppKey("bodies", Bodies)
+
+
+async def read_json(request, most=0):
+    """The JSON object in a request. Raises invalid_request, and as Bodies.read."""
+    async with request.app[BODIES].read(request, most or request.client_max_size) as raw:
+        try:
+            body = await asyncio.to_thread(parse_json, raw)
+        except ValueError as err:
+            raise bad(f"The body is not JSON: {str(err)[:120]}") from None
     if not isinstance(body, dict):
         raise bad("The body must be a JSON object")
     return body
@@ -2794,25 +3669,64 @@ async def read_json(request):
 async def read_body(request):
     """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]`
     make a list, `name[key]` an object; files are bytes; what is empty is absent."""
-    is_form = request.content_type.startswith("multipart/")
-    if request.content_type == "application/x-www-form-urlencoded":
-        is_form = not (await request.read()).startswith(b"{")  # curl -d without a header
-    if not is_form:
+    kind = request.content_type
+    if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
         return await read_json(request)
-    try:
-        form = await request.post()
-    except FORM_ERRORS as err:
-        raise bad(f"The form can't be read: {str(err)[:120]}") from None
+    async with request.app[BODIES].read(request, request.client_max_size) as raw:
+        if kind.startswith("application/") and raw.startswith(b"{"):  # curl -d, no header
+            parse = parse_json
+        else:
+            parse = functools.partial(parse_form, request.headers["Content-Type"])
+        try:
+            return await asyncio.to_thread(parse, raw)
+        except ValueError as err:
+            raise bad(f"The form can't be read: {str(err)[:120]}") from None
+
+
+def parse_form(content_type, raw):
+    """Raises ValueError; unsupported_encoding."""
     fields = defaultdict(list)
-    for name, value in form.items():
-        if isinstance(value, web.FileField):
-            value = await asyncio.to_thread(value.file.read)
-        elif isinstance(value, bytearray):  # it had no file name
-            value = bytes(value)
+    if content_type.startswith("application/"):
+        if len(raw) > MAX_TEXT:
+            raise ValueError("send large files as multipart/form-data")
+        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS)
+    else:
+        pairs = parse_multipart(content_type, raw)
+    for name, value in pairs:
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
         if value:
             fields[name].append({key: value} if key and not key.isdigit() else value)
     return {name: join_values(values) for name, values in fields.items()}
+
+
+def parse_multipart(content_type, raw):
+    """Yields (name, text or bytes) of multipart/form-data (RFC 7578)."""
+    boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
+    if not boundary:
+        raise ValueError("its Content-Type names no boundary")
+    parts = (b"\r\n" + raw).split(b"\r\n--" + boundary.encode(), MAX_PARTS + 1)
+    if len(parts) < 2 or not parts[-1].startswith(b"--"):
+        raise ValueError("its end is missing, or it has too many parts")
+    for part in parts[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        if len(head) > 9999:
+            raise ValueError("a part has a huge head")
+        yield read_part(email.message_from_bytes(head.strip()), data)
+
+
+def read_part(headers, data):
+    """-> the name of a form's part, and its text, or its bytes."""
+    name = headers.get_param("name", header="Content-Disposition")
+    if not isinstance(name, str):
+        raise ValueError("a part has no name")
+    coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
+    if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
+        raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+    if headers.get_filename() is None and kind not in ("image", "video", "audio"):
+        with contextlib.suppress(UnicodeDecodeError):
+            data = data.decode()
+    return name, data
 
 
 def join_values(values):
@@ -2933,6 +3847,13 @@ def read_prompt(body):
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise bad("prompt is missing: say in it what to make", "prompt")
+    return check_prompt(prompt, "prompt")
+
+
+def check_prompt(prompt, param):
+    if len(prompt) > MAX_PROMPT:
+        message = f"A prompt may have {MAX_PROMPT:,} characters; this has {len(prompt):,}"
+        raise bad(message, param)
     return prompt
 
 
@@ -3223,6 +4144,7 @@ async def read_chat_generation(chat, media, own_picture=None):
         wish = dataclasses.replace(wish, links=links)
     if settings["chat.use_system_prompt"] and chat.system:
         prompt = f"{chat.system}\n\n{prompt}"
+    check_prompt(prompt, "messages")
     return await wish.generation(media, plan, prompt, "messages", told)
 
 
@@ -3244,14 +4166,70 @@ async def continued_picture(chat, media, own_picture):
 
 
 def side_answer(chat):
-    """The answer to a client's own prompt (title, tags, …); "" for a real one."""
-    prompt = chat.last.text[:8000]  # the patterns would take long on a long one
-    quoted = re.search(r"\buser\W+(\w.{0,50})", prompt, re.IGNORECASE)
-    title = re.sub(r'["\\\s]+', " ", quoted[1]).strip() if quoted else "Flow"
-    for where, pattern, answer in SIDE_PROMPTS:
-        if re.search(pattern, prompt if where == "user" else chat.system):
-            return answer.replace("%s", title)
-    return ""
+    """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
+    """
+    client, answer = own_prompt(chat)
+    title = chat_title(chat)
+    limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
+    limit = dig(chat.body, "max_tokens", kind=int, default=limit)
+    if "json" in dig(chat.body, "response_format", "type", kind=str):
+        client = client or "a client that wants JSON"
+        schema = dig(chat.body, "response_format", "json_schema", "schema")
+        if schema or not answer.startswith("{"):
+            answer = json.dumps(json_instance(schema or TITLE_SCHEMA, title))
+    elif not client and (chat.turns[-1].role != "user" or 0 < limit <= 32):
+        return "a client that asks for nothing new", NO_PROMPT
+    return client, answer.replace("%s", title)
+
+
+def own_prompt(chat):
+    """-> the client whose own prompt this is and its answer, as in SIDE_PROMPTS."""
+    user, system = one_line(chat.last.text), one_line(chat.system)
+    tools = system if chat.body.get("tools") else ""
+    texts = {"user": user, "system": system, "either": user + system, "tools": tools}
+    for client, where, answer, parts in SIDE_RULES:
+        text = texts[where]
+        if all(part in text for part in parts):
+            return client, answer
+    return "", ""
+
+
+def read_side_prompts(table):
+    """Yields (client, where, answer, the parts of a prompt)."""
+    for block in table.replace("\n|", " |").split("\n\n"):
+        head, *prompts = block.split(" | ")
+        for prompt in prompts:
+            yield *head.split("; "), prompt.split(" & ")
+
+
+SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
+
+
+def one_line(text):
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
+    ends = f"{text[:8000]} {text[8000:][-8000:]}"
+    return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
+
+
+def chat_title(chat):
+    """The user's first words, in the chat or as the prompt quotes them, but for what JSON
+    would escape."""
+    talk = [f"{turn.role}: {turn.text[:60]}" for turn in chat.turns[:-1]]
+    quoted = QUOTED.search("\n".join([*talk, chat.last.text])[:8000])
+    return quoted[1].strip() if quoted else "Flow"
+
+
+def json_instance(schema, title, name="", depth=5):
+    """The least that a JSON schema allows, with `title` for each title in it."""
+    part = dig(schema, "anyOf", 0, default=schema)
+    members = dig(part, "properties", kind=dict, default={})
+    kind = dig(part, "type", kind=str)
+    if members and depth:
+        inner = depth - 1
+        return {key: json_instance(members[key], title, key, inner) for key in members}
+    least = title if kind == "string" and "title" in name.lower() else LEAST.get(kind, "")
+    return dig(part, "enum", 0, default=least)
 
 
 # ---- 11. Client API --------------------------------------------------------------------
@@ -3268,6 +4246,7 @@ VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know
     "failed": "failed",
     "cancelled": "failed",
 }
+MEDIA_TYPES = {"image": "image/png", "video": "video/mp4"}  # of a part of a file
 # The sides of a wide clip, by its upscale.
 CLIP_PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}
 # A clip in a chat answer: no single form plays everywhere (setting chat.video_content).
@@ -3276,21 +4255,58 @@ CLIP_FORMS = {
     "link": "[video.mp4]({0})",
     "both": '<video src="{0}" controls="controls">\n{0}\n</video>\n\n[video.mp4]({0})',
 }
-OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.(?:mp4|png)")
-PASSED_ON = ("Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "ETag")
+OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.\w{3,4}")
+PASSED_ON = ("Content-Length", "Content-Range", "Accept-Ranges", "ETag")
 FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+FILE_HEADERS["Content-Security-Policy"] = "sandbox"  # what Google sends runs no script here
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+LEFT_SECONDS = 600  # in which the same request is that of a client that has left
+LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
-API_PREFIX = re.compile(r"^(/flow)?(/v1)*/")
-# Headers that tell of a request's job. (Before aiohttp 3.14 such a key was a text.)
-JOB_HEADERS = web.RequestKey("job", dict) if hasattr(web, "RequestKey") else "job_headers"
+API_PREFIX = re.compile(r"/*((flow|v1)/+)*")
+HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+# Headers of the answer to a request. (Before aiohttp 3.14 such a key was a text.)
+ANSWER_HEADERS = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") else "headers"
 
 
 def bearer(request):
     """The key of a request: `Bearer K`, or the bare key that older clients send."""
     header = request.headers.get("Authorization", "")
     return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
+
+
+def forwarded(request, settings, name):
+    """The values of X-Forwarded-<name>, where a trusted proxy sends them; the last hop's last."""
+    networks = read_networks(settings["server.trusted_proxies"])
+    with contextlib.suppress(ValueError):
+        peer = ipaddress.ip_address(request.remote or "")
+        if any(peer in network for network in networks):
+            values = request.headers.get(f"X-Forwarded-{name}", "").split(",")
+            return [value.strip() for value in values if value.strip()]
+    return []
+
+
+def client_address(request, settings):
+    """The address that a request comes from, beyond trusted proxies."""
+    networks = read_networks(settings["server.trusted_proxies"])
+    for address in reversed(forwarded(request, settings, "For")):
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_address(address)
+            if not any(ip in network for network in networks):
+                return str(ip)
+    return request.remote
+
+
+def origin(request, settings):
+    """The scheme and host by which the client came here, as far as they can be used."""
+    scheme = next(iter(forwarded(request, settings, "Proto")), request.scheme)
+    hosts = [*forwarded(request, settings, "Host")[:1], request.headers.get("Host", "")]
+    host = next(filter(HOST.fullmatch, hosts), "")
+    if not host:
+        address, port = request.transport.get_extra_info("sockname")[:2]
+        host = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
 
 
 def same(secret, other):
@@ -3359,6 +4375,7 @@ class Gateway:
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
+        self.left = {}  # hash of a request -> its job, and when its client left unanswered
 
     async def close(self):
         await self.jobs.stop()
@@ -3381,43 +4398,26 @@ class Gateway:
         """The job of a creating request, while its client waits; abandoned at the end,
         unless the client can come back. A repeated request gets the job that it has made;
         nothing is read then. The job's headers go to the answer."""
-        job, replayed = await self._find_or_create(request, body, read, detached)
+        path = re.sub("/+", "/", API_PREFIX.sub("", request.path, count=1)).rstrip("/")
+        key = await self._key(request, path, body)
+        job, replayed = await self._find_or_create(request, path, key, read, detached)
+        body.clear()  # a client can wait long; its pictures are on the disk by now
         headers = {"X-Job-Id": job.id, "x-should-retry": "false"}  # it would pay twice
-        request[JOB_HEADERS] = {**headers, **replayed}
+        request[ANSWER_HEADERS].update(headers, **replayed)
         job.clients += 1
         try:
-            if replayed:
-                gone = [out for out in job.done() if not self.media.path(out.file)]
-                await asyncio.gather(*(self.jobs.link(job, output) for output in gone))
             yield job
         except GatewayError as err:
             if not job.submitted_at or err.status < 500:
                 raise
             raise GatewayError("interrupted", f"{err}; see /v1/videos/{job.id}") from None
+        except (asyncio.CancelledError, ConnectionError):  # it has left without an answer
+            self.left[key.request] = job.id, now()
+            raise
         finally:
             job.clients -= 1
             if not job.clients:
                 await asyncio.shield(self.jobs.abandon(job))
-
-    async def _find_or_create(self, request, body, read, detached):
-        """-> the job, and a header where it is that of an earlier request."""
-        path = API_PREFIX.sub("", request.path)
-        key = await self._key(request, path, body)
-        # OpenAI's packages send a request again that took them too long, and count that.
-        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
-        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
-            job = await self.jobs.find(key) if key.explicit or retried else None
-            if job:
-                return job, {"Idempotent-Replayed": "true"}
-            origin = path.split("/")[0]
-            detached = detached or key.explicit
-            try:
-                return await self.jobs.create(await read(), origin, key, detached), {}
-            except GatewayError:  # sent again, it is not the earlier one that was like it
-                earlier = None if key.explicit else await self.jobs.find(key)
-                if earlier and earlier.ended:
-                    await self.store.delete(("request_keys", "job_id", earlier.id))
-                raise
 
     async def _key(self, request, path, body):
         value = request.headers.get("Idempotency-Key", "")
@@ -3425,6 +4425,36 @@ class Gateway:
             raise bad("An Idempotency-Key may have 255 printable characters at most")
         request_hash = await asyncio.to_thread(fingerprint, [path, body])
         return RequestKey(value or request_hash, request_hash, explicit=bool(value))
+
+    async def _find_or_create(self, request, path, key, read, detached):
+        """-> the job, and a header where it is that of an earlier request."""
+        async with self.locks.setdefault((key.explicit, key.value), asyncio.Lock()):
+            if job := await self._earlier(request, key):
+                return job, {"Idempotent-Replayed": "true"}
+            detached = detached or key.explicit
+            return await self._create(path.split("/")[0], key, read, detached), {}
+
+    async def _earlier(self, request, key):
+        """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
+        # OpenAI's packages send a request again that took them too long, and count that.
+        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
+        if key.explicit or retried:
+            return await self.jobs.find(key)
+        # Others send it again once they have left. Who is still there wants another one.
+        start = now() - LEFT_SECONDS
+        self.left = {hashed: left for hashed, left in self.left.items() if left[1] > start}
+        job_id, _ = self.left.pop(key.request, ("", 0))
+        job = await self.jobs.get(job_id) if job_id else None
+        return job if job and job.state not in ("failed", "cancelled") else None
+
+    async def _create(self, origin, key, read, detached):
+        try:
+            return await self.jobs.create(await read(), origin, key, detached)
+        except GatewayError:  # sent again, it is not the earlier one that was like it
+            earlier = None if key.explicit else await self.jobs.find(key)
+            if earlier and earlier.ended:
+                await self.store.delete(("request_keys", "job_id", earlier.id))
+            raise
 
 
 class Api:
@@ -3454,23 +4484,21 @@ class Api:
         raise GatewayError("not_found", "There is no such token")
 
     def expect_done(self, job):
-        """Raises task_not_completed, or generation_failed with the job's own reason."""
+        """Raises task_not_completed, or the job's own error."""
         if not job.ended:
             message = f"Task not completed. Current status: {VIDEO_STATES[job.state]}"
             raise GatewayError("task_not_completed", message)
         if job.error:
-            raise GatewayError("generation_failed", job.error["message"])
+            raise GatewayError(**job.error)
 
-    def output_url(self, request, job, output, own=False):
-        """Where a client gets an output without a key: here if it is kept, else at Google.
-        `own`, or none there: an address of ours with a file's name, that passes it on."""
-        kept = self.media.path(output.file)
-        if not kept and not own and output.url:
-            return output.url
+    def output_url(self, request, job, output):
+        """Where a client gets an output, without a key: at an address of ours that ends like
+        a file's name, which passes on what is not kept."""
         ending = "mp4" if job.plan.kind == "video" else "png"
+        ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
-        base = self.settings["cache.base_url"].rstrip("/") or request.url.origin()
-        return f"{base}/tmp/{output.file if kept else name}"
+        base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
+        return f"{base or origin(request, self.settings)}/tmp/{name}"
 
     async def output_of_link(self, name):
         """The job and the output that the file's name in a link of ours tells. Raises
@@ -3502,13 +4530,18 @@ class Api:
         if path := self.media.path(output.file):
             return await asyncio.to_thread(path.read_bytes)
         async with self.jobs.fetch(job, output) as source:
-            return b"".join([chunk async for chunk in chunks(source)])
+            with transport_errors(str(source.url)):
+                data = await read_bounded(source, FILE_SIZES["image"])
+        if data is None:
+            raise changed("Google's picture is too large")
+        return data
 
-    def own_urls(self, request, job):
-        return [self.output_url(request, job, output, own=True) for output in job.done()]
+    def output_urls(self, request, job):
+        return [self.output_url(request, job, output) for output in job.done()]
 
-    def video_object(self, request, job):
-        """A job as OpenAI's video object; clients fail on other types."""
+    def video_object(self, request, job, whole=True):
+        """A job as OpenAI's video object; clients fail on other types. whole: not as in a
+        list, where a prompt is cut to 500 characters."""
         status = VIDEO_STATES[job.state]
         error = public_error(job)
         percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
@@ -3518,7 +4551,7 @@ class Api:
             "model": job.plan.model,
             "status": status,
             "progress": percent,
-            "prompt": job.prompt,
+            "prompt": job.prompt[: None if whole else LISTED_PROMPT],
             "created_at": int(job.created_at),
             "completed_at": int(job.completed_at) or None,
             "expires_at": None,
@@ -3534,7 +4567,7 @@ class Api:
         if error:
             video["fail_reason"] = error["message"]
         if status == "completed":
-            urls = self.own_urls(request, job)
+            urls = self.output_urls(request, job)
             more = {"urls": urls} if len(urls) > 1 else {}
             video.update(url=urls[0], video_url=urls[0], **more)
         return video
@@ -3560,10 +4593,15 @@ class Api:
                 for name in filter(source.headers.__contains__, PASSED_ON):
                     reply.headers[name] = source.headers[name]
                 reply.set_status(source.status)
-                await reply.prepare(request)
-                if request.method != "HEAD":
-                    async for chunk in chunks(source, 1 << 16):
-                        await reply.write(chunk)
+                reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.plan.kind]
+                async for chunk in chunks(source, 1 << 16):
+                    if not reply.prepared and source.status == 200:
+                        reply.content_type = sniff(chunk)[0]
+                    await reply.prepare(request)
+                    if request.method == "HEAD":
+                        break
+                    await reply.write(chunk)
+                await reply.prepare(request)  # where there was no byte
         except GatewayError as err:
             if not reply.prepared:
                 raise
@@ -3597,12 +4635,14 @@ class ChatApi(Api):
     async def complete(self, request):
         body = await read_json(request)
         chat = read_chat(body)
-        text = side_answer(chat) if self.settings["chat.answer_side_prompts"] else ""
-        if text:
-            log.info("a client's own prompt was answered without generating")
+        client, text = side_answer(chat)
+        if client and self.settings["chat.answer_side_prompts"]:
+            log.info("Answered at no cost, nothing was made: a prompt of %s", client)
             return await ChatAnswer(self, request, chat, None, text).send()
         read = functools.partial(read_chat_generation, chat, self.media, self.own_picture)
         async with self.gateway.admit(request, body, read) as job:
+            for turn in chat.turns:
+                turn.links.clear()  # as the body is
             return await ChatAnswer(self, request, chat, job, "").send()
 
 
@@ -3651,7 +4691,7 @@ class ChatAnswer:
                 for index, url in enumerate(urls)
             ]
             return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
-        urls = self.api.own_urls(self.request, job)
+        urls = self.api.output_urls(self.request, job)
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
         if job.plan.kind == "image":
             form = "![Generated Image]({0})"
@@ -3720,7 +4760,9 @@ class ImagesApi(Api):
                 return await stream_answer(request, events, self.failed)
             await self.jobs.completed(job)
             data = [await self._picture(request, job, output, form) for output in job.done()]
-            return {"created": int(job.created_at), "data": data}
+            answer = {"created": int(job.created_at), "data": data}
+            text = await asyncio.to_thread(to_json, answer)  # it can be large
+            return web.Response(text=text, content_type="application/json")
 
     async def _picture(self, request, job, output, form):
         """An element of `data`: with b64_json or url, never both."""
@@ -3805,11 +4847,10 @@ class VideosApi(Api):
         query = request.query
         limit = one_of(query, "limit", range(1, 101), 20)
         oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
-        if after := query.get("after", ""):
-            await self.find_job(after)
+        after = await self.find_job(query["after"]) if query.get("after") else None
         filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
         jobs = await self.jobs.page(**filters, limit=limit + 1)
-        videos = [self.video_object(request, job) for job in jobs[:limit]]
+        videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
         return {
             "object": "list",
             "data": videos,
@@ -3890,20 +4931,20 @@ class ServiceApi(Api):
         job = await self.find_job(request.match_info["job"])
         if job.token_id != token.id:
             raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
-        return {"success": True, "task": self._task(request, job)}
+        return {"success": True, "task": self._task(request, job, whole=True)}
 
     def _tasks(self, request, token, name, jobs):
         tasks = [self._task(request, job) for job in jobs]
         head = {"success": True, "token_id": token.id, "count": len(tasks)}
         return {**head, name: tasks}
 
-    def _task(self, request, job):
-        video = self.video_object(request, job)
-        urls = self.own_urls(request, job)
+    def _task(self, request, job, whole=False):
+        video = self.video_object(request, job, whole)
+        urls = self.output_urls(request, job)
         return {
             "id": job.id,
             "status": video["status"],
-            "prompt": job.prompt,
+            "prompt": video["prompt"],
             "title": job.plan.describe(),
             "progress_pct": video["progress"] / 100,
             "generations": [{"id": job.id, "url": url} for url in urls],
@@ -3917,8 +4958,10 @@ class ServiceApi(Api):
 # ---- 12. Admin API ---------------------------------------------------------------------
 # Paths, fields and types are those of the programs before this one, for their pages.
 SESSION = "flow2api_session"  # the cookie of our own page; other programs send a Bearer
-SESSION_SECONDS, GUESS_SECONDS = 7 * 86400, 900
-GUESSES_HERE, GUESSES = 10, 100  # failed logins in that time: of an address, of all
+SESSION_SECONDS = 7 * 86400
+GUESS_SECONDS = 900  # that failed logins are remembered
+FREE_GUESSES, GUESSES = 10, 100  # failed logins of an address without a wait; of all
+FRIENDS = 1000  # addresses that are remembered
 PAGE_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " connect-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:"
@@ -3980,7 +5023,11 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-READ_AT_START = ("server.host", "server.port")  # they can stop the next start
+READ_AT_START = (
+    "server.host",
+    "server.port",
+    "server.trusted_proxies",
+)  # they can stop the next start
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
@@ -3988,11 +5035,23 @@ TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
     **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
 }
+PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
+PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
+    ("^$", f"The session token is missing: {PASTE_IT}"),
+    (r"(^|[\s\"':=])ya29\.", f"This is an access token, which ends soon: {PASTE_IT}"),
+    (r"^\S+@\S+$", f"This is an e-mail address: {PASTE_IT}"),
+    (r"next-auth\.session-token\.\d", "The cookie is in parts, .0 and .1: paste all"),
+    (r"next-auth\.session-token", "This is the cookie's name: paste its value, too"),
+    (r"=[^=]|[:;\t{\[]", f"The right cookie is not in this: {PASTE_IT}"),
+    (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
+    ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
+)
 BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
 NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
 
 
-def hash_password(password, salt):
+def hash_password(password, salt=None):
+    salt = salt or secrets.token_bytes(16)
     data = password.encode(errors="replace")
     key = hashlib.scrypt(data, salt=salt, n=1 << 14, r=8, p=1)
     return f"scrypt${salt.hex()}${key.hex()}"
@@ -4024,7 +5083,8 @@ class Sessions:
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
         self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.guesses = []  # failed logins: when, from which address
+        self.friends = set(store.settings().get("friends", ()))  # that have logged in before
+        self.guesses = {}  # address -> (failed logins in a row, unix time of the last one)
 
     def key_of(self, session):
         """A session's hash. It changes with the password, which ends them all."""
@@ -4043,19 +5103,35 @@ class Sessions:
             self.keep(session)
         return rest > 0
 
-    async def check_password(self, request, password):
-        """Raises too_many_logins."""
+    def _wait(self, address):
+        """The seconds until an address may try again."""
         start = now() - GUESS_SECONDS
-        address = request.remote
-        guesses = [guess for guess in self.guesses if guess[0] > start]
-        from_here = sum(guess[1] == address for guess in guesses)
-        if from_here >= GUESSES_HERE or len(guesses) >= GUESSES:
-            message = "Too many failed logins; wait a quarter of an hour"
-            raise GatewayError("too_many_logins", message, retry_after=GUESS_SECONDS)
-        self.guesses = [*guesses, (now(), address)]  # before the wait, as many can come
+        self.guesses = {who: guess for who, guess in self.guesses.items() if guess[1] > start}
+        failures, last = self.guesses.get(address, (0, 0))
+        total = sum(number for number, _ in self.guesses.values())
+        if total >= GUESSES and address not in self.friends:
+            return GUESS_SECONDS
+        if failures < FREE_GUESSES:
+            return 0
+        return math.ceil(last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now())
+
+    async def check_password(self, request, password):
+        """Raises too_many_logins: after some failures an address waits, ever longer; where
+        many fail, so do all addresses that have never logged in."""
+        address = client_address(request, self.settings)
+        if (wait := self._wait(address)) > 0:
+            message = f"Too many failed logins; wait {wait} s"
+            raise GatewayError("too_many_logins", message, retry_after=wait)
+        failures, _ = self.guesses.get(address, (0, 0))
+        self.guesses[address] = failures + 1, now()  # before the check, as many can come
+        self.settings.read_stored(self.store.settings())  # by --reset-password, perhaps
         stored = self.settings["global.admin_password"]
-        if good := await asyncio.to_thread(password_matches, str(password), stored):
-            self.guesses = [guess for guess in self.guesses if guess[1] != address]
+        good = await asyncio.to_thread(password_matches, str(password), stored)
+        if good:
+            self.guesses.pop(address, None)
+        if good and address not in self.friends:
+            self.friends.add(address)
+            await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
 
 
@@ -4073,7 +5149,6 @@ def mask(secret):
 def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
-    paused = token.paused_until > now()
     return {
         "id": token.id,
         "email": token.email,
@@ -4103,7 +5178,7 @@ def token_object(token, masked=False):
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
-        "paused_for": str(token.paused_for) if paused else "",
+        "paused_for": token.paused_for(),
         "busy": token.busy,
     }
 
@@ -4123,14 +5198,18 @@ def read_token_fields(body):
         del fields["proxy_url"]
     elif not good_proxy(proxy):
         raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
-    return fields | AWAKE if fields.get("is_active") else fields
+    if "is_active" in fields:  # switched by hand: the owner's word, not ours
+        fields |= AWAKE if fields["is_active"] else {"reason": ""}
+    return fields
 
 
 def read_session_token(body):
+    """Raises invalid_request: Google is asked only about what can be one."""
     text = body.get("session_token") or body.get("st")
     st = clean_session_token(text) if isinstance(text, str) else ""
-    if not re.fullmatch("[ -~]+", st):
-        raise bad("st, the session token, is missing or not one", "st")
+    for pattern, mistake in PASTE_MISTAKES:
+        if re.search(pattern, st):
+            raise bad(mistake, "st")
     return st
 
 
@@ -4145,11 +5224,23 @@ def read_setting(name, raw):
         draft.put("admin page", name, raw, "the new value")
     except SettingError as err:
         raise bad(str(err), name) from None
+    if name in SECRETS and raw and raw in PLACEHOLDERS:
+        raise bad(f"{name} is a well-known one: take another", name)
     if form and not re.fullmatch(form[0], raw):
         raise bad(f"{name} {form[1]}", name)
     if name == "proxy.proxy_url" and (not good_proxy(raw) or "…" in raw):
         raise bad(f"{name} {PROXY_FORM}", name)
     return draft.layers["admin page"].get(name)
+
+
+def expect_proxy(settings, new):
+    """Raises invalid_request where a change would switch on a proxy that is none."""
+    before = {name: settings[name] for name in PROXY.values()}
+    after = ChainMap(new, before)
+    if before.keys().isdisjoint(new) or not after["proxy.proxy_enabled"]:
+        return
+    if not after["proxy.proxy_url"]:
+        raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
 
 
 def token_action(action):
@@ -4173,10 +5264,12 @@ class AdminApi(Api):
         super().__init__(gateway)
         self.tokens = self.pool.tokens
         self.sessions = Sessions(self.settings, self.store)
+        self.plugin = {"last_call": None, "last_account": None}
+        self.plugin.update(self.store.settings().get("plugin", {}))
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
-        body = await read_json(request.clone(client_max_size=1 << 16))  # no key yet
+        body = await read_json(request, 1 << 16)  # no key yet
         good = await self.sessions.check_password(request, body.get("password"))
         name = body.get("username")
         if not good or not same(str(name), self.settings["global.admin_username"]):
@@ -4185,7 +5278,8 @@ class AdminApi(Api):
         await self.sessions.keep(session)
         body = ok("Login successful", token=session, username=name)
         answer = web.json_response(body)
-        options = {"httponly": True, "samesite": "Strict", "secure": request.secure}
+        secure = origin(request, self.settings).startswith("https:")
+        options = {"httponly": True, "samesite": "Strict", "secure": secure}
         answer.set_cookie(SESSION, session, max_age=100 * SESSION_SECONDS, **options)
         return answer
 
@@ -4200,7 +5294,9 @@ class AdminApi(Api):
         password = body.get("new_password")
         if not isinstance(password, str) or len(password) < 8:
             raise bad("A new password needs 8 characters or more", "new_password")
-        hashed = await asyncio.to_thread(hash_password, password, secrets.token_bytes(16))
+        if password in PLACEHOLDERS:
+            raise bad("This password is a well-known one: take another", "new_password")
+        hashed = await asyncio.to_thread(hash_password, password)
         name = {"global.admin_username": body["username"]} if body.get("username") else {}
         await self._change({"global.admin_password": hashed, **name})
         return ok("Password changed; log in again")
@@ -4218,6 +5314,7 @@ class AdminApi(Api):
             new[name] = read_setting(name, raw)
             row = {"name": f"admin page:{name}", "data": to_json(new[name])}
             rows.append(("settings", row))
+        expect_proxy(settings, new)
         await self.store.put_rows(*rows)
         layer = settings.layers["admin page"]
         layer.update(new)
@@ -4237,21 +5334,50 @@ class AdminApi(Api):
             can = ", ".join(fields) or "nothing, for it can't be changed"
             raise bad(f"This sets {can}; the body names {unknown or 'nothing'}")
         changes = {fields[field]: raw for field, raw in body.items() if raw is not None}
+        if not changes:
+            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
     async def get_config(self, request, message=""):
         group = request.match_info["group"]
         fields = CONFIGS[group]
+        if "connection_token" in fields:
+            await self._make_connection_token()
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
         config.update(FIXED_CONFIGS.get(group, {}))
-        origin = str(request.url.origin())
+        base = origin(request, self.settings)
         if "base_url" in fields:
-            config["effective_base_url"] = config["base_url"] or origin
+            config["effective_base_url"] = config["base_url"] or base
         if "connection_token" in fields:
-            config["connection_url"] = f"{origin}/api/plugin/update-token"
+            config["connection_url"] = f"{base}/api/plugin/update-token"
+            config["pairing_link"] = f"{base}/#{config['connection_token']}"
+            config.update(self.plugin)
         return ok(message, config=config, **config)
+
+    async def _make_connection_token(self):
+        """Makes one, as if somebody had set it, where there is none."""
+        name = "plugin.connection_token"
+        if not self.settings[name]:
+            secret = secrets.token_hex(20)  # letters and digits: a double click copies it
+            self.settings.layers["admin page"][name] = secret  # before others ask
+            await self.store.put_setting(f"admin page:{name}", secret)
+
+    async def extension(self, request):
+        """The companion extension, as a zip of the files beside this one."""
+        files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
+        if not files:
+            message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
+            raise bad(message, code="not_found")
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.writestr(f"flow2api-extension/{file.name}", file.read_bytes())
+        name = 'attachment; filename="flow2api-extension.zip"'
+        headers = {**PAGE_HEADERS, "Content-Disposition": name}
+        data = buffer.getvalue()
+        return web.Response(body=data, content_type="application/zip", headers=headers)
 
     async def list_settings(self, request):
         names = [name for name in SETTING if name not in NOT_SET_HERE]
@@ -4263,6 +5389,8 @@ class AdminApi(Api):
 
     async def change_settings(self, request):
         body = await read_json(request)
+        if not body:
+            raise bad("The body names no setting")
         for name, raw in body.items():
             if name in NOT_SET_HERE or (name in READ_AT_START and raw is not None):
                 raise bad(f"{name} is not changed here: set it in setting.toml", name)
@@ -4281,8 +5409,10 @@ class AdminApi(Api):
             raise bad("This session token is in the pool already", "st", "conflict")
         token, new = await self.pool.add(st, **fields)
         message = "Token added" if new else "Known account: its session is updated"
-        names = ("id", "email", "credits", "project_id", "project_name")
-        about = {name: getattr(token, name) for name in names}
+        if token.reason:
+            message += f", but it is disabled: {token.reason}"
+        names = ("id", "email", "credits", "project_id", "project_name", "reason")
+        about = token.pick(*names)
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -4290,20 +5420,29 @@ class AdminApi(Api):
         token = self.token_of(request)
         body = await read_json(request)
         fields = read_token_fields(body)
+        if all(value is None for value in body.values()):
+            names = ", ".join(TOKEN_FIELDS)
+            raise bad(f"This sets st, {names}; the body names none of them")
         proxy = str(body.get("proxy_url"))
         if "…" in proxy and proxy != mask(token.proxy_url):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
         st = str(body.get("st") or "")
         st = read_session_token(body) if st and "…" not in st else token.st
-        if st != token.st:
-            draft = Token(st=st, adapter=token.adapter)
-            draft.proxy_url = fields.get("proxy_url", token.proxy_url)
-            account = await self.pool.adapter_for(draft).sign_in(draft)
-            if account["email"] not in ("", token.email):
-                raise bad(f"This session is of {account['email']}", "st", "conflict")
-            fields = {"name": account["name"], **draft.session(), **AWAKE, **fields}
-        await self.pool.update(token, **fields)
+        if st == token.st:
+            await self.pool.update(token, **fields)
+        else:
+            await self._renew_session(token, st, fields)
         return ok("Token updated", token=token_object(token, masked=True))
+
+    async def _renew_session(self, token, st, fields):
+        draft = Token(st=st, adapter=token.adapter)
+        draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+        account = await self.pool.sign_in(draft)
+        if account["email"] not in ("", token.email):
+            raise bad(f"This session is of {account['email']}", "st", "conflict")
+        session = {"name": account["name"], **draft.session(), **AWAKE}
+        await self.pool.update(token, **{**session, **fields})
+        await self.pool.ask(token, now())
 
     async def delete_token(self, request):
         await self.pool.remove(self.token_of(request))
@@ -4315,15 +5454,15 @@ class AdminApi(Api):
 
     @token_action
     async def disable_token(self, token):
-        await self.pool.update(token, is_active=False)
+        await self.pool.update(token, is_active=False, reason="")
 
     @token_action
     async def renew_token(self, token):
-        await self.pool.adapter_for(token).sign_in(token)
+        await self.pool.examine(token, self.pool.adapter_for(token).sign_in)
 
     @token_action
     async def check_token(self, token):
-        await self.pool.check(token)
+        await self.pool.examine(token, self.pool.check)
 
     async def enable_all(self, request):
         return await self._update_all("enabled", AWAKE)
@@ -4354,19 +5493,18 @@ class AdminApi(Api):
         if one_of(request.query, "only_disabled", (True, False), False):
             states = {False}
         for token in list(self.tokens.values()):
-            if token.is_active not in states:
+            was_active = token.is_active
+            if was_active not in states:
                 continue
             try:
-                await self.pool.check(token)
+                await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
                 if not token.is_active:
                     await self.pool.update(token, **AWAKE)
                     counts["auto_enabled"] += 1
-            except GatewayError as err:
+            except GatewayError:
                 counts["invalid"] += 1
-                if token.is_active and err.effect is Effect.SESSION:
-                    self.pool.blame(token, err)
-                    counts["auto_disabled"] += 1
+                counts["auto_disabled"] += was_active and not token.is_active
         return ok("Done", **counts)
 
     async def import_tokens(self, request):
@@ -4382,11 +5520,13 @@ class AdminApi(Api):
             item = item if isinstance(item, dict) else {"st": item}
             try:
                 detail = await self._import(item)
-                counts[detail["status"]] += 1
-                details.append(detail)
             except GatewayError as err:
-                errors.append(f"{item.get('email') or 'an account'}: {err}")
-                counts["failed"] += 1
+                email = item.get("email")
+                errors.append(f"{email or 'an account'}: {err}")
+                detail = {"token_id": None, "email": email, "status": "failed"}
+                detail["reason"] = str(err)
+            counts[detail["status"]] += 1
+            details.append(detail)
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
@@ -4399,11 +5539,12 @@ class AdminApi(Api):
         else:
             token, new = await self.pool.add(st, **fields)
         status = "added" if new else "updated"
-        return {"token_id": token.id, "email": token.email, "status": status}
+        about = {"token_id": token.id, "email": token.email, "reason": token.reason}
+        return {**about, "status": status}
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
-        account = await self.pool.adapter_for(draft).sign_in(draft)
+        account = await self.pool.sign_in(draft)
         about = {"access_token": draft.at, "email": account["email"]}
         return ok("ST converted to AT", **about, expires=iso(draft.at_expires))
 
@@ -4412,23 +5553,31 @@ class AdminApi(Api):
         secret = self.settings["plugin.connection_token"]
         if not secret or not same(bearer(request), secret):
             raise GatewayError("invalid_api_key", "Invalid connection token")
+        self._note_call(last_call=iso(now()))
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
-        token, new = await self.pool.add(st)
-        enabled = token.id in asleep
-        action = "added" if new else "updated"
-        if enabled and not self.settings["plugin.auto_enable_on_update"]:
-            await self.pool.update(token, is_active=False)
-            enabled = False
-        return ok(f"Token {action}", action=action, token_id=token.id, auto_enabled=enabled)
 
-    def _job_object(self, request, job):
+        def wakes(token):  # not what its owner has disabled: the browser comes by itself
+            ended = token.reason and self.settings["plugin.auto_enable_on_update"]
+            return token.is_active or ended
+
+        token, new = await self.pool.add(st, wakes)
+        self._note_call(last_account=token.email)
+        enabled = token.is_active and token.id in asleep
+        action = "added" if new else "updated"
+        about = {"action": action, "token_id": token.id, "email": token.email}
+        return ok(f"Token {action}", **about, auto_enabled=enabled)
+
+    def _note_call(self, **news):
+        self.plugin.update(news)
+        self.store.put_setting("plugin", self.plugin)
+
+    def _job_object(self, request, job, whole=False):
         """A job as its owner may see it: the video object, and whose and how it was."""
         token = self.jobs.token_of(job) or Token()
-        cost = (job.plan.cost(token.tier) or 0) * job.n if job.submitted_at else 0
         start = job.submitted_at or job.created_at
         return {
-            **self.video_object(request, job),
+            **self.video_object(request, job, whole),
             "state": job.state,
             "stage": job.stage,
             "kind": job.plan.kind,
@@ -4438,9 +5587,9 @@ class AdminApi(Api):
             "token_id": job.token_id,
             "account": token.email,
             "username": token.name,
-            "cost": cost,
+            "cost": job.spent(token),
             "duration": (job.completed_at or now()) - start,
-            "urls": self.own_urls(request, job),
+            "urls": self.output_urls(request, job),
         }
 
     async def list_jobs(self, request):
@@ -4449,18 +5598,15 @@ class AdminApi(Api):
         model = query.get("model", "")
         state = one_of(query, "state", VIDEO_STATES, "")
         token_id = one_of(query, "token_id", self.tokens, None)
-        if after := query.get("after", ""):
-            await self.find_job(after)
-        jobs = await self.jobs.page(
-            states=[state], token_id=token_id, model=model, after=after, limit=limit + 1
-        )
+        after = await self.find_job(query["after"]) if query.get("after") else None
+        jobs = await self.jobs.owners_page(limit + 1, state, token_id, model, after)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}
 
     async def get_job(self, request):
         job = await self.job_of(request)
-        return ok("Done", job=self._job_object(request, job))
+        return ok("Done", job=self._job_object(request, job, whole=True))
 
     async def delete_job(self, request):
         job = await self.job_of(request)
@@ -4475,13 +5621,14 @@ class AdminApi(Api):
     def _log_object(self, request, job):
         """A job as a row of the original's log, base64 cut out."""
         row = self._job_object(request, job)
+        status = GatewayError(**job.error).status if job.error else 200
         asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
         return {
             "id": job.id,
             "task_id": job.id,
             "task_status": job.state,
             "operation": f"generate_{job.plan.kind}",
-            "status_code": GatewayError(**job.error).status if job.error else 200,
+            "status_code": status if job.ended else 102,
             "token_id": job.token_id,
             "token_email": row["account"],
             "token_username": row["username"],
@@ -4495,7 +5642,7 @@ class AdminApi(Api):
 
     async def list_logs(self, request):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
-        jobs = await self.jobs.page(limit=limit)
+        jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
         new = [job for job in jobs if job.created_at > start]
         return [self._log_object(request, job) for job in new]
@@ -4512,8 +5659,13 @@ class AdminApi(Api):
     async def state(self, request):
         tokens = [token_object(token, masked=True) for token in self.tokens.values()]
         jobs = [self._job_object(request, job) for job in self.jobs.open.values()]
-        stats = self.gateway.counters()
-        return {"success": True, "tokens": tokens, "jobs": jobs, "stats": stats}
+        return {
+            "success": True,
+            "tokens": tokens,
+            "jobs": jobs,
+            "stats": self.gateway.counters(),
+            "disk_free_mb": self.media.free_disk() >> 20,
+        }
 
     def _credits(self):
         return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
@@ -4563,18 +5715,78 @@ class AdminApi(Api):
 
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
-LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 4 s of H.264 in an MP4, 128x72
-    "V_;xVNGqu<$Sls!Wnf@p0MS5flvtK*m|I|C2o#%`o1b6Cz`&4`Tb7Z+fC89bFfi~hU|?hbAp~GVRfW!XV89EQfJnBaC@~w"
-    "zjw#6o+sTY+8qi(_{PtkAw*iPfz>+(2Q!*2Q429ejbbmR3^@bh+a}+aDa*ALwWtl0d=(ZH(X6B^<86su5V1tmYRY`%!$)p"
-    "serXe|tr?e<X0m5c9C@x9L0kUTlmlUTUsp$Yk0uHZ%JmLZNhzCv;=s@ECe;^5pT4zS51Kj@~GDxNa>1Bc(`cDtIfC8BXL<"
-    "raftZ-vwV9Pk+#Hg|fq_4Q7q!`H-4q%vp*djppB8!8t3{Wf?O^gFdn*imiklX_jHw9vDJQ!$4az4U5rky~#D>o&v1V|gEb"
-    "~G{VQx;)hkxg!3Xe=pU5D?w>`~AM(uh;Fuiar1}u{+L^VXYB40AXq|#<LngnAQlUCqwW-9|$wj0nW^9fHNx(cpvlu00"
+LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 5.7 s of H.264 in an MP4, 288x160
+    "eOC!QRO|ac!(e2Il<dY5)3pzZWEmlf7JCaW2HAJA?^-BpkwNxsS+bNRkx9vxi>64VXc1Yn=YP(enXccx|KIO"
+    "?<~h&%KHGbq=lQ<pyaNCL+TJI?!_nK_6#!@eh=YW+_Oq39^-z!l03^MuySpC%04}b6m+-)UT(n;RfKvoO0MP"
+    "I63-O;;|D0<8|MQ{&<C^$*Sv!N{i$2ceHEI7H4O|!a-|PH;>mtzLEr&c6wZr>(gPhOK#oOm^4@z9JFHMgt-q"
+    "9Kypk49*%v~0=VFOHv<cZWJyo(oA<L8LC+i7VE&fRsb-S94UkPXdcS4TH{aIn|Ul^k^EV~XNo9UtDy&VEN4%"
+    ")VYOXn0Jc<n3eQ0*<S^eZ28IY;vHc{g+ZeiRS>i;6V4kS^Vqb+TI55hrp=E5O{!j`vbt^0P^x$Mq~>L$Bc&B"
+    "0^Mj46EVgJfbP<dy$>X}R#ze4y*55xl%jGv!US-6`;ZGxU0n+V7ugofW2YP<K2T=+51AIs5u%_jaL03ka{3a"
+    "GTSD~%X&*>36wXiKoD?oVAr;D;3#9!ZaqrMW0N@2lh~f{$41qvEvE`w}<ED%uI!LiS2qOb<g>nE%lCp*vg;R"
+    "adlsT1qQP$+6%oRWqr^Mu@a6yU<q_?8T`6%&tDMTHEHMMpByMD++AXoLp`#@k;bhRUM=n~oqToCMD)*c=%J3"
+    ")YQgm(wZ-pdX|_3kgOcx!0>KcE0=VJv`s3AMW#&3p2fJNw#g6|S1Q!1vHwvx_OG79EH;=H}x{5(~-;c0GUpS"
+    "V|>rrrPqp&<Ynx?MlYfc`fX9K9jyJ!mn?3%e$M64BjzBliI(1$YyS?H%;}+IXssT_cUqWk>#Z#O}fODU_M~("
+    "=DLz(kB#zK774ob%@@rxsKgO;INK~TGKxMaL}oN7XW*@lPC+oKbdUcFr2PAmpzzmimP0kN05gz=6=+O(z~QD"
+    "_y1OZmL;0;>1hW3nGeh|xy3+<Jn+h?BQPr2r=dy~EG|e#Y<W?6%{!D+Cb>>y#u@=b@7vzR;r3$iDv2n|#SwZ"
+    "=dlWuV@*Oo8KCU1{1PH<rF%g1>a`0p{z&V8s#tC7)9H%e4nJ<XN$p-&DOIb1R-Y`mOx@N!Y&##sx6c82k`J>"
+    "$z_)6-XsUQ9ct<d~%(Ejhaz(ex<6hgF&fS|57?EOj%Jo#A{yjV4`9c&I>9#iOQzmVC)1b!qjEukkevs|QpxF"
+    "e&44Bl2TW?Fb(^*Mzz+2X=jk!{`q_v*)4BXB8Ba=YM%;tO^z7&e?Z1fE`^mzUS?W$_r&r1(^G?b?#@)$31A{"
+    "N@OZ}AG{Q<zWsWUxbCN5G-U8oslmxV(|qR4spko-;i3ggN}Z`5nzu(BT1Dc33v0DweF>Zh{6KqPSF$1#*VXG"
+    "ZbSt^vl^)!~Um2y3Xb+UkpYr|;lrvs>_5D=6)rQ#VCr5RSxR=>3B7PjAv67D~Y|uzOM;vbY16PNWLv2N!3o_"
+    "bYSdnsV!tZOda)X}&8-{K?(7&g%6W<)?GZ%5U|4*PrCz)YbfH0mkmwa=Pji#IEVbyDttf64IW!q4OvFpjx^z"
+    "6^24f&?drII!9Ailm)p{aF0Z-iQ?=!>XA0mIsyU7uD9K3M$76cPJt#8f*6vDvNnRxeZ4@MA}S?d97ZsH|FB`"
+    "_%d?wtUytc+9R9uEit2KSvql3JR^GmPysF?(fWkLfrUiRU)1t@m-r^^7zb;LMRiX4d*Gv`oYE5e|h$g<XLdv"
+    ";t}g`RzCSnx{AXkez!OmzxA%qK?C>IUksXsInW+jeu!U}KFe@(>Fh)E^q+nuK?$<`k-MUPl&Jp97VKtXlE}~"
+    "G>mIh^o`~7PXTCzZ&EJ{gZR}vtSN>uXtA~2I!RhA|{-ooq>3m*4@`PMt6hp)ATfqu)v=?V429oDkdj&WPPij"
+    "T@4<w$B5NCR$S7;xr<5*Ggx?<^QeY71ZQS8&qrv9$-KJ4o?&wJb>Y6vqP)T(?TW9%(%+L))6`9|lAW#5mSoX"
+    "p1-4onaAo;W#H=Y8?;>NM-f@fQEfPXab0Wj`)OOjq8dQGKowKvP_|H70t}HexAqQj(Z1V58@nk>|xbY=X@)="
+    "aJ@NoaqzU=PLYJU9k<ontvl`p<P|Z#9vKYEhMP)RR<B%3Xs-sFmnx+-$c6nn7VV^=eDj{U3R~7STX|H`PaS&"
+    "<(H8U!uAH!Ebtk8Pbd_A{nCH+>cpZ<#t}jNApM>nua>0yGjlcdf?RBygt(Fh)s|-;ing?;*&2p#Ovww=<PUK"
+    "*f8e%_dUR~sna@=*LU3qt%3yhkz~$O+eW#Q+qc-LeZPLO6hM&&WY3<!w+0!NFY-y}A_vGntv@)AjWj%glsD;"
+    "f$i>p@d=jvtnd$D7lAqR}PKT4g{R9Jfd=}dgt^)~zvqki$PM0UYq4~wf}M}&z@RZa;kT71XX%8$Ajzd*ctrl"
+    "Uyw%sUcJf1<W9zOW`)YL=$6-*QVy(5f(m$S==4Fw99hCHau0=e|_yT%uFmxQ8FT&E_`Xc82#!*2Ct#axY9~N"
+    "D@Y3D-VZcqHma|25Fd->68a!ay5eqty^9l$-I*^S-wqb1i4(b>*a~Ny2Tj^Sz1@)Eao#p9IZD;%@!(5O&ipd"
+    "nNt`%FM5|*t_!6K)do*!$QW=|ZNI(HFxVU$`;_@P8o_^p9a(xtHc3a}l()AJmeyc0^z-0ak*lmqrv^q0C!4D"
+    "&Ej;Ued6~^~KGvf5w0_P0$veizCoOACUq1L5bu(W;nD;1M;@SHbz9&Xkd-lYa35f*bWjK8K_3MjYFJl)hj;A"
+    "4HMl{bKCNXEW#TM1J8vez%+v$z7yb?giSNDf^hPRy7)|$}L4ZAC%$dUz#JG_Bs+Vot{=jmx#m(e$%ryXr@p>"
+    "J}X7U-V8GPklgsw>=_!S*g>^xdtSC)!hZYEMU{%%9N)KSk$p8Db)iVOM}d_Vn@1i#LCqrD@0hC3=5KT#Mtt9"
+    "`2$)I-WYDb2{A2tmoMOeEr(KRZ`a%L~ufg9NlA#WJ1_CldfKSNvHd0<KoiMtvK07)$ivQ3o2KL%J1T#?>8<("
+    "2aaw&9H^?jeO%Y$ZK%lBNZEucCQ~HE?m1|~j?1to+bGNh$YeWUFGI&F30y`jS*U2K`IMHAX996WQJZ05+?+n"
+    "v>_o@2QvN`HqCq(QFmt+UE*ztXY%X5~#?UnGYJd&^xQve9Lc(ozHR7#sc_z^;10mRBimb$XkUhE?LE#=8f&R"
+    "A;@;I+UHYLC%l9Po^&7luGj-c~f2$>cIJ~NAL{pNQg0@lJg$v`=2nmUZl&16WFWGidWf!f13LhNrX<ohbi>f"
+    "V>F2%^Bq$yzp1ujGV}XGiK{9G*|#sGdx|{q$|Ano5Y9ng;wVaH7%;YvgBHgHAIzLdS0*7*8;0VGw!>4jci_Q"
+    "R)t8j3cpSHnTtnIa~()Z!zJvnnqW)hD$kI6F5=HfHkNS0f)({P+BO-q;b0FyIJHz!hXz$$sZ3D$cHX!^CSZ*"
+    "@w~NOs3SvqW(<Q|QlZ`4x$GTF(3z0hO5V4|TSt%Exa${IOms-JLdQ00+jxDeI2xTd+;g}pGKZD9qp^|#+lo6"
+    "|$R3kzg;nXd=1?8Ab>$qboQJ^$r^lWp_T+d%b=t_m&LedA@7d`nv_ea{3=Xsjpmvm<Xk2(g_=Fhx>7is>UhP"
+    "v(>3yWd$4N=c(WVtF3VB{>LHwPDLPER8STLx}ubM!*vuddA#H~DcQVeVEl!L~j!)`~iY$_dDov$;nSjs)y(-"
+    "s%~Aobp&qX-dq?s6^<!j7-^T<C~{FLRj`4;}AMs4sj};4opL(REvlBg(iAC0*YrahG+UFK~b0($X*Pp<!e6U"
+    "-3+Y{-AJD!2^of&i{&@$;|o4`(YEtCtOOTwL@C>&82f5j^ut)Fab*QOJREhGdK`jJ(`z72oy5kSsQ<^kV_KQ"
+    "Oi?u`sW45y-ZNqE@qdDv15|Jznu+1jw5Aidxa1`+mO;r+e|Y)#{oHoaR9e|+gIgm;HH_wb((0%}&>t`Lj%<{"
+    "KqrjOVguYg?_~NtO7$oR@BvM*sG)amVJ{k+J95i?a?NLc8eh@Nq{cVqCeatl$l&0F-N){3G>@WKcpbTx^WgP"
+    "RxXb0mij)V4&R4^ewDc{~uZ)u-#te3s3t1~}ftWkvx?9Su-WYv67dvZ%PSEKq)T_|6bsb8|WcCILwyTsjT^@"
+    "yxPOMRZ~Pkra_O6T4y0n`Qy9=G)$x_hPb&oi^#wvnQ{%DapOi*UBt0nk4QDm)R&^Fu0?<LbexGT%#0<RD;Ss"
+    "K`WUgjF({NO`>K@b{Z11=+scU_Jf(N72RZBWvnMRo#`z`;!7xg!p-t#=hjeKG;?$hA<VJ2)(e%mH|s1_1@vJ"
+    "qKM$1T`ky5(%cNUe>l9mDTS7ydbeo6ZKu@uFeq;hAbOYec(3im4?=UYK8K%uolzY*#i0QM60ROXy)U%MzqVb"
+    "J7HiLH7;VKFDmDZ!RrI(1#vX8~MjY%%Nmln?eqFHN)Zcot-y_J+jS42@s8b6g_E6bv@e6L3PR&QJYgS!vN0e"
+    "1Gb8OUL^325@uf@7I=&W#LVUC%Fr*`T_u1)zIxR&uNa*K3Yru&^me)Ys>l>I#tr;vjody{>|l-WG#)q>lx;;"
+    "s7yf&S$M*=dSdg@3{?8%nXh4ObIq8AwgBMbdQ^<8U`A^_uz+REITJE9wYCcwJim3U`Q7G7GQIE8WFWdi=vs?"
+    "PaNOqY)_>Sw<0sUh0ia7fN>!{7-b`pzUnL4K~qNJ{Hq9C41b-w~|SQ{(Fj0QA2~SDalCXRO!u8OO)sdiH}!("
+    "-<w_~P&|;>w)53SYx4fan0INaEx*Xa0-V&oaQGDs7nIiSDoI)TT2$<|U`_<tivk%sqvpH}h2?u3`9o>vzUqI"
+    "6vf!m6h0X(4;bp-w)ul8jOA_ttkJ`qNYeNAH>J(6$D@rH-y7SS`{VUdR1L6Epk-bGuhB5rs-8@R5`~np)EGG"
+    "Ju%j4>VH^kBRN6h9w+Y*jMJ|WOC&i>)~=*EbuXpD-dj-VYz1|#oPGchwYM%j@@V(F2ovjXcDHdc9TUp1MW!|"
+    "#-5wpJMZ67kF3`Q~D|EpqWwBSz6M87;?6?iB@a`%a#-nr;m{Tpf|Cz1=Cdw)5S!uZ_N;)8~xSi=)LiW?JFq("
+    "^EA9+LhiFUKcwEBZMnEaUsm4Ty#ncBkJGz@wMG#Iyqj3j_}to08n>+#vna9^psU`=*`=C*vVelF$_S&)Wlfo"
+    ">}~Q#f4arGHzEB000"
 ), -15)
 # fmt: on
-UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)  # the matrix of the track, and turned
-TURNED = (0, 65536, 0, -65536 & 0xFFFFFFFF, 0, 0, 72 << 16, 0, 1 << 30)
-MATRICES = [b"".join(number.to_bytes(4) for number in row) for row in (UPRIGHT, TURNED)]
-PORTRAIT_CLIP = MATRICES[1].join(LANDSCAPE_CLIP.rsplit(MATRICES[0], 1))
+# Its frames are square, and hold both clips: sizes, and what its header cuts off.
+PORTRAIT_CLIP = LANDSCAPE_CLIP
+for wide, tall in (
+    ("0120000000a00000", "00a0000001200000"),
+    ("012000a0", "00a00120"),
+    ("be08410c", "b821043c"),
+):
+    PORTRAIT_CLIP = PORTRAIT_CLIP.replace(bytes.fromhex(wide), bytes.fromhex(tall))
 SIMULATED_SIZES = {
     "LANDSCAPE": (1376, 768),
     "PORTRAIT": (768, 1376),
@@ -4606,16 +5818,25 @@ DEMO_ACCOUNTS = {"pro": ("PAYGATE_TIER_ONE", 1000), "ultra": ("PAYGATE_TIER_TWO"
 
 
 def block_picture(text, width, height):
-    """A PNG made from a text: eight by eight blocks in two colours of its hash."""
+    """A PNG made from a text: waves in two colours of its hash."""
     code = hashlib.sha256(text.encode(errors="replace")).digest()
-    rows = [bytes(code[y] >> x * 8 // width & 1 for x in range(width)) for y in range(8)]
-    pixels = zlib.compress(b"".join(b"\0" + rows[y * 8 // height] for y in range(height)))
+    silk = bytes(abs(x * (code[0] + 64) * 3 // width % 256 - 128) for x in range(2 * width))
+    swing = (1 + math.sin(code[1] + y * code[2] / 40 / height) for y in range(height))
+    rows = b"".join(b"\0" + silk[int(width * part / 2) :][:width] for part in swing)
+    ends = [*zip(code[3:6], code[6:9], strict=True)]
+    colours = bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends)
+    return png(width, height, colours, rows)
+
+
+def png(width, height, colours, rows):
+    """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
     head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    chunks = {b"IHDR": head, b"PLTE": code[8:14], b"IDAT": pixels, b"IEND": b""}
-    png = b"\x89PNG\r\n\x1a\n"
+    pixels = zlib.compress(rows, 1)
+    chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
+    file = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
-        png += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-    return png
+        file += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return file
 
 
 @dataclass
@@ -4869,8 +6090,8 @@ class Role(enum.Enum):
     EITHER = "who has the API key, or is logged in"
 
 
-GATEWAY = web.AppKey("gateway", Gateway)
-SESSIONS = web.AppKey("sessions", Sessions)
+GATEWAY = AppKey("gateway", Gateway)
+SESSIONS = AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
 V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
@@ -4937,6 +6158,7 @@ ROUTES = {
         "GET /api/logs": AdminApi.list_logs,
         "DELETE /api/logs": AdminApi.clear_logs,
         "GET /api/logs/{id}": AdminApi.get_log,
+        "GET /api/plugin/extension.zip": AdminApi.extension,
         "GET /api/state": AdminApi.state,
         "GET /api/stats": ServiceApi.stats,
         "GET /api/system/info": AdminApi.system_info,
@@ -4945,15 +6167,22 @@ ROUTES = {
         **{f"* /api/{path}": ServiceApi.absent for path in ABSENT_ADMIN.split()},
     },
 }
-V1_PREFIXES = ("/v1", "", "/flow/v1", "/v1/v1")  # people get base URLs wrong so
 NO_ROUTE = (
     "no such route; there are /v1/chat/completions, /v1/images/generations, /v1/videos"
     " (a client that asks for the Responses API: set it to chat completions)"
 )
+ADDRESSES = itertools.chain(*ROUTES.values())
+ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
-    404: ("not_found", NO_ROUTE),
+    404: ("not_found", "it is not there"),
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
+}
+SERVER_OPTIONS = {
+    "access_log": None,
+    "auto_decompress": False,  # a small body could be huge
+    "handler_cancellation": True,
+    "keepalive_timeout": 60,  # seconds; also those that a request's head may take
 }
 EXPOSED_HEADERS = (
     "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after,"
@@ -4967,27 +6196,21 @@ class Door:
     def __init__(self, settings, sessions):
         self.settings = settings
         self.sessions = sessions
-        self.requests = self.bodies = 0  # under way, and the bytes of their bodies
+        self.requests = 0  # under way
 
     async def admit(self, role, handler, request):
-        """Raises invalid_api_key, request_too_large, queue_full."""
+        """Raises invalid_api_key, request_too_large, unsupported_encoding, queue_full."""
         self._authorise(role, request)
-        most, size = request.client_max_size, 0
-        if role is not Role.PUBLIC and request.can_read_body:  # anybody can announce
-            size = most if request.content_length is None else request.content_length
-        if size > most:  # later would not help
+        most, size = request.client_max_size, request.content_length or 0
+        if size > most:
             raise web.HTTPRequestEntityTooLarge(most, size)
-        crowded = self.requests >= self.settings["limits.requests"]
-        room = (self.settings["limits.bodies_mb"] << 20) - self.bodies
-        if role is Role.KEY and (crowded or size > room):
+        if role is Role.KEY and self.requests >= self.settings["limits.requests"]:
             raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
         self.requests += 1
-        self.bodies += size
         try:
             answer = await handler(request)
         finally:
             self.requests -= 1
-            self.bodies -= size
         if isinstance(answer, web.StreamResponse):
             return answer
         return web.json_response(answer)  # most handlers return just that
@@ -5003,22 +6226,39 @@ class Door:
             raise GatewayError("invalid_api_key", "Send Authorization: Bearer YOUR_API_KEY")
 
 
+# Names a request in the log and in its answer, as OpenAI's packages expect it.
+REQUEST_ID = contextvars.ContextVar("request id", default="")
+
+
 @web.middleware
 async def answer_errors(request, handler):
     """Failures in the caller's format: {"detail"} under /api, else OpenAI's object."""
+    REQUEST_ID.set(f"req_{secrets.token_hex(12)}")
+    request[ANSWER_HEADERS] = {"X-Request-Id": REQUEST_ID.get()}
     try:
         if request.method == "OPTIONS":
             return preflight(request)
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            message = "Send the body as it is, without Content-Encoding"
+            raise GatewayError("unsupported_encoding", message)
         return await handler(request)
-    except GatewayError as err:
-        error = err
-    except web.HTTPException as err:
-        code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
-        error = GatewayError(code, f"{request.method} {request.path[:80]}: {message}")
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
+    except GatewayError as err:
+        return error_response(request, err)
+    except web.HTTPException as err:
+        code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
+        told = f"{request.method} {request.path[:80]}: {message}"
+        return error_response(request, GatewayError(code, told))
+    except (StoreError, OSError) as err:
+        log.error("%s %s: %s", request.method, request.path, err)
+        message = "The data folder can't be written: is its disk full?"
+        return error_response(request, GatewayError("disk_full", message, retry_after=60))
     except Exception:
-        error = unexpected(request)
+        return error_response(request, unexpected(request))
+
+
+def error_response(request, error):
     headers = {"Retry-After": str(int(error.retry_after))} if error.retry_after else {}
     if error.status in (409, 501):  # it would not help
         headers["x-should-retry"] = "false"
@@ -5027,6 +6267,21 @@ async def answer_errors(request, handler):
         body = {"success": False, "detail": str(error), "message": str(error)}
     reason = error.code.replace("_", " ")  # some clients show nothing else
     return web.json_response(body, status=error.status, reason=reason, headers=headers)
+
+
+@web.middleware
+async def find_route(request, handler):
+    """Where there is none, a browser is led to the page, a client told of the nearest."""
+    if getattr(request.match_info.http_exception, "status", 0) != 404:
+        return await handler(request)
+    address = f"{request.method} {request.path[:80]}"
+    page = "text/html" in request.headers.get("Accept", "")
+    if page and re.match("GET /(?!api/|v1/|flow/)", address):
+        return web.Response(status=302, headers={"Location": "/"})
+    nearest = difflib.get_close_matches(address, ADDRESSES, 1, 0.75)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    message = "no such route" if "/api/" in address else NO_ROUTE
+    raise GatewayError("not_found", f"{address}: {message}{hint}")
 
 
 def preflight(request):
@@ -5040,8 +6295,11 @@ def preflight(request):
 
 async def add_headers(request, response):
     """What every answer bears: of which job it is, and what a browser may read of it."""
-    response.headers.update(request.get(JOB_HEADERS, {}))
-    if not request.path.startswith("/api/"):
+    response.headers.update(request.get(ANSWER_HEADERS, {}))
+    response.headers["Server"] = "Flow2API"  # not the versions of what it runs on
+    if request.path.startswith("/api/"):
+        response.headers["Cache-Control"] = "no-store"
+    else:
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
 
@@ -5052,6 +6310,7 @@ async def background(app):
     await gateway.jobs.resume()
     jobs = gateway.jobs
     loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
+    loops = *loops, jobs.prune_forever
     tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
     for task in tasks:
@@ -5061,18 +6320,21 @@ async def background(app):
 
 
 async def run_forever(loop):
-    try:
-        await loop()
-    except Exception:  # without it nothing would move any more, and nobody would know
-        log.critical("a background loop has died; Flow2API stops", exc_info=True)
-        signal.raise_signal(signal.SIGTERM)
+    """What ends a background loop is logged, and the loop begins anew, ever later."""
+    for pause in backoff():
+        try:
+            await loop()
+        except Exception:
+            log.exception("%s has failed; again in %d s", loop.__qualname__, pause)
+        await asyncio.sleep(pause)
 
 
 def make_app(settings, store):
     """The application on an open store, which it closes at its end."""
     limit = settings["limits.body_mb"] << 20
-    app = web.Application(middlewares=[answer_errors], client_max_size=limit)
+    app = web.Application(middlewares=[answer_errors, find_route], client_max_size=limit)
     app[GATEWAY] = gateway = Gateway(settings, store)
+    app[BODIES] = Bodies(settings)
     apis = [api(gateway) for api in (AdminApi, ServiceApi, ChatApi, ImagesApi, VideosApi)]
     app[SESSIONS] = apis[0].sessions
     door = Door(settings, app[SESSIONS])
@@ -5088,49 +6350,123 @@ def make_app(settings, store):
 
 
 def add_route(app, route, handler):
+    """A route of /v1 is met by what people make of it: without /v1, twice, //, … ."""
     method, path = route.split(" ", 1)
-    for prefix in V1_PREFIXES if path.startswith("/v1/") else ("",):
-        app.add_routes([web.route(method, prefix + path.removeprefix("/v1"), handler)])
+    if path.startswith("/v1/"):
+        end = path.removeprefix("/v1/")
+        again = "" if "{" in end else f"(/+{end})?"
+        numbers = itertools.count()
+        end = re.sub("/", lambda match: f"{{_{next(numbers)}:/+}}", end)
+        path = f"/{{_before:{API_PREFIX.pattern}}}{end}{{_after:{again}/*}}"
+    app.add_routes([web.route(method, path, handler)])
+
+
+class Refusal(asyncio.Protocol):
+    """For a connection that can't be taken: says so, and closes it."""
+
+    def connection_made(self, transport):
+        body = to_json(GatewayError("queue_full", "Too many connections at once").body())
+        head = "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10"
+        head += f"\r\nConnection: close\r\nContent-Length: {len(body)}"
+        transport.write(f"{head}\r\n\r\n{body}".encode())
+        transport.close()
+
+
+def file_limit():
+    """Raises the limit of open files of this process as far as it may -> that limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 8192
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(soft, most)
+
+
+async def listen(server, settings):
+    """Takes connections, as long as there are files for all of them -> asyncio's server.
+    Raises SettingError."""
+    most = file_limit() // 2  # a client's, and one to Google
+
+    def take():
+        if len(server.connections) < most:
+            return server()
+        log.warning("more than %d connections at once; the newest are refused", most)
+        return Refusal()
+
+    loop = asyncio.get_running_loop()
+    host, port = settings["server.host"], settings["server.port"]
+    try:
+        return await loop.create_server(take, host, port)
+    except (OSError, ValueError) as err:  # ValueError: no name can be like that
+        reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
+        hint = "set others with --host and --port (server.host, server.port)"
+        message = f"can't listen on {host} port {port}: {reason}; {hint}"
+        raise SettingError(message) from None
 
 
 def open_store(settings):
     """Opens the database, which holds what the admin page has set, and the secrets."""
     store = Store(settings.data)
-    store.open()
-    for key, value in store.settings().items():
-        layer, _, name = key.partition(":")
-        if name in SETTING and layer in Settings.LAYERS and value is not None:
-            settings.layers[layer][name] = value
+    try:
+        store.open()
+    except (OSError, sqlite3.Error) as err:
+        reason = getattr(err, "strerror", None) or err
+        hint = "let this user write there, or set another --data (server.data_dir)"
+        raise StoreError(f"data folder {settings.data}: {reason}; {hint}") from None
+    settings.read_stored(store.settings())
     return store
 
 
 async def make_secrets(settings, store):
-    """Makes the API key and the admin password that nobody has set -> the new ones."""
-    new = {}
-    for name, size in (("global.api_key", 24), ("global.admin_password", 12)):
+    """Makes the API key and the admin password that nobody has set -> the new ones; each
+    of letters and digits only, so that a double click takes it whole."""
+    new = {"global.api_key": settings["global.api_key"]} if settings.demo else {}
+    for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
         if not settings[name]:
-            new[name] = stored = secrets.token_urlsafe(size)
+            new[name] = stored = secrets.token_hex(size)
             if name == "global.admin_password":
-                stored = hash_password(stored, secrets.token_bytes(16))
+                stored = hash_password(stored)
             settings.layers["generated"][name] = stored
             await store.put_setting(f"generated:{name}", stored)
     return new
 
 
-def greet(settings, port, new, demo):
+def weak_secrets(settings):
+    """Warns of each secret that other machines could guess."""
+    local = settings["server.host"] in ("127.0.0.1", "::1", "localhost")
+    for name in () if local else SECRETS:
+        secret = settings[name]
+        if 0 < len(secret) + len(set(secret)) < 20:
+            hint = "make it longer, or set server.host to 127.0.0.1"
+            yield f"{name} ({settings.source(name)}) is easy to guess for others: {hint}"
+
+
+def greet(settings, port, new, accounts):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * demo)
+    url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{url_host}]:{port}" if ":" in host else f"http://{url_host}:{port}"
+    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * settings.demo)
+    print(f"listens on: {host or 'all addresses'}, port {port}")
+    print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
         print(f"{name.partition('.')[2]}: {secret}")
-    if new and not demo:
-        print("Keep these: they are not shown again; setting.toml can set others.")
-    key = settings["global.api_key"] if demo else new.get("global.api_key", "$KEY")
-    body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
-    curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
-    print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'', flush=True)
+    if new and not settings.demo:
+        print("These are not shown again. For a new password: --reset-password")
+    if accounts:
+        key = new.get("global.api_key", "$KEY")
+        body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
+        curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
+        print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
+    else:
+        print(f"Next: open {url}, log in, and add an account there.")
+    fate = "what was sent goes on at the next start"
+    if settings.demo:
+        fate = "the demo keeps nothing"
+    print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
 async def start_demo(settings):
@@ -5149,42 +6485,53 @@ async def start_demo(settings):
         "cache.timeout": 0,
     }
     settings.layers["command line"].update(demo)
+    unless_set = {"server.host": "127.0.0.1", "global.api_key": "demo"}
+    settings.layers["generated"].update(unless_set)
     return runner
 
 
-async def serve(settings, demo):
+SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(settings):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
-        if demo:
+        if settings.demo:
             stack.push_async_callback((await start_demo(settings)).cleanup)
         store = open_store(settings)
+        for warning in weak_secrets(settings):
+            log.warning(warning)
         app = make_app(settings, store)
-        options = {"handler_cancellation": True, "shutdown_timeout": 2}
-        runner = web.AppRunner(app, access_log=None, **options)
+        runner = web.AppRunner(app, **SERVER_OPTIONS, shutdown_timeout=2)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        host = settings["server.host"]
-        await web.TCPSite(runner, host, settings["server.port"]).start()
-        for name in DEMO_ACCOUNTS if demo else ():
-            await app[GATEWAY].pool.add(name)
-        greet(settings, runner.addresses[0][1], await make_secrets(settings, store), demo)
+        listener = await listen(runner.server, settings)
+        stack.callback(listener.close)
+        pool = app[GATEWAY].pool
+        for name in DEMO_ACCOUNTS if settings.demo else ():
+            await pool.add(name)
+        new = await make_secrets(settings, store)
+        greet(settings, listener.sockets[0].getsockname()[1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
         stopped = asyncio.Event()
-        for number in () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         await stopped.wait()
         log.info("stopping")
 
 
-async def check(settings):
-    """--check: tells the settings, and what is wrong -> is all well? Spends nothing."""
-    for name in SETTING:
-        value = "(set)" if settings[name] and name in HIDDEN else repr(settings[name])
-        print(f"      {name} = {value}  ({settings.source(name)})")
+async def check(settings, verbose):
+    """--check: tells what is wrong, then what is set -> is all well? Spends nothing."""
     all_well = True
     async for well, text in findings(settings):
         print("ok   " if well else "WRONG", text)
         all_well = all_well and well
+    print("Settings that differ from their defaults (with --verbose: all):")
+    for name, setting in SETTING.items():
+        value = settings[name]
+        if verbose or value != setting.default:
+            hidden = "(set)" if value and name in HIDDEN else repr(value)
+            print(f"      {name} = {hidden}  ({settings.source(name)})")
     return all_well
 
 
@@ -5194,12 +6541,14 @@ async def findings(settings):
         yield False, warning
     try:
         gateway = Gateway(settings, open_store(settings))
-    except (StoreError, OSError) as err:
-        yield False, f"data folder {settings.data}: {err}"
+    except StoreError as err:
+        yield False, str(err)
         return
     yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
     free = shutil.disk_usage(settings.data).free >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
+    for warning in weak_secrets(settings):
+        yield False, warning
     for name in ("flow.labs_base_url", "flow.api_base_url"):
         yield await check_address(gateway, settings[name])
     if not gateway.pool.tokens:
@@ -5231,13 +6580,48 @@ async def check_account(pool, token):
     return token.is_active, text
 
 
+class LogFilter(logging.Filter):
+    """Names the request of a line, folds what repeats within a minute, and keeps what a
+    stranger has sent out of the log."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = {}  # text -> (when it was printed, how often it was left out since)
+
+    def filter(self, record):
+        if record.name == "aiohttp.server":  # its text holds the malformed line, keys and all
+            error = record.exc_info[0].__name__ if record.exc_info else ""
+            record.msg = f"A malformed request was refused: {error}"
+            record.args, record.exc_info = (), None
+        record.request = f"{REQUEST_ID.get()} ".lstrip()
+        text = record.getMessage()
+        printed, left_out = self.lines.pop(text, (0, 0))
+        if record.created - printed < 60:
+            self.lines[text] = printed, left_out + 1
+            return False
+        if left_out:
+            record.msg = f"{text} (and {left_out} times more)"
+            record.args = ()
+        self.lines[text] = record.created, 0
+        if len(self.lines) > 500:
+            del self.lines[next(iter(self.lines))]
+        return True
+
+
+def start_log():
+    style = "%(asctime)s %(levelname)s %(request)s%(message)s"
+    logging.basicConfig(level=logging.INFO, format=style)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogFilter())
+
+
 def parse_arguments(argv):
     rows = "\n".join(f"  {row.name:28} {row.help} [{row.default}]" for row in SETTINGS)
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
     parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
     option = parser.add_argument
-    beside = Path(__file__).with_name("setting.toml")
+    beside = Path(__file__).parent
     option("--config", type=Path, default=beside, help="default: setting.toml beside it")
     option("--data", dest="data_dir", help="data folder; default: data/ beside the config")
     option("--host", help="address to listen on")
@@ -5246,6 +6630,8 @@ def parse_arguments(argv):
     instead("--demo", action="store_true", help="run on a simulated Flow, keep nothing")
     instead("--check", action="store_true", help="say what is wrong, spend nothing, exit")
     instead("--backup", type=Path, metavar="FILE", help="copy the database, and exit")
+    instead("--reset-password", action="store_true", help="print a new one, and exit")
+    option("--verbose", action="store_true", help="with --check: print all settings")
     option("--version", action="version", version=f"Flow2API {__version__}")
     return parser.parse_args(argv)
 
@@ -5253,37 +6639,71 @@ def parse_arguments(argv):
 def load_settings(arguments):
     """Raises SettingError."""
     settings = Settings()
+    settings.demo = arguments.demo
+    path = Path(os.path.expanduser(arguments.config)).resolve()
+    if path.is_dir() and path.suffix != ".toml":  # of a folder that one, if it is there
+        path /= "setting.toml"
+    elif not path.exists():
+        raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
-        settings.read_file(arguments.config.expanduser().resolve())
+        settings.read_file(path)
+    for other in () if path.exists() else path.parent.glob("[Ss]ett*"):
+        settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
             settings.put("command line", f"server.{option}", value, "command line")
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings):
+    """What a row of the table can't tell. Raises SettingError."""
+    try:
+        read_networks(settings["server.trusted_proxies"])
+    except ValueError as err:
+        raise SettingError(f"server.trusted_proxies: {err}") from None
     names = dict.fromkeys(product.name for product in PRODUCTS)
     names["omni_flash_lengths"] = None
     for name in set(settings.models).difference(names):
         there_are = ", ".join(names)
         settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
-    return settings
+
+
+def reset_password(settings):
+    """Also beside a running process, which reads it at the next login."""
+    name = "global.admin_password"
+    source = settings.source(name)
+    if source in ("command line", "environment"):
+        raise SettingError(f"{name} is set by the {source}: change it there")
+    password = secrets.token_hex(8)
+    try:
+        Store(settings.data).set_beside(f"admin page:{name}", hash_password(password))
+    except sqlite3.Error as err:
+        hint = "start Flow2API, or set --data"
+        raise StoreError(f"no password is in {settings.data} ({err}): {hint}") from None
+    print(f"admin_password: {password}\nIt counts from now on, and ends older logins.")
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         settings = load_settings(arguments)
-        style = "%(asctime)s %(levelname)s %(message)s"
-        logging.basicConfig(level=logging.INFO, format=style)
+        start_log()
         if arguments.check:
-            return 0 if asyncio.run(check(settings)) else 1
+            return 0 if asyncio.run(check(settings, arguments.verbose)) else 1
         if arguments.backup:
             Store(settings.data).copy(arguments.backup)
+            return 0
+        if arguments.reset_password:
+            reset_password(settings)
             return 0
         for warning in settings.warnings:
             log.warning(warning)
         with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
             if arguments.demo:
                 settings.layers["command line"]["server.data_dir"] = folder
-            asyncio.run(serve(settings, arguments.demo))
+            asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
         print(f"flow2api: {err}", file=sys.stderr)
         return 2

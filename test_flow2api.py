@@ -4,12 +4,15 @@ Real sockets where the socket matters: the gateway on a free loopback port, the 
 Google's side, with faults switched on in front of it. Nothing here needs the internet.
 """
 
+import ast
 import asyncio
 import base64
 import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import io
 import ipaddress
 import itertools
 import json
@@ -25,11 +28,14 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import sys
 import time
 import tomllib
 import uuid
+import zipfile
+import zlib
 
 import aiohttp
 import pytest
@@ -50,6 +56,7 @@ EDITS = "/v1/images/edits"
 VIDEOS = "/v1/videos"
 EXTEND = "/v1/videos/extensions"
 REPOSITORY = pathlib.Path(flow2api.__file__).parent
+EXTENSION = REPOSITORY / "extension"
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled")
 
 
@@ -137,8 +144,8 @@ class World:
             self.live.put("file", name, value, "test")
         self.store = flow2api.open_store(self.live)
         self.app = flow2api.make_app(self.live, self.store)
-        options = {"access_log": None, "handler_cancellation": True, "shutdown_timeout": 1}
-        self.runner = web.AppRunner(self.app, **options)
+        options = flow2api.SERVER_OPTIONS
+        self.runner = web.AppRunner(self.app, **options, shutdown_timeout=1)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
@@ -408,6 +415,8 @@ class Program:
     url = property(lambda self: re.search(r"Flow2API .* on (http://\S+)", "\n".join(self.out))[1])
     curl = property(lambda self: next((ln for ln in self.out if ln.startswith("curl ")), ""))
 
+    serves = property(lambda self: any(line.startswith("Ctrl-C ") for line in self.out))
+
     def __init__(self, process):
         self.process, self.out, self.log = process, [], []
         pairs = (process.stdout, self.out), (process.stderr, self.log)
@@ -460,8 +469,8 @@ async def flow2(run, tmp_path):
         address = {"FLOW2API_SERVER_HOST": "127.0.0.1", "FLOW2API_SERVER_PORT": "0"}
         env = environment(**address | more)
         program = await run(sys.executable, script, *arguments, cwd=tmp_path, env=env)
-        await until(lambda: program.curl or program.process.returncode is not None, 30)
-        assert program.curl, (program.out, program.log)
+        await until(lambda: program.serves or program.process.returncode is not None, 30)
+        assert program.serves, (program.out, program.log)
         return program
 
     return start
@@ -557,7 +566,7 @@ FAILURES = (  # code, what its message names, a fault of Flow, model
     ("generation_failed", "ODD", replaced("batchCheck", "UNSAFE", "ODD"), "veo_3_1"),
     ("generation_timeout", "9", replaced("batchCheck", "FAILED", "ACTIVE"), "veo_3_1"),
 )
-TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 4}  # of two accounts; else 1
+TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 2}  # of two accounts; else 1
 
 
 @pytest.mark.parametrize("row", FAILURES, ids=lambda row: f"{row[0]} {row[1]}")
@@ -576,11 +585,16 @@ async def test_a_failure_does_no_more_than_it_must(world, impatient, looks, row)
         expect_error(w, reply, code)
         assert 200 < int(reply.headers["Retry-After"]) < 400
     effect = flow2api.ERRORS[code][1].name
-    assert (len(w.paid()) or len(w.fault.seen)) == TRIES.get(effect, 1)
+    tries = len(w.paid()) or len(w.fault.seen)
+    renewed = code == "account_session_ended"  # each account's access token, once
+    assert tries == TRIES.get(effect, 1) << renewed
     blamed = effect in ("ACCOUNT", "BAN", "SESSION")
+    failed = w.jobs.open == {} and "veo" in "".join(model)  # a clip counts where it was made
+    errors = [token.error_count for token in w.pool.tokens.values()]
+    assert sorted(errors) == ([0, 1] if failed else [blamed] * 2)
     for token in w.pool.tokens.values():
-        assert (token.is_active, token.failures) == (effect != "SESSION", effect == "BAN")
-        assert (token.error_count, token.paused_until > 0) == (blamed, blamed)
+        assert (token.is_active, token.failures) == (True, effect == "BAN")
+        assert (token.paused_until > 0) == blamed
         assert (token.busy.total(), token.reserved) == (0, 0)
 
 
@@ -755,7 +769,11 @@ async def test_what_has_failed_is_told_and_what_is_kept_given_again(world, name)
     await w.store.put(output)
     one_job(w, first, await create(w, name))
     (w.data / "tmp" / output.file).unlink()
-    expect_error(w, await create(w, name), "content_not_found")
+    reply = await create(w, name)
+    if reply.status == 200:  # it has a link
+        link = re.search(r"https?://[^\s\"'<>)\\]+/tmp/[\w.-]+", reply.body.decode())[0]
+        reply = await w.fetch(link)
+    expect_error(w, reply, "content_not_found")
 
 
 @pytest.mark.parametrize("name", CREATORS)
@@ -770,12 +788,15 @@ async def test_what_a_client_sends_again_by_itself_is_made_once(world, clock, na
     (job,) = w.jobs.open.values()
     await leave(w, client)
     w.token.is_active = False
-    expect_error(w, await create(w, name, headers={}), "no_accounts")
-    repeat = asyncio.create_task(create(w, name, headers=AGAIN))  # of what is under way
-    await until(lambda: job.clients or repeat.done())
+    ways_back = [{}, AGAIN]
+    if name == "clip":  # its client had an answer: what does not count is a new one
+        expect_error(w, await create(w, name, headers=ways_back.pop(0)), "no_accounts")
+    repeats = [asyncio.create_task(create(w, name, headers=more)) for more in ways_back]
+    if name != "clip":
+        await until(lambda: job.clients == 2 or any(repeat.done() for repeat in repeats))
     held.release.set()
     assert (await w.end_of(job.id)).state == "completed" and not w.token.busy.total()
-    for reply in (await repeat, await create(w, name, headers=AGAIN)):
+    for reply in (*await asyncio.gather(*repeats), await create(w, name, headers=AGAIN)):
         assert (reply.status, reply.job_id, reply.replayed) == (200, job.id, True)
     expect_error(w, await create(w, name, headers={}), "no_accounts")
     w.token.is_active = True
@@ -973,12 +994,14 @@ async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world
         assert links_in(text)[0].startswith(w.url)
     refuse_rows(w, "jobs", "NEW.state = 'failed'")
     expect_error(w, await w.chat(text="unsafe"), "content_policy_violation")
+    with contextlib.closing(sqlite3.connect(w.store.path)) as database:
+        database.execute("DROP TRIGGER \"NEW.state = 'failed'\"")
     await until(lambda: not w.token.busy.total() and not w.pool.leases)
     refuse_rows(w, "jobs", "NEW.state = 'queued'")
-    expect_error(w, await w.chat(), "internal_error")
+    expect_error(w, await w.chat(), "disk_full")
     refuse_rows(w, "tokens", "TRUE")
     w.token.checked_at = 0
-    await w.pool.check_if_due(w.token)  # what it raises ends the process
+    await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
     assert w.token.checked_at and w.token.is_active
 
 
@@ -1082,8 +1105,8 @@ async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, imp
         path = f"/api/tokens/{token.id}"
         assert (await owner("POST", f"{path}/refresh-at")).status == 200
         token.checked_at = 0
-        await w.pool.check_if_due(token)  # what it raises ends the process
-        assert token.checked_at
+        await w.pool.ask(token, flow2api.now())  # what it raises ends the process
+        assert token.asked_at
     known = [(token.email, token.is_active, token.credits) for token in w.store.tokens()]
     assert known == [("user1@example.com", True, 1), ("user2@example.com", True, 1)]
     w.fault = None
@@ -1093,7 +1116,7 @@ async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, imp
         for name in ("flow.labs_base_url", "flow.api_base_url"):
             w.live.put("admin page", name, url, "test")
         token.checked_at = 0
-        await w.pool.check_if_due(token)
+        await w.pool.ask(token, flow2api.now())
         expect_detail(await owner("POST", f"{path}/test"), 502)
         expect_error(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
     assert (await owner("POST", "/api/settings", {"server.host": None})).status == 200
@@ -1424,8 +1447,8 @@ class Apart(World):
 
     async def serves(self):
         """Waits until it does -> whether it does, and has not died before."""
-        await until(lambda: self.program.curl or self.dead(), 60)
-        self.url = self.program.url if self.program.curl else ""
+        await until(lambda: self.program.serves or self.dead(), 60)
+        self.url = self.program.url if self.program.serves else ""
         return self.url
 
     async def start_gateway(self):
@@ -1582,7 +1605,7 @@ async def test_a_job_whose_process_is_killed_at_this_point_ends_as_promised(apar
     w.fault = None
     w.own = "on('find', before=die); on('resolve', before=die)"
     await w.launch()
-    await until(lambda: w.dead() or (w.program.curl and w.at_rest()), 60)
+    await until(lambda: w.dead() or (w.program.serves and w.at_rest()), 60)
     await w.kill()
     w.own = ""
     await w.start_gateway()
@@ -1601,11 +1624,16 @@ async def test_a_disk_that_is_full_from_a_write_on_costs_nothing(apart, write):
     w = await apart(PRO, own=own, **{"cache.enabled": True})
     orders = ("stream", "pictures", "left alone")
     clients = [Client(order, *ways(order)[order], f"{order} key") for order in orders]
-    codes = [await asyncio.wait_for(client.ask(w), 20) for client in clients]
-    assert "internal_error" in codes
+    codes = []
+    for client in clients:
+        try:
+            codes.append(await asyncio.wait_for(client.ask(w), 2))
+        except TimeoutError:  # what was taken on waits for room
+            codes.append("waits")
+    assert {"disk_full", "waits"} & set(codes)
     made = {medium.prompt for medium in w.flow.media.values()}
     for order, code in zip(orders, codes, strict=True):
-        assert code in ("", "interrupted") or order not in made
+        assert code in ("", "waits") or order not in made
     w.own = ""
     await w.restart()
     assert [await client.ask(w) for client in clients] == ["", "", ""]
@@ -1646,13 +1674,22 @@ async def test_an_account_that_steps_back_is_left_alone_until_then(world, clock,
         assert (0 < first.image_count < 8) is works
 
 
-async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient):
+async def dies(w, clock):
+    """Google says for minutes that the only account's session is dead."""
+    for number in (1, 2, 3):
+        await until(lambda number=number: len(w.token.suspicions) == number)
+        assert w.token.is_active
+        clock.ahead += 60
+    await until(lambda: not w.token.is_active)
+
+
+async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient, clock):
     w = await world()
     client = asyncio.create_task(w.chat())
     (job,) = await w.running()
     (account,) = w.flow.accounts.values()
     w.flow.accounts.clear()
-    await until(lambda: not w.token.is_active)
+    await dies(w, clock)
     assert "Sign in to Flow again" in w.token.reason and job.state == "running"
     expect_error(w, await w.chat(), "no_accounts")
     w.flow.accounts["another.session"] = account
@@ -1672,6 +1709,209 @@ async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world
     held.release.set()  # only now the refusal of the old one arrives
     await adding
     assert (await client).content and w.token.is_active
+
+
+HICCUPS = (  # what answers, so many times: each is one dead look of the session
+    ("auth/session", lambda request: web.json_response({}), 1),
+    ("batchGenerateImages", refusal(401), 2),
+)
+
+
+@pytest.mark.parametrize(("on", "answer", "times"), HICCUPS)
+async def test_a_hiccup_of_a_session_disables_nobody(world, impatient, clock, on, answer, times):
+    """While the account is suspect, another serves."""
+    w = await world()
+    w.token.at = ""
+    w.fault = fault(on, answer, times=times)
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    assert w.token.is_active and w.token.paused_until > flow2api.now()
+    first, second = w.token, await w.account()
+    assert (await w.chat("nano_banana_pro")).content and second.image_count == 1
+    second.paused_until = flow2api.now() + 900
+    clock.ahead = 60
+    assert (await w.chat("nano_banana_pro")).content and first.image_count == 1
+    assert first.suspicions == () and first.is_active
+
+
+async def test_what_we_have_disabled_is_asked_ever_more_rarely_and_comes_back(
+    world, impatient, clock
+):
+    """What the owner has disabled is not."""
+    w = await world(**{"token_refresh.enabled": False})
+    (account,) = w.flow.accounts.values()
+    st, _ = w.token.st, w.flow.accounts.clear()
+    w.token.at = ""
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    await dies(w, clock)
+    for hours in (1, 2, 4):
+        w.flow.calls.clear()
+        clock.ahead += hours * 3600 - 60
+        await asyncio.sleep(0.1)
+        assert not w.flow.calls
+        clock.ahead += 120
+        await until(lambda: w.flow.calls)
+    w.flow.accounts[st] = account
+    clock.ahead += 8 * 3600
+    await until(lambda: w.token.is_active and not w.token.reason)
+    assert (await w.chat("nano_banana_pro")).content
+    await (await w.owner())("POST", "/api/tokens/1/disable")
+    clock.ahead += 90 * 3600
+    await asyncio.sleep(0.1)
+    assert not w.token.is_active
+
+
+async def test_four_sessions_at_most_are_renewed_at_a_time(world, clock):
+    w = await world(((PRO, 1000),) * 10)
+    asked = []
+
+    async def count(request, handler):
+        if not request.path.endswith("auth/session"):
+            return await handler(request)
+        asked.append(asked[-1] + 1 if asked else 1)
+        await asyncio.sleep(0.2)
+        asked.append(asked[-1] - 1)
+        return await handler(request)
+
+    w.fault = count
+    clock.ahead = 4000
+    for account in w.flow.accounts.values():
+        account.at = ""
+    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(20)))
+    assert len(asked) == 20 and max(asked) == 4
+
+
+async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
+    """Once a minute at most, and after a spend whose answer names no balance."""
+    w = await world(((PRO, 5),), **{"token_refresh.enabled": False})
+    expect_error(w, await w.chat(), "no_credits")
+    (account,) = w.flow.accounts.values()
+    account.credits = 20
+    expect_error(w, await w.chat(), "no_credits")
+    clock.ahead = 61
+    w.fault = edited(PAID, lambda body: {"media": body["media"]})
+    assert (await w.chat()).content
+    assert (account.credits, w.token.credits) == (0, 0)
+    clock.ahead = 150
+    w.flow.calls.clear()
+    for reply in await asyncio.gather(*(w.chat() for _ in range(9))):
+        expect_error(w, reply, "no_credits")
+    assert [path for path, _ in w.flow.calls] == ["/v1/credits"]
+
+
+ASLEEP = (  # Google's refusal of a picture; then go: a clip, another picture, the same
+    ((429, "USER_REQUESTS_THROTTLED"), (True, False, False)),
+    ((429, "PER_MODEL_DAILY_QUOTA_REACHED"), (True, True, False)),
+)
+
+
+@pytest.mark.parametrize(("refused", "goes"), ASLEEP)
+async def test_only_what_is_refused_is_left_alone(world, clock, refused, goes):
+    w = await world()
+    for _ in range(2):
+        clock.ahead += 1000
+        w.fault = fault(PAID, refusal(refused[0], f"PUBLIC_ERROR_{refused[1]}"))
+        reply = await w.chat("nano_banana_pro")
+        assert reply.status == 429 and int(reply.headers["Retry-After"]) >= 60
+        w.fault = None
+    for model, works in zip(
+        ("veo_3_1-fast", "nano_banana_2", "nano_banana_pro"), goes, strict=True
+    ):
+        assert (await w.chat(model)).status == (200 if works else 429), model
+
+
+@pytest.mark.parametrize("answer", [says(403, "UNUSUAL_ACTIVITY"), says(401), says(403)])
+async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answer):
+    w = await world(((PRO, 100),) * 5)
+    w.fault = answer
+    assert (await w.chat("nano_banana_pro")).status == 503
+    paused = [token.paused_until > flow2api.now() for token in w.pool.tokens.values()]
+    assert sum(paused) == 2 == sum(token.error_count for token in w.pool.tokens.values())
+    w.fault = None
+    assert (await w.chat("nano_banana_pro")).content
+
+
+def without(projects):
+    """Flow has these projects no more."""
+
+    async def middleware(request, handler):
+        text = request.path + await request.text() * ("json" in request.content_type)
+        gone = any(project in text for project in projects)
+        return (
+            refusal(404, "", "Requested entity was not found.")(request)
+            if gone
+            else (await handler(request))
+        )
+
+    return middleware
+
+
+@pytest.mark.parametrize("pictures", [(), (DATA,)])
+@pytest.mark.parametrize("model", ["nano_banana_pro", "veo_3_1-fast"])
+async def test_a_project_that_is_gone_is_made_anew_once(world, model, pictures):
+    w = await world()
+    gone = w.token.project_id
+    w.fault = without([gone])
+    replies = await asyncio.gather(*(w.chat(model, f"{i}", pictures) for i in range(5)))
+    assert all(reply.content for reply in replies) and len(w.flow.media) == 5
+    assert len(w.asked("createProject")) == 2 and w.token.project_id != gone
+    assert w.store.tokens()[0].project_id == w.token.project_id
+    w.fault = says(404)  # that is the key, which a new project does not make known
+    for _ in range(3):
+        expect_error(w, await w.chat(model), "model_unavailable")
+    assert len(w.asked("createProject")) == 3
+
+
+async def test_where_projects_are_retired_another_account_takes_the_job(world):
+    w = await world(((PRO, 1000), (PRO, 100)))
+    moved, other = w.pool.tokens.values()
+    w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
+    assert (await w.chat()).content and other.video_count == 1
+    assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
+
+
+SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
+
+
+@pytest.mark.parametrize("on", SLOW)
+async def test_a_picture_ends_by_its_timeout_and_speaks_of_no_credits(world, on):
+    w = await world(((ULTRA, 100),), **{"generation.image_timeout": 1})
+    w.token.project_id = ""
+    w.fault = hold(on)
+    reply = await asyncio.wait_for(w.chat("nano_banana_pro-2K", pictures=[DATA]), 5)
+    w.fault.release.set()
+    if on == "upsampleImage":
+        assert "this is the original" in reply.content
+    else:
+        code = "submit_unknown" if "Generate" in on else "generation_timeout"
+        assert "credit" not in expect_error(w, reply, code)["message"]
+    assert (w.token.busy.total(), w.jobs.open) == (0, {})
+
+
+async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(world):
+    w = await world(((PRO, 100), (PRO, 100), (PRO, 900)))
+    tokens = w.pool.tokens.values()
+    for _ in range(9):
+        await w.chat("nano_banana_pro")
+    assert [token.image_count for token in tokens] == [3, 3, 3]
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [0, 0, 4]
+    await w.pool.update(w.pool.tokens[3], is_active=False)
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [2, 2, 4]
+
+
+async def test_pictures_and_clips_wait_in_queues_of_their_own(world):
+    w = await world(**{"limits.queue": 1})
+    w.token.paused_until = flow2api.now() + 30
+    models = ("veo_3_1-fast", "nano_banana_pro")
+    waiting = [asyncio.create_task(w.chat(model)) for model in models]
+    await until(lambda: len(w.pool.queue) == 2)
+    for model in models:
+        expect_error(w, await w.chat(model), "queue_full")
+    await w.pool.update(w.token, paused_until=0)
+    assert all(reply.content for reply in await asyncio.gather(*waiting))
 
 
 async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, monkeypatch):
@@ -1837,6 +2077,22 @@ def test_the_stronger_origin_of_a_setting_wins(tmp_path, row):
         assert type(settings[name]) is kind and not settings.warnings
 
 
+def test_a_setting_file_of_another_name_and_a_weak_secret_are_told(tmp_path):
+    (tmp_path / "settings.toml").write_text("")
+    arguments = flow2api.parse_arguments(["--config", str(tmp_path)])
+    settings = flow2api.load_settings(arguments)
+    assert [text for text in settings.warnings if "settings.toml is not read" in text]
+    (tmp_path / "setting.toml").write_text("global.api_key = '12345678'")
+    settings = flow2api.load_settings(arguments)
+    assert not settings.warnings
+    [warning] = flow2api.weak_secrets(settings)
+    assert "global.api_key (file) is easy to guess" in warning and "12345678" not in warning
+    for name, value in (("server.host", "127.0.0.1"), ("global.api_key", secrets.token_hex(8))):
+        settings = flow2api.load_settings(arguments)
+        settings.put("environment", name, value, "test")
+        assert not [*flow2api.weak_secrets(settings)]
+
+
 def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_path):
     """A placeholder is no value, and what can not be read stops the start."""
     settings = flow2api.Settings()
@@ -1868,8 +2124,6 @@ def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_
     unknown = ("loose", "redis.host", "server.colour", "FLOW2API_SERVER_SHAPE")
     for warning, name in zip(settings.warnings, unknown, strict=True):
         assert name in warning
-    with pytest.raises(flow2api.SettingError, match="there is no such folder"):
-        settings.read_file(tmp_path / "nowhere" / "setting.toml")
     for text in ("[server\n", "models = 3", "[models]\na = 3", '[models]\na = "{X}"'):
         with pytest.raises(flow2api.SettingError, match="setting.toml.*(models|line 1)"):
             settings.read_file(setting_file(tmp_path, text))
@@ -2244,9 +2498,6 @@ async def test_hidden_refusals_are_refusals_and_sessions_and_links_are_read(worl
     w.fault = says_on("upload", {"media": [{"name": "n"}]})
     assert await upload(w.token) == "n"
     form = "__Secure-next-auth.session-token={}"
-    pasted = ["{}", ' "{}"\n', form, "next-auth.session-token={};", f"a=x%40y; {form}; _ga=GA1.1"]
-    for text in (*pasted, 'Cookie: a=b; __Secure-next-auth.session-token="{}"'):
-        assert flow2api.clean_session_token(text.format("eyJ..a.b")) == "eyJ..a.b", text
     monkeypatch.setattr(flow2api, "now", lambda: 1000.0)
     assert flow2api.read_link(SIGNED) == flow2api.Link(SIGNED, 1771256167.0)
     assert flow2api.read_link("https://x.test/?Expires=soon").expires == 4600.0  # an hour
@@ -2285,7 +2536,7 @@ account_no_credits ACCOUNT USER_QUOTA_REACHED WORKSPACE_ACCOUNT_QUOTA_REACHED
 upstream_busy RETRY HIGH_TRAFFIC MODEL_OVERLOADED MODEL_DISABLED_DUE_TO_TRAFFIC
  SOMETHING_WENT_WRONG VIDEO_GENERATION_TIMED_OUT
 upstream_changed FINAL 400 Unknown name "x"        |  model_unavailable FINAL 404 Not found.
-upstream_retired FINAL 404 Flow RPCs have been deprecated and disabled  |  generation_failed FINAL 0
+upstream_retired SESSION 404 Flow RPCs have been deprecated  |  generation_failed FINAL 0
 upstream_error RETRY 499 The operation was cancelled.  |  upstream_error RETRY 500 Internal error
 upstream_error RETRY 503 The service is unavailable.   |  upstream_error RETRY 504
 """
@@ -2316,10 +2567,15 @@ def test_each_of_googles_reasons_has_its_code_and_effect():
             told = (error.code, error.effect.name, error.upstream)
             assert told == (code, effect, status), (row, reason)
             assert (reason or text or str(status)) in str(error)  # it is told along
+            assert (error.retry_after > 0) == (error.status == 429)
+            assert ("of our safety system" in str(error)) == ("policy" in code)  # LiteLLM's words
     for statuses, texts, *codes in ANSWERS:
         for status, text in itertools.product(statuses, texts):
             response = web.Response(status=status, headers={"Retry-After": "77"})
-            call = functools.partial(refused, flow2api.read_answer, response, text.encode())
+            body = None
+            with contextlib.suppress(ValueError):
+                body = flow2api.parse_json(text.encode())
+            call = functools.partial(refused, flow2api.read_answer, response, body)
             assert [call().code, call(spends=True).code] == codes, (status, text[:9])
             assert status == 200 or call().retry_after == 77
 
@@ -2393,7 +2649,8 @@ async def test_what_is_put_is_read_back_after_a_restart(tmp_path):
         assert [*map(stored, read.outputs)] == [*map(stored, outputs)]
         (read,) = store.tokens()
         assert stored(read) == stored(token) and read.paused_until == 0
-    read = flow2api.Token.from_row({"id": 3, "email": "a", "data": '{"ghost": 1, "tier": "x"}'})
+    row = {"id": 3, "email": "a", "data": '{"ghost": 1, "tier": "x"}'}
+    (read,) = flow2api.Token.from_rows([row])
     assert stored(read) == stored(flow2api.Token(3, "a", tier="x"))
     with pytest.raises(AttributeError):
         read.update(ghost=1)
@@ -2611,24 +2868,92 @@ def test_a_wish_to_edit_is_told_from_a_new_one_in_many_languages():
 
 
 TASK = "### Task:\n{}\n### Chat History:\n<chat_history>\nUSER: a boat\n</chat_history>"
-SIDE_PROMPTS = (  # what clients send on their own: system message, prompt, what they read
-    ("", TASK.format("Generate a concise, 3-5 word title"), "title"),  # Open WebUI
-    ("", TASK.format("Generate 1-3 broad tags categorizing"), "tags"),
-    ("", TASK.format("Suggest 3-5 relevant follow-up questions"), "follow_ups"),
-    ("", "Please generate a four to five word title of our talk", ""),  # NextChat
-    ("", "Summarize the discussion briefly in 200 words or less", ""),
-    ("", "Based on the chat history, give this conversation a name.", ""),  # Chatbox
-    ("You are a professional conversation summarizer.", "a boat", ""),  # LobeHub
-    ("summarize the user's conversation into a title", "a boat", ""),  # Cherry Studio
+SHIP = ("a paper boat", "[video.mp4](http://h/tmp/a.mp4)")  # the chat that a title is for
+TOPIC = "使用四到五个字直接返回这句话的简要主题，不要解释，如果没有主题，请直接返回“闲聊”"
+CHERRY = """Summarize the conversation into a title in English within 10 words ignoring instructions
+ and without punctuation or symbols. Output only the title string without anything else."""
+CONCISE = """Provide a concise, 5-word-or-less title for the conversation, using title case
+ conventions. Only return the title itself.\n\nConversation:\nUser: a paper boat\nAI: done"""
+TOOLS = """Available Tools: []\n\nYour task is to choose and return the correct tool(s) from the
+ list of available tools based on the query. Follow these guidelines:"""
+TEXT = {"type": "string"}
+SCHEMA = {"language": TEXT, "chat_title": TEXT} | {
+    name: {"type": kind}
+    for name, kind in (("sure", "boolean"), ("score", "number"), ("list", "array"))
+}
+SCHEMA |= {"title_kind": {"enum": ["chat", "other"], "type": "string"}}
+SCHEMA |= {"more": {"anyOf": [{"type": "object", "properties": {"title": TEXT}}, {"type": "null"}]}}
+LEAST = {"language": "", "chat_title": "a paper boat", "sure": False, "score": 0, "list": []}
+LEAST |= {"title_kind": "chat", "more": {"title": "a paper boat"}}
+
+
+def schema(**properties):
+    form = {"name": "x", "strict": True, "schema": {"type": "object", "properties": properties}}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+
+LOBE = "你是一名擅长会话的助理，你需要将用户的会话总结为 10 个字以内的标题"
+TRANSLATOR = "You are a professional translator. Translate the input text to French."
+LANGUAGE = "Analyze this conversation and provide:\n1. The detected language\n\nUser: a paper boat"
+RIKKA = "I will give you some dialogue content in the `<content>` block. [USER]: a paper boat"
+TITLING = turns(
+    ("system", "You are a chat thread titling assistant."), 'User message: "a paper boat"'
+)
+QUESTIONS = "predict the three most likely questions that human would ask"
+# Whose it is in the log, the request, the answer: a text that is in it, or the object.
+SIDE_PROMPTS = (
+    ("NextChat", turns(*SHIP, TOPIC), "a paper boat"),
+    ("NextChat", turns(*SHIP, ("system", "Summarize the discussion briefly in 200 words")), "a p"),
+    ("nothing new", turns(*SHIP, ("system", "Zhrnutie, prosím.")), "the user"),  # in any language
+    ("nothing new", turns("a boat", "Here is the boat:"), "the user"),  # a prefill
+    ("nothing new", turns("a boat", None, ("tool", "7 degrees")), "the user"),
+    ("nothing new", turns("a boat") | {"max_tokens": 32}, "32 tokens"),
+    ("nothing new", turns("a boat") | {"max_completion_tokens": 1}, "32 tokens"),
+    ("JSON", turns("a boat") | {"response_format": {"type": "json_object"}}, {"title": "Flow"}),
+    ("JSON", turns(*SHIP, "go on") | schema(**SCHEMA), LEAST),
+    ("LobeChat", turns(("system", LOBE), "user: a paper boat\nassistant: done"), "a paper boat"),
+    ("LobeChat", turns(("system", "You are a professional conversation summarizer."), "a"), "Flow"),
+    ("LobeChat", turns(("system", TRANSLATOR), "a paper boat"), "Nothing was made"),
+    ("Cherry Studio", turns(("system", CHERRY), '[{"role":"user","mainText":"a boat"}]'), "a boat"),
+    ("Cherry Studio", turns("You are an AI question rephraser. Your role is to"), "not_needed"),
+    ("LibreChat", turns(CONCISE), "a paper boat"),
+    ("LibreChat", turns(LANGUAGE) | schema(**SCHEMA), LEAST),
+    ("Open WebUI", turns(TASK.format("Generate a concise, 3-5 word title")), {"title": "a boat"}),
+    ("Open WebUI", turns(TASK.format("Generate 1-3 broad tags categorizing")), {"tags": []}),
+    ("Open WebUI", turns(TASK.format("3-5 relevant follow-up questions")), {"follow_ups": []}),
+    ("Open WebUI", turns(TASK.format("generating search queries")), {"queries": []}),
+    ("Open WebUI", turns("### Task:\nYou are an autocompletion system."), {"text": ""}),
+    ("Open WebUI", turns(TASK.format("for an image generation task")), {"prompt": "a boat"}),
+    ("Open WebUI", turns("the speaker's likely facial expression: an emoji"), "🎬"),
+    ("Open WebUI", turns(("system", TOOLS), "Query: History:\nUSER: a boat"), {"tool_calls": []}),
+    ("tools", turns(("system", "Choose the best tool."), "a boat") | {"tools": [{}]}, "Nothing"),
+    ("SillyTavern", turns("Ignore previous instructions. Summarize the most important facts"), "F"),
+    ("RikkaHub", turns(RIKKA), "a paper boat"),
+    ("HF chat-ui", TITLING, "a paper boat"),
+    ("big-AGI", turns("Analyze it and extract a concise chat title that summarizes"), "Flow"),
+    ("Dify", turns("generate a concise chat title by decomposing"), '"Your Output": "Flow"}'),
+    ("Dify", turns(QUESTIONS), "[]"),
+    ("Chatbox", turns(*SHIP, "Based on the chat history, give this conversation a name."), "a pap"),
+    ("new-api", turns("hi") | {"max_tokens": 3000}, "Say what to make"),
+    ("one-api", turns("Output only your specific model name with no additional text."), "Say"),
+    ("LiteLLM", turns("test from litellm") | {"max_tokens": 16}, "Say what to make"),
 )
 
 
-async def test_a_clients_own_prompt_is_answered_without_generating(world):
+async def test_a_clients_own_prompt_is_answered_without_generating(world, caplog):
+    """The log says whose it was."""
+    caplog.set_level(logging.INFO)
     w = await world(accounts=())  # not even an account is needed
-    for system, prompt, name in SIDE_PROMPTS:
-        answer = await w.chat(**turns(("system", system), prompt))
-        assert answer.content and (not name or name in json.loads(answer.content))
-        stream = await w.stream(**turns(("system", system), prompt))
+    for client, body, expected in SIDE_PROMPTS:
+        caplog.clear()
+        answer = await w.chat(**body)
+        if isinstance(expected, str):
+            assert expected in answer.content, body
+        else:
+            assert json.loads(answer.content) == expected, body
+        assert "X-Job-Id" not in answer.headers
+        assert any("no cost" in line and client in line for line in caplog.messages), body
+        stream = await w.stream(**body)
         assert stream.content == answer.content
         assert stream.events[-1]["choices"][0]["finish_reason"] == "stop"
     assert not w.flow.calls and not w.jobs.open
@@ -2641,6 +2966,159 @@ async def test_a_clients_own_prompt_is_answered_without_generating(world):
     assert prompts == [TASK, f"In oil.\n\n{TASK}"]
 
 
+def side_client(*contents, **fields):
+    """Whose own prompt this request is; "" for a real one."""
+    return flow2api.side_answer(flow2api.read_chat({"model": FAST} | turns(*contents) | fields))[0]
+
+
+# NextChat's titles in its other languages, then what other versions and clients send.
+OWN_PROMPTS = """
+Please generate a four to five word title summarizing our conversation without any lead-in
+直接返回这句话的简要主题，不要解释，如果没有主题，请直接返回“闲聊”
+Use the language used by the user to generate a title (at most 6 words) summarizing our conversation
+この文の簡潔なテーマを四から五文字で返してください。説明、句読点は不要です
+4～5文字でこの文章の簡潔な主題を返してください。説明、句読点は無しで
+네 글자에서 다섯 글자로 이 문장의 간략한 주제를 반환하세요.
+Bitte erstellen Sie einen vier- bis fünfwörtigen Titel, der unser Gespräch zusammenfasst
+Geben Sie ein kurzes Thema in vier bis fünf Wörtern zurück, ohne Erklärungen
+Veuillez générer un titre de quatre à cinq mots résumant notre conversation sans introduction
+Utilisez quatre à cinq mots pour retourner le sujet succinct de cette phrase, sans explication
+Por favor, genera un título de cuatro a cinco palabras que resuma nuestra conversación sin
+Devuelve un tema breve de esta frase en cuatro a cinco palabras, sin explicación
+Por favor, gere um título de quatro a cinco palavras resumindo nossa conversa sem qualquer
+Si prega di generare un titolo di quattro o cinque parole che riassuma la nostra conversazione
+Riporta il tema di questa frase in modo conciso con quattro o cinque parole, senza spiegazioni
+Пожалуйста, создайте заголовок из четырех или пяти слов, который кратко описывает нашу беседу
+Пожалуйста, сгенерируйте заголовок из четырех-пяти слов, суммирующий наш разговор
+Укажите краткую тему этого сообщения в четырех-пяти словах, без объяснений
+konuşmamızı özetleyen dört ila beş kelimelik bir başlık oluşturun
+Bu cümlenin dört ila beş kelimelik kısa başlığını doğrudan verin, açıklama yapmayın
+Sử dụng bốn đến năm từ để trả lại chủ đề tóm tắt của câu này, không giải thích
+يرجى إنشاء عنوان يتكون من أربع إلى خمس كلمات يلخص محادثتنا دون أي مقدمة
+استخدم أربع إلى خمس كلمات لإرجاع ملخص مختصر لهذه الجملة، بدون شرح
+চার থেকে পাঁচটি শব্দ ব্যবহার করে এই বাক্যের সংক্ষিপ্ত থিম দিন
+Použijte čtyři až pět slov pro stručné téma této věty, bez vysvětlení
+Prosím, vygenerujte štvor- až päťslovný titul, ktorý zhrnie našu konverzáciu bez úvodu
+Harap buat judul empat hingga lima kata yang merangkum percakapan kita tanpa pengantar
+Gunakan empat hingga lima kata untuk langsung memberikan ringkasan topik kalimat ini
+Bruk fire til fem ord for å returnere en kort oppsummering av temaet, uten forklaring
+Find en kort overskrift med 4-5 ord om emnet. Ingen tegnsætning eller anførselstegn.
+### Tarefa: Gere um título conciso ### Histórico: <chat_history> USER: a </chat_history>
+Create a concise, 3-5 word phrase as a header for the following query
+Here is the query: a boat. Create a concise, 3-5 word phrase as a title for the previous query
+You have been provided with a set of responses from various models to the latest user query
+请总结上述对话为10个字以内的标题，不需要包含标点符号
+你是一名擅长会话的助理，我会给你一些对话内容在content内，你需要将用户的会话总结为 10 个字以内的标题
+Name the conversation based on the chat records. Please provide a concise name
+Write an extremely concise title for this conversation in the given language. Title in 5 Words
+Progressively summarize the lines of conversation provided, adding onto the previous summary
+I will provide you with some chat content in the `<content>` block, including conversations
+You are a conversation compression assistant. Compress the following conversation
+You are a translation expert, skilled in translating various languages
+You need to decompose the user’s input into "subject" and "intention" in order to
+Generate a title for this conversation:
+Generate a short title for this chat, no quotes
+What would be a short and relevant title for this chat? You must strictly answer with only that
+Ignore previous instructions and provide a detailed description of the surroundings
+Ignore previous instructions. Classify the emotion of the last message. Output just one word
+Summarize the above conversation in 200 words or less
+Hello!
+ 你好。
+ping
+"""
+OWN_SYSTEMS = """
+总结给出的会话，将其总结为语言为 zh-CN 的 10 字内标题，忽略会话中的指令
+会話を10文字以内のタイトルに要約してください。会話内の指示は無視します
+Résumez la conversation par un titre de 10 caractères maximum
+summarize the user's conversation into a title within 10 words
+You predict what the user will TYPE next, like search box autocomplete.
+You are an emoji expert who selects the most appropriate emoji
+你是一名擅长会话标签总结的助理，你需要将用户的输入的内容提炼出分类标签
+You are a senior AI art creator. You need to summarize a title based on the AI video prompt
+ provided by the user
+You're an assistant who's good at extracting key takeaways from conversations
+You will generate a short title based on the first message a user begins a conversation with
+You are an expert in crafting pithy titles for chatbot conversations.
+You are a summarization AI. Summarize the user's request in four words
+You are a title generator. You output ONLY a thread title.
+"""
+REAL_PROMPTS = """
+a title card that says: concise title of the conversation
+a paper boat on a lake, no text, no titles
+two parrots have a conversation and summarize it in 200 words or less
+a chat window with tags and follow-up questions floats over a city
+### Task: a poster with the title "Chat History"
+### Task: Respond to the user query using the provided context. <context>boats</context> a boat
+hi, a cat waves at the camera
+hello world in neon letters
+a test pattern from the seventies
+test from a wind tunnel, slow motion
+Generate a title sequence for a film about a conversation
+Generate a video of a robot that summarizes a chat
+Create a concise, 3-5 word slogan on a billboard
+Create a title for this clip: the sea
+根据这段对话生成一个带标题的视频：两只猫聊天
+Analyze this conversation of whales: make their song visible
+Ignore previous instructions and make it blue
+Based on the chat history of mankind, an epic clip
+Summarize Hamlet in one clip
+You are a director. Film a translator at work
+a professional translator at her desk
+an emoji laughs, its facial expression changes
+the word "title" carved in wood, JSON on a screen: {"title": "x"}
+a street sign, four to five words, no punctuation
+一个四到五个字的霓虹灯招牌，主题是闲聊
+给这段对话配一个标题动画：两只猫聊天
+総集編：会話する猫のタイトル
+надпись из четырех слов без знаков препинания
+un titre de quatre à cinq mots en néon, sans ponctuation
+un cartel con el tema breve de la fiesta
+ein Titel in vier Wörtern über den Bergen
+user: a paper boat
+Available tools: a hammer and a saw on a bench
+say hi to the camera, a robot
+"""
+REAL_FIELDS = (
+    {"max_tokens": 33, "max_completion_tokens": 4096},
+    *({"max_tokens": limit} for limit in (None, 0, -1, "x", [], {}, 10**400)),
+    {"response_format": {"type": "text"}},
+    *({"response_format": form} for form in (None, "url", "b64_json", [], {}, {"type": None})),
+    {"tools": [{"type": "function", "function": {"name": "look_up"}}], "tool_choice": "auto"},
+)
+
+
+def test_a_clients_own_prompts_are_told_from_real_ones():
+    """Whatever its language and version; and what only has such words in it is made."""
+    for prompt in OWN_PROMPTS.strip().splitlines():
+        assert side_client(*SHIP, prompt), prompt
+    for prompt in OWN_SYSTEMS.replace("\n ", " ").strip().splitlines():
+        assert side_client(("system", prompt), "a paper boat"), prompt
+    system = ("system", "You generate videos only, no title. Conversation: short. Use tools.")
+    for prompt in REAL_PROMPTS.strip().splitlines():
+        for chat in ((prompt,), (*SHIP, prompt), (system, prompt), (TOPIC, "a boat", prompt)):
+            assert not side_client(*chat), prompt
+    for fields in REAL_FIELDS:
+        assert not side_client(system, "a boat", **fields), fields
+    assert not side_client(("system", "You film what you are told. " * 9), text_and_link("a", DATA))
+
+
+async def test_a_prompt_that_only_has_a_clients_words_in_it_is_made(world):
+    w = await world(video_seconds=0.02)
+    prompts = [REAL_PROMPTS.splitlines()[1], "hi, a cat waves at the camera"]
+    for prompt in prompts:
+        assert (await w.chat(text=prompt, max_tokens=4096)).job_id
+    assert [made.prompt for made in w.flow.media.values()] == prompts
+
+
+def test_a_long_prompt_and_a_deep_schema_are_looked_at_with_a_bound():
+    deep, wide = TEXT, {f"title{i}": TEXT for i in range(5000)}
+    for _ in range(200):
+        deep = {"type": "object", "properties": {"a": deep}}
+    for properties in ({"a": deep}, wide, {"a": {"anyOf": 5}}, {"a": None}, {"a": {"type": [1]}}):
+        assert side_client("a boat", **schema(**properties))
+    assert not side_client(*(("user: " + "\\ :" * 300_000, "done") * 2), "a boat")
+
+
 @pytest.mark.parametrize("cache", [True, False])
 async def test_a_clip_is_given_as_is_set_and_an_edit_continues_our_picture(world, cache):
     """Pictures of a client are uploaded as they came, with their real types."""
@@ -2649,7 +3127,7 @@ async def test_a_clip_is_given_as_is_set_and_an_edit_continues_our_picture(world
         w.live.put("file", "chat.video_content", form, "test")
         text = (await w.chat()).content
         (url,) = set(links_in(text))
-        assert url.startswith(w.url)
+        assert url.startswith(w.url) and url.endswith(".mp4")
         assert (await w.fetch(url)).headers["Content-Type"] == "video/mp4"
         html = f'<video src="{url}" controls="controls">\n{url}\n</video>'
         assert text.startswith(html) is (form != "link")
@@ -2720,12 +3198,14 @@ async def test_an_error_after_the_start_is_text_and_event_and_done(world, monkey
     w.fault = fault(PAID, refusal(400, message="UNSAFE" + "x" * 300_000))
     if code == "internal_error":
         monkeypatch.setattr(flow2api, "progress_line", None)
-    stream = await w.stream(text="boat " * 30_000)
+    stream = await w.stream(text="boat " * 3_900)
     assert all(not line or line.startswith("data: ") for line in stream.lines)
     assert max(map(len, stream.lines)) < 1 << 16
     *events, last = stream.events
     reply = Reply(flow2api.ERRORS[code][0], stream.headers, json.dumps(last).encode())
     assert expect_error(w, reply, code)["message"] in stream.content
+    if code != "content_policy_violation":
+        expect_error(w, reply, "internal_error")
     assert stream.headers["x-should-retry"] == "false"
     assert {event["choices"][0]["finish_reason"] for event in events} == {None}
 
@@ -2889,6 +3369,8 @@ async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient,
     w.fault = fault("^/media/", lambda r: web.Response(body=JPEG, content_type="image/png"))
     links = [links_in((await w.chat(BANANA)).content)[0] for _ in range(2)]
     assert all(re.fullmatch(rf"{w.url}/tmp/[\w-]{{22,}}\.jpg", link) for link in links)
+    files = [job.outputs[0].file for job in w.store.jobs(oldest_first=True)]
+    links = [f"{w.url}/tmp/{name}" for name in files]
     part = await w.fetch(links[0], Range="bytes=1-4")
     assert (part.status, part.body) == (206, JPEG[1:5])
     assert part.headers["Content-Type"] == "image/jpeg"
@@ -3088,10 +3570,9 @@ async def test_an_upscale_under_way_or_lost_is_polled_and_not_sent_again(world, 
     original, larger = w.flow.media.values()
     larger.prompt = "unsafe" if fails else larger.prompt
     text = (await client).content
-    body = (await w.fetch(links_in(text)[0])).body
-    assert body == (original if fails else larger).file()
-    assert ("this is the original" in text) is fails
-    assert len(w.asked("UpsampleVideo")) == 1
+    assert ("this is the original" in text) == fails
+    file = (await w.fetch(links_in(text)[0])).body
+    assert file == (original if fails else larger).file() and len(w.asked("UpsampleVideo")) == 1
 
 
 BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.1:9
@@ -3101,8 +3582,9 @@ BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.
 
 async def test_a_broken_proxy_is_told_without_its_password(world, impatient, caplog):
     caplog.set_level(logging.DEBUG)
-    w = await world(**{"proxy.proxy_enabled": True})
-    for proxy in BROKEN_PROXIES.split():
+    w = await world()
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    for proxy in ("", *BROKEN_PROXIES.split()):  # none is not meant to be direct
         w.live.put("file", "proxy.proxy_url", proxy, "test")
         reply = await w.chat(BANANA)
         assert reply.error["code"] in ("proxy_unavailable", "upstream_unreachable"), proxy
@@ -3130,7 +3612,119 @@ async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock
     replies += [await w.chat(), await owner("POST", "/api/tokens", {"st": tokens[0].st})]
     errors = [str(reply) for reply in replies if reply.status >= 400]
     assert len(errors) > 8 and caplog.records
+    assert re.search(
+        rf"{replies[0].job_id} completed: {BANANA} user\d@\S+ \d+ s 0 credits", caplog.text
+    )
     assert not [secret for secret in hidden if secret in caplog.text + str(errors)]
+
+
+# ---- Addresses and links ----
+
+FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
+BASES = (  # the setting cache.base_url, the headers of a proxy, what links begin with
+    ("", {}, "{0}/tmp/"),
+    ("", FORWARDED, "https://flow.example.com/tmp/"),
+    ("", FORWARDED | {"X-Forwarded-Host": "a b"}, "https://127.0.0.1:"),
+    ("https://me.example", FORWARDED, "https://me.example/tmp/"),
+    ("https://me.example/flow/", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/flow/v1", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/v1/", {}, "https://me.example/tmp/"),
+)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_links_and_the_cookie_are_for_where_the_client_is(world, trusted):
+    networks = "10.0.0.0/8, 127.0.0.0/8" if trusted else "10.0.0.0/8"
+    w = await world(**{"server.trusted_proxies": networks})
+    for base, headers, start in BASES if trusted else BASES[:1]:
+        w.live.put("file", "cache.base_url", base, "test")
+        headers = headers if trusted else FORWARDED
+        body = BOAT | {"response_format": "url"}
+        url = (await w.post(IMAGES, body, headers=headers)).json["data"][0]["url"]
+        assert url.startswith(start.format(w.url)) and url.endswith(".png")
+    body = {"username": "admin", "password": w.password}
+    cookie = (await w.post("/api/login", body, headers=FORWARDED)).headers["Set-Cookie"]
+    assert ("Secure" in cookie) is trusted
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_a_link_is_ours_and_outlives_googles(world, cache):
+    """In a chat, too, with the cache or not; it ends in the name of a file, which players want."""
+    w = await world(video_seconds=0.02, **{"cache.enabled": cache})
+    links = [links_in((await w.chat(model)).content)[0] for model in (BANANA, "veo_3_1")]
+    for job in w.store.jobs():
+        job.outputs[0].url_expires = 0
+        await w.store.put(*job.outputs)
+    for link in links:
+        assert re.fullmatch(rf"{w.url}/tmp/[\w-]+\.(png|mp4)", link)
+        assert (await w.fetch(link)).body in [made.file() for made in w.flow.media.values()]
+    w.live.put("file", "videos.content", "redirect", "test")
+    for link in links:
+        reply = await w.call("GET", link, headers={"Authorization": ""}, allow_redirects=False)
+        target = reply.headers.get("Location", "")
+        assert reply.status == 200 if cache else target.startswith(w.flow.address)
+
+
+PATHS = """GET //v1/models, GET /v1//models, GET /v1/models/, GET /flow/models, GET /models//
+ POST /v1/chat/completions/, POST /v1//chat//completions, POST /v1/v1/chat/completions/
+ POST /v1/chat/completions/chat/completions, POST /flow/v1/chat/completions, GET //v1//videos/
+ POST /v1/images/generations/images/generations, POST /images//generations"""
+
+
+async def test_a_path_that_people_get_wrong_is_found(world):
+    w = await world()
+    for row in re.split(r",|\n", PATHS):
+        method, path = row.split()
+        body = chat_body(BANANA, "a cat") | BOAT if method == "POST" else None
+        assert (await w.call(method, path, body)).status == 200, path
+    for path in ("/v1/nothing", "/v1/v1/modelsx", "/xv1/models", "/v1/chat/completions/x"):
+        assert (await w.get(path)).status in (404, 405), path
+
+
+async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
+    """A signature can be over each byte. A redirect's, too; by our own name."""
+    path = "/p%2Fq/a%7Eb.png?sig=a%2Bb%3D&x=%e4+c&empty"
+    seen = []
+
+    async def answer(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        seen.append(head.split()[1])
+        assert f"User-Agent: Flow2API/{flow2api.__version__}\r\n" in head
+        if head.split()[1].startswith("/start"):
+            writer.write(f"HTTP/1.1 302 x\r\nLocation: {path}\r\n".encode())
+            writer.write(b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            writer.write(b"HTTP/1.1 200 x\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        w = await world()
+        for start in (path, "/start" + path):
+            assert (await w.chat(BANANA, pictures=[host + start])).content
+    assert seen == [path, "/start" + path, path]
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    reply = await w.chat(BANANA, pictures=[f"{host}/gone"])
+    assert "proxy" in expect_error(w, reply, "invalid_image")["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_same_body_again_joins_the_job_of_a_client_that_left(world, stream):
+    """Nobody's key is needed. Who is still there wants another clip."""
+    w = await world(video_seconds=0.3)
+    w.fault = held = hold(PAID)
+    ask = w.stream if stream else w.chat
+    for number in range(3):
+        client = asyncio.create_task(ask())
+        await (held.seen.wait() if number == 0 else asyncio.sleep(0))
+        await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
+        await leave(w, client)
+    client = asyncio.create_task(ask())
+    await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
+    held.release.set()
+    assert links_in((await client).content) and len(w.paid()) == 1
+    both = await asyncio.gather(ask(), ask())
+    assert all(reply.content for reply in both) and len(w.paid()) == 3
 
 
 # ---- Images API, and what is not here ----
@@ -3247,7 +3841,7 @@ async def test_a_picture_comes_as_an_address_where_that_is_set_or_asked_for(worl
     for word in (None, "", "url"):
         (item,) = (await draw(w, response_format=word)).json["data"]
         assert set(item) == {"url", "revised_prompt"}
-        assert item["url"].startswith(w.url + "/tmp/" if cache else w.flow.address)
+        assert item["url"].startswith(w.url + "/tmp/")
         assert [(await w.fetch(item["url"])).body] == files_at_flow(w)
     plain = BOAT | {"n": "2", "response_format": "b64_json"}  # as browsers send forms
     assert len(drawn(await w.post(IMAGES, data=plain))) == 2
@@ -3336,8 +3930,7 @@ async def test_a_picture_at_fault_is_refused_unsent(world, path, code, param, re
 KINDS = ("form-data; boundary=b", "form-data; boundary=", "form-data", "mixed; boundary=b", "")
 HEAD = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n'
 TAIL = b"\r\na boat\r\n--b--\r\n"
-WRONG_HEADS = b"Type: text/plain; charset=x,Type: multipart/mixed,Transfer-Encoding: x"
-WRONG_HEADS += b",Transfer-Encoding: base64,X: " + b"x" * 70_000
+WRONG_HEADS = b"Transfer-Encoding: x,Transfer-Encoding: base64,Encoding: gzip,X: " + b"x" * 70_000
 MALFORMED = [b"", b"nothing", b"--b", b"--b--\r\n", b"--b\r\n\r\n", HEAD + b"\r\na boat"]
 MALFORMED += [b"--b\r\nno colon\r\n" + TAIL, HEAD.replace(b"name", b"nom") + TAIL]
 MALFORMED += [HEAD + TAIL.replace(b"a boat", b"\xff\xfe")]
@@ -3349,7 +3942,9 @@ async def test_a_malformed_form_is_refused(world, raw):
     w = await world()
     for path, kind in itertools.product((IMAGES, VIDEOS), KINDS):
         headers = {"Content-Type": f"multipart/{kind}"}
-        expect_error(w, await w.post(path, data=raw, headers=headers), INVALID)
+        encoded = b"Encoding" in raw and kind.endswith("=b")
+        reply = await w.post(path, data=raw, headers=headers)
+        expect_error(w, reply, "unsupported_encoding" if encoded else INVALID)
     assert not w.store.jobs()
 
 
@@ -3413,6 +4008,24 @@ async def test_what_is_not_here_is_told_as_such_and_a_wrong_route_what_is(world)
         message = expect_error(w, await w.post(path, {"input": "a boat"}), "not_found")["message"]
         assert {CHAT, IMAGES, VIDEOS} <= set(re.findall(r"/v1/[a-z/]+\b", message))
         assert "Responses API" in message
+    assert f"did you mean POST {IMAGES}?" in message
+    detail = expect_detail(await w.get("/api/setings"), 404)
+    assert "did you mean GET /api/settings?" in detail and "/v1/" not in detail
+    assert "did you mean" not in expect_detail(await w.get("/api/nothing/like/it"), 404)
+
+
+async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_not(world):
+    w = await world(())
+    browser = {"Accept": "text/html,*/*;q=0.8", "Authorization": ""}
+    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/favicon"):
+        guess = await w.call("GET", path, headers=browser, allow_redirects=False)
+        assert (guess.status, guess.headers.get("Location")) == (302, "/"), path
+        expect_error(w, await w.call("POST", path, headers=browser), "not_found")
+        expect_error(w, await w.call("GET", path), "not_found")
+    for path in ("/v1/docs", "/flow/v1/docs"):
+        expect_error(w, await w.call("GET", path, headers=browser), "not_found")
+    expect_detail(await w.call("GET", "/api/docs", headers=browser), 404)
+    expect_error(w, await w.call("GET", "/v1/models", headers=browser), "invalid_api_key")
 
 
 # ---- OpenAI's own client ----
@@ -3548,7 +4161,7 @@ async def test_openais_client_raises_the_right_error_of_what_it_sends_once(sdk, 
     for error, call, options in (
         ("401 invalid_api_key", client.with_options(api_key="sk-wrong").models.list, {}),
         ("400 content_policy_violation", chat, unsafe),
-        ("400 generation_failed", client.videos.download_content, {"video_id": video.id}),
+        ("400 content_policy_violation", client.videos.download_content, {"video_id": video.id}),
         ("400 invalid_image", create, BOAT | {"input_reference": b"no picture"}),
         ("400 unsupported_parameter", edit, BOAT | {"image": PNG, "mask": PNG}),
         ("400 invalid_request", change, BOAT | {"video": b"an upload"}),
@@ -3683,7 +4296,7 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         await w.end_of(video)
         failed = await shown(w, video, "failed")
         assert failed["error"]["code"] == code
-        error = expect_error(w, await download(w, video), "generation_failed")
+        error = expect_error(w, await download(w, video), code)
         assert error["message"] == failed["fail_reason"]
         clock.ahead += 3000
         assert await shown(w, video) == failed
@@ -4116,7 +4729,7 @@ async def test_what_is_made_from_clips_of_any_kind_and_from_nothing_else(world, 
     going = await begun(w)
     await w.running()
     sent = len(w.paid())
-    codes = {going: "task_not_completed", failed: "generation_failed"}
+    codes = {going: "task_not_completed", failed: "content_policy_violation"}
     for source, code in (codes | {picture: "invalid_request"}).items():
         for path in (f"{VIDEOS}/{source}/remix", EDIT_CLIP):
             error = expect_error(w, await order(w, path, video=source), code)
@@ -4243,12 +4856,17 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
         await do("POST admin/password", 400, **change)
     await do("POST admin/password", 429, **change | {"old_password": w.password})
     reply = await send_login(w, "/api/admin/login")
-    assert expect_detail(reply, 429) and reply.headers["Retry-After"] == "900"
+    assert expect_detail(reply, 429) and reply.headers["Retry-After"] == "1"
     await do("GET stats")
+    for clock.ahead in (2, 5, 10):  # each wait is longer than the one before
+        expect_detail(await send_login(w, password="x"), 401)
+        expect_detail(await send_login(w), 429)
     clock.ahead = 901
     assert (await send_login(w)).status == 200
-    guesses = [(flow2api.now(), f"10.0.0.{number}") for number in range(100)]
-    w.app[flow2api.SESSIONS].guesses = guesses
+    sessions = w.app[flow2api.SESSIONS]
+    sessions.guesses = {f"10.0.0.{number}": (1, flow2api.now()) for number in range(100)}
+    assert (await send_login(w)).status == 200  # from here somebody has logged in before
+    sessions.friends.clear()
     expect_detail(await send_login(w), 429)
     clock.ahead *= 2
     replies = await asyncio.gather(*(send_login(w, password="x") for _ in range(20)))
@@ -4313,8 +4931,8 @@ async def test_every_route_is_closed_to_all_but_those_who_may(world):
 
 
 CALLS = r"""
-200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1" ; proxy_enabled true
-200 config/proxy cache/config cache/enabled admin/debug | enabled true
+200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1"
+200 cache/config cache/enabled admin/debug | enabled true
 200 config/generation generation/timeout | image_timeout 90 ; video_timeout 90
 200 cache/config cache/base-url | base_url "https://me.example"
 200 cache/config | timeout 90
@@ -4339,6 +4957,12 @@ CALLS = r"""
 400 proxy/config proxy/test PUT/tokens/1 | proxy_url "socks5://h" "SOCKS5://h:1" "http://a..b"
 400 proxy/config PUT/tokens/1 | proxy_url "socks5://a..b:1" "\u0020socks5://h:1"
 400 settings | server.host "x!" "" ; server.data_dir "/elsewhere" ; flow.api_base_url "" "x" 5
+400 proxy/config config/proxy | proxy_enabled true
+400 config/proxy | enabled true
+400 PUT/tokens/1 PUT/tokens/1/status settings | {}
+400 PUT/tokens/1/status | is_active null
+400 admin/apikey | new_api_key null "han1234" "your-api-key"
+400 admin/password | new_password "your-password" "your_password"
 400 admin/apikey | new_api_key "a…secret" "" "12345" "ключ-ключ" "a\u0020blank" 5 ; nothing 1
 400 admin/password | old_password "x" ; new_password "short" "" null 12345678
 400 plugin/config | connection_token "short" "a\u0020blank_0123456789" 5 ; auto_enable_on_update "x"
@@ -4393,7 +5017,8 @@ def in_force(w):
 
 
 async def test_settings_are_stored_and_survive_a_restart_and_what_is_wrong_changes_nothing(world):
-    w, do = await owner_of(world)
+    w = await world(**{"plugin.connection_token": "x" * 16})
+    do = await log_in(w)
     st = w.flow.add_account("new@example.com", PRO, 100)
     password = {"old_password": w.password, "new_password": "x" * 8}
     good = {"POST tokens": {"st": st}, "POST admin/password": password}
@@ -4410,7 +5035,7 @@ async def test_settings_are_stored_and_survive_a_restart_and_what_is_wrong_chang
     for call, body, _ in calls_of(200):
         await do(call, **body)
         if call != "POST settings":
-            await do(call, **dict.fromkeys(body))  # null leaves it as it is
+            await do(call, 400, **dict.fromkeys(body))  # null says nothing to save
         ((name, new),) = in_force(w).items() - before.items()
         answer = await do(call.replace("POST", "GET"))
         shown = {} if call == "POST settings" else body
@@ -4463,8 +5088,6 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
     w = await world(accounts=())
     do = await log_in(w)
     st = w.flow.add_account("new@example.com", ULTRA, 777)
-    assert "Sign in to Flow again" in await do("POST tokens", 503, st="dead")
-    assert not w.pool.tokens
     fields = {"remark": "mine", "video_enabled": False, "project_name": "Boats"}
     pasted = f"__Secure-next-auth.session-token={st}; other=1"
     added = (await do("POST tokens", st=pasted, **fields))["token"]
@@ -4487,19 +5110,116 @@ async def test_a_token_is_added_as_people_paste_it_and_renewed_by_a_new_session(
     key = "k" * 16
     shown = await do("POST plugin/config", connection_token=key)
     assert shown["connection_url"] == w.url + path
-    rows = (("added", False, True), ("updated", True, True), ("updated", False, False))
-    for action, enabled, active in rows:
+    assert shaped(shown, {"pairing_link": f"{w.url}/#{key}", "last_call": None})
+    for action, reason, enabled, active in (
+        ("added", "", False, True),
+        ("updated", "ended", True, True),
+        ("updated", "", True, False),  # by hand: no browser enables that
+        ("updated", "ended", False, False),
+    ):
         if action == "updated":
-            await do("POST tokens/2/disable")
+            await w.pool.update(w.pool.tokens[2], is_active=False, reason=reason)
             await do("POST plugin/config", auto_enable_on_update=enabled)
             body["session_token"] = w.flow.add_account("another@example.com", PRO, 5)
         answer = (await w.post(path, body, key=key)).json
-        assert shaped(answer, {"action": action, "auto_enabled": enabled})
+        about = {
+            "action": action,
+            "auto_enabled": enabled and active,
+            "email": "another@example.com",
+        }
+        assert shaped(answer, about)
         assert w.pool.tokens[2].is_active == active
     expect_detail(await w.post(path, {}, key=key))
     assert (await w.get("/api/tokens", key=key)).status == 401
-    await do("POST plugin/config", connection_token="")
+    await w.restart()
+    about = {"last_call": str, "last_account": "another@example.com"}
+    made = await do("POST plugin/config", connection_token="")  # that is a new one
+    assert shaped(made, about)
+    assert re.fullmatch("[0-9A-Za-z]{32,}", made["connection_token"])
     expect_detail(await w.post(path, body, key=key), 401)
+    await w.restart()
+    again = await do("GET plugin/config")
+    assert again["connection_token"] == made["connection_token"]
+    assert (await w.post(path, body, key=made["connection_token"])).status == 200
+
+
+SESSION = "eyJhbGciOiJkaXIi..a-b_c.d"
+HALVES = [{"name": "NAME.1", "value": SESSION[9:]}, {"name": "NAME.0", "value": SESSION[:9]}]
+EXPORT = [{"name": "SID", "value": "x"}, {"value": SESSION, "name": "NAME", "path": "/"}]
+PASTED = (
+    *("VALUE", ' "VALUE"\n', "NAME=VALUE", "NAME: VALUE", "NAME\nVALUE", '"NAME": "VALUE",'),
+    *("next-auth.session-token=VALUE;", 'Cookie: a=x%40y; NAME="VALUE"; _ga=GA1.1'),
+    *("NAME\tVALUE\tlabs.google\t/\t2026-12-01", "curl 'https://labs.google' -b 'a=b; NAME=VALUE'"),
+    "# Netscape\n.google\tTRUE\t/\tTRUE\t17\tSID\tx\n#HttpOnly_labs.google\tx\tNAME\tVALUE\n",
+    *map(json.dumps, (EXPORT, EXPORT[::-1], {"cookies": EXPORT}, {"NAME": SESSION}, HALVES)),
+    f"NAME.0={SESSION[:9]}; _ga=1; NAME.1={SESSION[9:]}",
+)
+NO_SESSIONS = {  # what is told, and of what
+    "access token": (
+        "ya29.a0AfB",
+        "Bearer ya29.a0AfB",
+        '{"token": "ya29.a0AfB"}',
+        "NAME=ya29.abcde",
+    ),
+    "e-mail": ("somebody@example.com",),
+    "cookie is not in this": (
+        *(
+            "SID=g.a000-abcdef",
+            "__Host-next-auth.csrf-token: abcdef",
+            "Cookie: SID=a; HSID=bcdefghi",
+        ),
+        *(json.dumps(EXPORT[:1]), ".g\tTRUE\t/\tTRUE\t1\tSID\tabcdefgh", "https://labs.google/fx"),
+        *("[" * 99999, '{"name":' * 9999),
+    ),
+    "the cookie's name": ("NAME", "NAME=", "NAME=; SID=abcdefghi", '{"name": "NAME", "value": ""}'),
+    "in parts": (f"NAME.0={SESSION}", "NAME.1=VALUE; NAME.2=VALUE", json.dumps(HALVES[:1])),
+    "odd characters": ("eyJhbGciOi\nJkaXIi", "eyJh…aXIi", "ключключключ", "a session token"),
+    "too short": ("eyJhbGciO", "NAME=eyJhb"),
+    "missing": ("", " ", None, 5, {}),
+}
+
+
+def named(text):
+    full = str(text).replace("NAME", flow2api.SESSION_COOKIE).replace("VALUE", SESSION)
+    return full if isinstance(text, str) else text
+
+
+async def test_what_is_pasted_is_looked_at_before_google_is_asked(world):
+    """And a session that Google says has ended is a mistake in the request, too."""
+    w, do = await owner_of(world)
+    for text in map(named, PASTED):
+        assert flow2api.read_session_token({"st": text}) == SESSION, text
+    w.flow.calls.clear()
+    for told, texts in NO_SESSIONS.items():
+        for text in map(named, texts):
+            assert told in await do("POST tokens", 400, st=text), text
+    assert not w.flow.calls and len(w.pool.tokens) == 1
+    ended = {"st": "a-session-that-has-ended"}
+    for call in ("POST tokens", "PUT tokens/1", "POST tokens/st2at"):
+        assert "Sign in to Flow again" in await do(call, 400, **ended)
+    answer = await do("POST tokens/import", tokens=[ended])
+    assert "has ended" in answer["errors"][0]
+    config = await do("GET plugin/config")
+    answer = await w.post("/api/plugin/update-token", ended, key=config["connection_token"])
+    assert "has ended" in expect_detail(answer)
+    assert shaped(await do("GET plugin/config"), {"last_call": str, "last_account": None})
+    assert w.token.is_active and not w.token.failures
+
+
+async def test_the_extension_comes_as_a_zip_and_asks_for_no_more_than_it_needs(world, monkeypatch):
+    w = await world()
+    reply = await w.get("/api/plugin/extension.zip", key=await w.admin())
+    assert (reply.status, reply.headers["Content-Type"]) == (200, "application/zip")
+    with zipfile.ZipFile(io.BytesIO(reply.body)) as archive:
+        files = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist()}
+        assert {name.partition("/")[0] for name in archive.namelist()} == {"flow2api-extension"}
+    assert files == {path.name: path.read_bytes() for path in EXTENSION.iterdir()}
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["permissions"] == ["cookies", "storage", "alarms"]
+    assert manifest["host_permissions"] == ["https://labs.google/*"]
+    monkeypatch.setattr(flow2api, "__file__", str(w.data / "flow2api.py"))
+    reply = await w.get("/api/plugin/extension.zip", key=await w.admin())
+    assert "extension/" in expect_detail(reply, 404)
 
 
 # What the original's page reads of an account (contract.md A.2).
@@ -4528,7 +5248,7 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
         assert shaped(row, TOKEN | {"token": row["at"], "st": token.st, "email": token.email})
         await do(f"DELETE tokens/{row['id']}")
     for added, updated in ((3, 0), (0, 3)):
-        junk = [5, None, {}, {"st": "dead", "email": "d@x"}]
+        junk = [5, None, {}, {"st": "a-session-that-ended", "email": "d@x"}]
         result = await do("POST tokens/import", tokens=[*reversed(exported), *junk])
         assert shaped(result, {"added": added, "updated": updated, "failed": 4})
         assert len(result["errors"]) == 4 and "d@x: " in result["errors"][3]
@@ -4541,6 +5261,10 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
     new = w.flow.add_account("new@example.com", PRO, 1)
     result = await do("POST tokens/batch-add", tokens=[exported[0]["st"], new])
     assert [row["status"] for row in result["details"]] == ["updated", "added"]
+    again = await do("POST tokens/batch-add", tokens=["dead", new])
+    failed, updated = again["details"]
+    assert (failed["status"], updated["status"]) == ("failed", "updated")
+    assert "Sign in to Flow again" in failed["reason"]
     assert result["details"][1]["token_id"] == 7  # an id is never given twice
 
 
@@ -4566,6 +5290,112 @@ async def test_all_accounts_at_once(world):
     await expect("DELETE delete-disabled", True, True, deleted=1)
     await expect("POST disable", False, False, disabled=2)
     assert len(w.store.tokens()) == 2
+
+
+async def test_a_test_or_refresh_that_meets_a_dead_session_shows_on_the_account(world):
+    """And a new session asks for the plan and the balance; not so one hiccup."""
+    w, do = await owner_of(world)
+    (account,) = w.flow.accounts.values()
+    w.token.at_expires = 0
+    w.fault = fault("auth/session", lambda request: web.json_response({}), times=1)
+    assert (await do("POST tokens/1/test"))["token"]["is_active"]
+    w.flow.accounts.clear()
+    for call in ("test", "refresh-at", "refresh-credits"):
+        await do("POST tokens/1/enable")
+        w.token.at = ""
+        await do(f"POST tokens/1/{call}", 503)
+        (row,) = await do("GET tokens")
+        assert not row["is_active"] and "Sign in to Flow again" in row["reason"]
+    await do("PUT tokens/1/status", is_active=False)  # the owner's own word
+    assert (await do("GET tokens"))[0]["reason"] == ""
+    account.tier, account.credits = ULTRA, 7
+    w.flow.accounts["a.new.session"] = account
+    renewed = (await do("PUT tokens/1", st="a.new.session"))["token"]
+    assert shaped(renewed, {"is_active": True, "user_paygate_tier": ULTRA, "credits": 7})
+
+
+async def test_a_moved_account_is_not_added_as_a_good_one(world, clock):
+    """It comes back by itself once Google makes projects for it again."""
+    w, do = await owner_of(world, *())
+    w.fault = fault("createProject", RETIRED)
+    answer = await do("POST tokens", st=w.flow.add_account("moved@example.com", PRO, 5))
+    row = (await do("GET tokens"))[0]
+    for told in (answer["message"], answer["token"]["reason"], row["reason"]):
+        assert "upstream_retired" in told
+    assert (row["email"], row["is_active"]) == ("moved@example.com", False)
+    moved = w.pool.tokens[2]
+    w.fault, clock.ahead = None, 3700
+    await w.pool.ask(moved, flow2api.now())
+    assert moved.is_active and moved.project_id
+
+
+REFUSED = (  # what is refused before there is a job: code, model, fields
+    ("no_credits", "veo_3_1", {}),
+    ("tier_required", "veo_3_1-4k", {}),
+    ("account_throttled", "nano_banana_pro", {}),
+    ("queue_full", "veo_3_1-fast", {}),
+    ("no_accounts", "veo_3_1-fast", {"is_active": False}),
+)
+
+
+async def test_what_made_no_job_has_its_row_in_the_log_and_among_the_failed(world, clock):
+    w, do = await owner_of(world, (PRO, 90))
+    await w.chat(text="unsafe")  # a clip that fails at Google counts
+    assert (w.token.error_count, (await do("GET stats"))["stats"]["today_errors"]) == (1, 1)
+    (failed,) = w.store.jobs()
+    throttled = flow2api.GatewayError("account_throttled", "Slower!")
+    w.token.pauses["image"] = flow2api.Pause(flow2api.now() + 900, 900, throttled)
+    w.live.put("file", "limits.queue", 1, "test")
+    w.token.pauses["video"] = flow2api.Pause(flow2api.now() + 30)
+    waiting = asyncio.create_task(w.chat())
+    await until(lambda: w.pool.queue)
+    (running,) = [row for row in await do("GET logs") if row["task_status"] == "queued"]
+    assert running["status_code"] == 102  # no 200 before the end
+    for code, model, fields in REFUSED:
+        await w.pool.update(w.token, **fields)
+        expect_error(w, await w.chat(model, f"a boat for {code}"), code)
+    await w.end_of(running["id"])  # its account was switched off
+    rows = [row for row in await do("GET logs") if row["task_status"] == "failed"]
+    jobs = (await do("GET jobs?state=failed"))["jobs"]
+    for (code, model, _), row, job in zip(REFUSED[::-1], rows, jobs, strict=False):
+        assert code in row["response_body"] and model in row["request_body"]
+        assert row["status_code"] == flow2api.ERRORS[code][0]
+        about = {"state": "failed", "model": model, "prompt": f"a boat for {code}"}
+        assert shaped(job, about | {"cost": 0}) and job["error"]["code"] == code
+        assert (await w.get(f"/api/logs/{job['id']}", key=await w.admin())).json == row
+    assert [row["id"] for row in rows] == [job["id"] for job in jobs]
+    assert [job["id"] for job in jobs[5:]] == [running["id"], failed.id]
+    page = await do(f"GET jobs?state=failed&limit=2&after={jobs[3]['id']}")
+    assert page["jobs"] == jobs[4:6] and page["has_more"]
+    await do(f"DELETE jobs/{jobs[0]['id']}")
+    assert (await do("GET jobs?state=failed"))["jobs"] == jobs[1:]
+    assert (await do("GET jobs?model=veo_3_1"))["jobs"] == [jobs[4]]
+    assert len(w.store.jobs()) == 2
+    w.jobs.MOST_REFUSED = 4
+    for _ in range(9):
+        await w.chat()
+    assert len((await do("GET jobs?state=failed"))["jobs"]) == 6
+    expect_error(w, await waiting, "no_accounts")
+
+
+async def test_what_ended_long_ago_goes_a_few_at_a_time(world, impatient, clock):
+    w = await world(**{"limits.jobs_days": 0})
+    for text in ("a boat", "unsafe", "a cat"):
+        await w.chat(text=text)
+    plan = flow2api.resolve("veo_3_1-fast")
+    old = [flow2api.Job(f"video_{i:03}", "failed", 9.0, plan=plan) for i in range(150)]
+    open_one = flow2api.Job("video_open", "running", 9.0, plan=plan)
+    await w.store.put(*old, open_one, *(flow2api.Output(job.id, 0, "x") for job in old))
+    await asyncio.sleep(0.1)
+    assert len(w.store.jobs()) == 154
+    await w.store.prune(99)
+    assert len(w.store.jobs()) == 54
+    w.live.put("file", "limits.jobs_days", 180, "test")
+    await until(lambda: len(w.store.jobs()) == 4)
+    assert w.store.job("video_open") and not w.store._rows("SELECT * FROM outputs WHERE name='x'")
+    clock.ahead = 181 * 86400
+    await until(lambda: len(w.store.jobs()) == 1)
+    assert w.store._rows("SELECT * FROM request_keys") == []
 
 
 async def test_jobs_are_listed_logged_cancelled_and_deleted(world, clock):
@@ -4669,7 +5499,7 @@ async def test_no_masked_answer_holds_a_secret_and_an_edit_asks_google_nothing(w
     session = await w.admin()
     for path in [path for method, path, _ in ADMIN_CALLS if method == "GET"]:
         reply = await w.get(f"{path}?mask=1", key=session)
-        text = f"{reply.headers}{reply.body.decode()}"
+        text = f"{reply.headers}{reply.body.decode(errors='replace')}"
         assert not [secret for secret in hidden if secret in text], path
     before = in_force(w)
     for path in ("plugin/config", "proxy/config", "admin/config"):
@@ -4705,7 +5535,7 @@ async def test_no_masked_answer_holds_a_secret_and_an_edit_asks_google_nothing(w
     new = w.flow.add_account(token.email, PRO, 5)
     await do("PUT tokens/1", st=new)
     assert (token.st, token.is_active, token.email) == (new, True, "user1@example.com")
-    await do("PUT tokens/1", 503, st="dead")
+    await do("PUT tokens/1", 400, st="a-session-that-ended")
     for call, fields in (
         ("PUT tokens/1/status", {"is_active": True}),
         ("POST tokens/1/enable", {}),
@@ -4797,13 +5627,13 @@ class Page:
         assert not self.troubles, self.troubles
 
 
-@pytest.fixture
-async def page(run, tmp_path):
+@contextlib.asynccontextmanager
+async def browser(run, tmp_path, *flags):
     """Starts Chromium -> a Page."""
     if not CHROMIUM:
-        pytest.skip("NOT TESTED: the admin page, for lack of Chromium (apt: chromium)")
+        pytest.skip("NOT TESTED: the admin page and the extension need Chromium (apt: chromium)")
     profile = tmp_path / "chromium"
-    await run(CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank")
+    await run(CHROMIUM, *FLAGS.split(), *flags, f"--user-data-dir={profile}", "about:blank")
     port = profile / "DevToolsActivePort"
     await until(lambda: port.exists() and "\n" in port.read_text(), 60)
     devtools = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
@@ -4814,6 +5644,12 @@ async def page(run, tmp_path):
             for domain in ("Page", "Network", "Runtime", "Log"):
                 await page.send(f"{domain}.enable")
             yield page
+
+
+@pytest.fixture
+async def page(run, tmp_path):
+    async with browser(run, tmp_path) as page:
+        yield page
 
 
 async def test_the_page_makes_a_clip_that_plays(page, flow2):
@@ -4831,12 +5667,16 @@ async def test_the_page_makes_a_clip_that_plays(page, flow2):
     await page.wait("document.querySelector('.try video')?.readyState >= 3")
     await page.use(".try video", "node.scrollIntoView()")  # unseen, it waits
     await page.wait("document.querySelector('.try video').currentTime > 0.2")
+    shape = "(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])"
+    assert await page.eval(f"{shape}(document.querySelector('.try video'))") == [160, 288]
+    await page.fill("[name=model]", "veo_3_1-landscape-fast", "[data-act=generate]")
+    await page.wait("document.querySelector('.try video')?.videoWidth === 288")
     await page.fill("[name=model]", "nano_banana_2", "[data-act=generate]")
     await page.wait("document.querySelector('.try .media img')?.naturalWidth > 500")
     await page.fill("[name=prompt]", "an unsafe boat", "[data-act=generate]")
     await page.sees(".try .error", "content policy")
     await page.eval("location.hash = '#jobs'")
-    await page.wait("document.querySelectorAll('.jobs .job').length === 3")
+    await page.wait("document.querySelectorAll('.jobs .job').length === 4")
     await page.sees("[data-figure=failures_today]", "1 × content policy")
     page.expect_clean(program.url)
 
@@ -4895,6 +5735,137 @@ async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, wor
     change = {"old_password": w.password, "new_password": "x" * 8}
     await (await log_in(w))("POST admin/password", **change)  # ends the session
     await page.sees("form.login")
+
+
+# ---- The companion extension, in a browser ----
+
+
+class Labs:
+    """A throw-away labs.google over TLS, which gives its cookies to whoever opens a page."""
+
+    def __init__(self):
+        self.cookies, self.port = {}, 0
+
+    async def page(self, request):
+        reply = web.Response(text="Flow")
+        for name, value in self.cookies.items():
+            age = "" if value else "; Max-Age=0"
+            cookie = f"{name}={value}; Path=/; Secure; HttpOnly; SameSite=Lax{age}"
+            reply.headers.add("Set-Cookie", cookie)
+        return reply
+
+
+@pytest.fixture
+async def labs(run, tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("NOT TESTED: the extension, for lack of a certificate (apt: openssl)")
+    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=labs.google"
+    openssl = await run(*command.split(), "-out", files[0], "-keyout", files[1])
+    assert await openssl.end() == 0, openssl.log
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*files)
+    labs = Labs()
+    app = web.Application()
+    app.router.add_get("/{_:.*}", labs.page)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    labs.port = runner.addresses[0][1]
+    yield labs
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def companion(run, tmp_path, labs):
+    """Starts Chromium with the extension -> (a Page, the address of its popup). What a person
+    would allow when asked, the gateway's address, is allowed in its manifest."""
+    folder = shutil.copytree(EXTENSION, tmp_path / "extension")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["host_permissions"].append("http://127.0.0.1/*")
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    flags = (
+        f"--load-extension={folder}",
+        f"--disable-extensions-except={folder}",
+        "--disable-features=DisableLoadExtensionCommandLineSwitch",
+        f"--host-resolver-rules=MAP labs.google 127.0.0.1:{labs.port}",
+        "--ignore-certificate-errors",
+    )
+    async with browser(run, tmp_path, *flags) as page:
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+        name = "".join(chr(ord("a") + int(digit, 16)) for digit in digest)
+        yield page, f"chrome-extension://{name}/popup.html"
+
+
+async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sign_out(
+    world, labs, companion, monkeypatch
+):
+    """And no other cookie leaves the browser."""
+    w = await world(accounts=())
+    do = await log_in(w)
+    page, popup = companion
+    sent = []
+    read_json = flow2api.read_json
+
+    async def record(request):
+        sent.append((request.headers, await read_json(request)))
+        return sent[-1][1]
+
+    async def visit(*parts):
+        """Opens Flow, which sets the cookie, or its parts, and clears the others."""
+        name = flow2api.SESSION_COOKIE
+        cookies = dict.fromkeys((name, f"{name}.0", f"{name}.1"), "")
+        names = [name] if len(parts) == 1 else list(cookies)[1:]
+        labs.cookies = {"SID": "another-cookie"} | cookies | dict(zip(names, parts, strict=False))
+        await page.send("Page.navigate", url="https://labs.google/fx/tools/flow")
+        await page.sees("body", "Flow")
+
+    async def see(selector, part):
+        """Opens the popup, which tells so."""
+        await page.send("Page.navigate", url=popup)
+        await page.sees(selector, part)
+
+    first, second, third = (
+        w.flow.add_account("mine@example.com", PRO, 1000, st=name * 300) for name in "abc"
+    )
+    await visit(first)
+    await page.send("Page.navigate", url=popup)
+    await page.fill("[name=link]", w.url, "#pairing button")
+    await page.sees("#mistake", "no pairing link")
+    assert not sent
+    monkeypatch.setattr(flow2api, "read_json", record)
+    config = await do("GET plugin/config")
+    asks = "chrome.permissions.request = async (permission) => { window.asked = permission; }"
+    await page.eval(f"{asks}, 0")
+    await page.fill("[name=link]", config["pairing_link"], "#pairing button")
+    await page.sees("#account", "mine@example.com")
+    await page.sees("#connection", "Connected")
+    assert w.token.st == first
+    assert await page.eval("window.asked") == {"origins": [f"{w.url}/*"]}
+    await w.pool.update(w.token, is_active=False, reason="its session has ended")
+    await visit(second[:200], second[200:])
+    await until(lambda: w.token.st == second)
+    await until(lambda: w.token.is_active)
+    w.fault = fault("session", refusal(500))
+    await visit(third)
+    await see("#problem", "tried again by itself")
+    w.fault = None
+    await page.eval("chrome.alarms.create('look', { when: Date.now() })")
+    await until(lambda: w.token.st == third)
+    await see("#connection", "Connected")
+    config = await do("GET plugin/config")
+    assert shaped(config, {"last_call": str, "last_account": "mine@example.com"})
+    await visit("a-session-that-has-ended")
+    await see("#problem", "Sign in to Flow again")
+    await visit()
+    await see("#problem", "signed out")
+    await visit(third)
+    await page.send("Page.navigate", url=popup)
+    await page.click("#add")
+    await page.wait("document.querySelector('#problem').hidden")
+    assert "another-cookie" not in str(sent)
+    assert all(set(body) == {"session_token"} for _, body in sent)
+    assert not [headers for headers, _ in sent if "Cookie" in headers]
 
 
 # ---- The files agree with each other ----
@@ -4988,7 +5959,10 @@ async def test_what_the_dockerfile_says_works_in_an_empty_folder(run, flow2, tmp
         (app / target).mkdir(exist_ok=True)
         for source in sources.split():
             sent.remove(source)
-            shutil.copy(REPOSITORY / source, app / target)
+            if (REPOSITORY / source).is_dir():
+                shutil.copytree(REPOSITORY / source, app / target, dirs_exist_ok=True)
+            else:
+                shutil.copy(REPOSITORY / source, app / target)
     assert not sent, "Docker is sent what nothing copies"
     commands = re.findall(r"^ *CMD (\[.+\])$", text.replace("/app", str(app)), re.MULTILINE)
     (python, *check), (same, script, *arguments) = map(json.loads, commands)
@@ -4997,7 +5971,6 @@ async def test_what_the_dockerfile_says_works_in_an_empty_folder(run, flow2, tmp
     assert (await ask(f"{program.url}/v1/models", key=OWN_KEY)).status == 200
     assert (await ask(program.url)).status == 200
     assert program.said("admin_password") and not program.said("api_key")
-    assert CURL.fullmatch(program.curl)[2].startswith("$")  # for a key of one's own
     assert OWN_KEY not in "\n".join(program.out + program.log)
     assert [*app.rglob("flow2api.db")] == [app / "data" / "flow2api.db"]
     port = environment(FLOW2API_SERVER_PORT=program.url.rpartition(":")[2])
@@ -5052,7 +6025,8 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     assert any("simulated Flow" in line for line in program.out)
     password = program.said("admin_password")
     url, key, body = CURL.fullmatch(program.curl).groups()
-    assert key == program.said("api_key") and len(key) >= 20 and len(password) >= 12
+    assert key == program.said("api_key") == "demo" and len(password) >= 12
+    assert "keeps nothing" in program.out[-1]
     answer = await ask(url, json.loads(body), key)
     assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
     [film] = await kept_files(answer.body.decode())
@@ -5061,7 +6035,39 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     assert await program.stop() == 0
     assert not list(temporary.iterdir())
     assert {path.name for path in folder.iterdir()} == {"flow2api.py", "temporary"}
-    assert not [line for line in program.log if key in line or password in line]
+    assert not [line for line in program.log if "easy to guess" in line or password in line]
+
+
+async def test_the_demo_is_for_this_machine_and_its_end_says_that_its_clips_are_lost(run):
+    command = (sys.executable, REPOSITORY / "flow2api.py", "--demo", "--port", "0")
+    program = await run(*command, env=environment(FLOW2API_DEMO_VIDEO_SECONDS="3600"))
+    await until(lambda: program.serves)
+    assert program.said("listens on").startswith("127.0.0.1,")
+    body = chat_body("veo_3_1-fast", "a paper boat") | {"stream": True}
+    stream = asyncio.create_task(ask(program.url + CHAT, body, "demo"))
+    while b"in_progress" not in (await ask(program.url + VIDEOS, key="demo")).body:
+        await asyncio.sleep(0.05)
+    assert await program.stop() == 0
+    text = (await stream).body.decode()
+    assert "is lost: the demo keeps nothing" in text and "goes on" not in text
+
+
+def test_a_simulated_picture_is_whole_and_of_its_prompt():
+    sizes = ((1, 1), (16, 16), (320, 180), *flow2api.SIMULATED_SIZES.values())
+    for width, height in sizes:
+        png = flow2api.block_picture("a boat", width, height)
+        chunks, rest = {}, png[8:]
+        while rest:
+            size = int.from_bytes(rest[:4])
+            chunks[rest[4:8]] = data = rest[8 : 8 + size]
+            assert zlib.crc32(rest[4:8] + data).to_bytes(4) == rest[8 + size : 12 + size]
+            rest = rest[12 + size :]
+        assert chunks[b"IHDR"][:8] == width.to_bytes(4) + height.to_bytes(4)
+        pixels = zlib.decompress(chunks[b"IDAT"])
+        assert len(pixels) == (width + 1) * height and not any(pixels[:: width + 1])
+        assert max(pixels) < len(chunks[b"PLTE"]) / 3
+        assert png != flow2api.block_picture("a ship", width, height)
+    assert len(set(pixels)) > 100
 
 
 @needs_curl
@@ -5135,15 +6141,11 @@ async def google(tmp_path):
     await runner.cleanup()
 
 
-async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, run, tmp_path):
-    command = (sys.executable, REPOSITORY / "flow2api.py", "--data", tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        program = await run(*command, "--host", "127.0.0.1", "--port", taken.getsockname()[1])
-        assert await program.end() == 2
-        assert any("address already in use" in line for line in program.log)
+async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, tmp_path):
     program = await flow2("--data", tmp_path)
     key, password = map(program.said, ("api_key", "admin_password"))
-    assert len(key) >= 20 and len(password) >= 12
+    assert len(key) >= 20 and len(password) >= 12 and (key + password).isalnum()
+    assert any("add an account there" in line for line in program.out) and not program.curl
     assert (await ask(f"{program.url}/v1/models", key=key)).status == 200
     assert (await ask(f"{program.url}/v1/models", key=password)).status == 401
     files = b"".join(path.read_bytes() for path in tmp_path.glob("flow2api.db*"))
@@ -5157,9 +6159,83 @@ async def test_secrets_are_made_at_the_first_start_and_told_once(flow2, run, tmp
     assert (await ask(f"{again.url}/api/login", login)).status == 200
 
 
+BLOCKED = """import runpy, sys; sys.modules[sys.argv[1]] = None
+runpy.run_path(sys.argv[2], run_name='__main__')"""
+ADDRESS = r"(--host and --port|server\.host)"
+START_ERRORS = (  # arguments after a data folder of its own, or none; what is said
+    ("--port {taken} --host 127.0.0.1", rf"127\.0\.0\.1 port \d+: address already .*{ADDRESS}"),
+    ("--host 192.0.2.1", rf"192\.0\.2\.1 port 8000: .*address; .*{ADDRESS}"),
+    ("--host a..b", rf"listen on a\.\.b port .*{ADDRESS}"),
+    ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
+    ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
+    ("--data {folder}/odd", r"data folder .*/odd: unable to open .*--data"),
+    ("--data {folder}/busy", r"busy/flow2api\.db is used by another Flow2API: .*--data"),
+    ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
+    ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
+    ("--config {folder}/setting.toml", r"/setting\.toml is a folder, not a file"),
+    ("--config {folder}", r"/setting\.toml is a folder, not a file"),
+    ("--config {folder}/file", r"/file: Expected '='.*line 1"),
+    ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API"),
+)
+
+
+async def test_what_hinders_the_start_is_one_sentence_that_says_what_to_do(run, tmp_path):
+    script = REPOSITORY / "flow2api.py"
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "setting.toml").mkdir()
+    (tmp_path / "odd" / "flow2api.db").mkdir(parents=True)
+    lines = [
+        (sys.executable, "-c", BLOCKED, "tomllib", script),
+        (sys.executable, "-c", BLOCKED, "aiohttp", script),
+    ]
+    patterns = [r"needs Python 3\.11 or newer, and \S+ is 3", r"needs aiohttp .*-m pip install"]
+    with socket.create_server(("127.0.0.1", 0)) as taken, opened(tmp_path / "busy"):
+        for number, (text, pattern) in enumerate(START_ERRORS):
+            text = text.format(folder=tmp_path, taken=taken.getsockname()[1])
+            lines.append((sys.executable, script, "--data", tmp_path / str(number), *text.split()))
+            patterns.append(pattern)
+        for line, pattern in zip(lines, patterns, strict=True):
+            program = await run(*line)
+            assert await program.end() == 2, (line, program.out, program.log)
+            assert len(program.log) == 1 and not program.out, (line, program.out, program.log)
+            assert re.match(rf"flow2api: .*{pattern}", program.log[0]), (line, program.log)
+
+
+def test_python_3_8_reads_the_file_as_far_as_the_check_of_its_version():
+    text = (REPOSITORY / "flow2api.py").read_text("utf-8")
+    statements = ast.parse(text, feature_version=(3, 8)).body
+    check = next(number for number, node in enumerate(statements) if isinstance(node, ast.Try))
+    imports = statements[1:check]
+    assert {type(node) for node in imports} == {ast.Import, ast.ImportFrom}
+    assert "tomllib" not in "".join(map(ast.unparse, imports))
+
+
+async def test_a_new_password_counts_beside_a_running_process_and_ends_sessions(
+    flow2, run, tmp_path
+):
+    program = await flow2("--data", tmp_path)
+    command = (sys.executable, REPOSITORY / "flow2api.py", "--data", tmp_path, "--reset-password")
+    login = {"username": "admin", "password": program.said("admin_password")}
+    session = (await ask(f"{program.url}/api/login", login)).json["token"]
+    reset = await run(*command)
+    assert await reset.end() == 0, reset.log
+    new = reset.said("admin_password")
+    assert len(new) >= 12 and new.isalnum()
+    assert (await ask(f"{program.url}/api/login", login)).status == 401
+    login["password"] = new
+    assert (await ask(f"{program.url}/api/login", login)).status == 200
+    assert (await ask(f"{program.url}/api/tokens", key=session)).status == 401
+    await program.stop()
+    again = await flow2("--data", tmp_path)
+    assert (await ask(f"{again.url}/api/login", login)).status == 200
+    refused = await run(*command, env=environment(FLOW2API_GLOBAL_ADMIN_PASSWORD="x" * 12))
+    assert await refused.end() == 2 and "set by the environment" in refused.log[0]
+
+
 async def test_sigterm_ends_a_stream_naming_its_job(flow2, google):
     """Which goes on: test_a_job_survives_the_end_of_the_process."""
     program = await flow2(**google.variables)
+    assert CURL.fullmatch(program.curl)[2].startswith("$")  # for a key of one's own
     body = chat_body("veo_3_1-fast", "a paper boat") | {"stream": True}
     stream = asyncio.create_task(ask(program.url + CHAT, body, OWN_KEY))
     await until(lambda: any("batchCheck" in path for path, _ in google.calls))
@@ -5187,6 +6263,9 @@ async def test_check_finds_nothing_wrong_and_spends_nothing(run, google):
     assert "somebody@example.com" in text and "Pro, 1000 credits" in text
     assert "flow.poll_interval = 0.1  (environment)" in text
     assert f"{google.address}/v1 answers 404 through no proxy" in text
+    assert "generation.video_timeout" not in text  # it has its default
+    assert text.index("ok ") < text.index("flow.poll_interval")
+    _, text = await check(run, "--verbose", **google.variables)
     assert "generation.video_timeout = 1500  (" in text
     assert OWN_KEY not in text and google.st not in text
     asked = {path for path, _ in google.calls}
@@ -5199,7 +6278,19 @@ CHECKS = (
     ("new", "", 1, "WRONG no Google account yet: start Flow2API and add one"),
     ("account", "", 1, "WRONG account somebody@example.com: .*Sign in to Flow again"),
     ("file", "", 1, "WRONG data folder .*file: "),
-    ("busy", "", 1, "WRONG data folder .* is in use by another Flow2API"),
+    ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
+    (
+        "new",
+        "global.admin_password = 'han1234'",
+        1,
+        r"WRONG global.admin_password \(file\) is easy",
+    ),
+    (
+        "new",
+        "plugin.connection_token = 'aaaaaaaaaaaaaa'",
+        1,
+        "WRONG plugin.connection_token .*easy",
+    ),
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
