@@ -350,7 +350,8 @@ class GatewayError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
-        self.pause, self.upstream = pause, upstream
+        self.pause = pause
+        self.upstream = upstream
 
     status = property(lambda self: ERRORS[self.code][0])
     effect = property(lambda self: ERRORS[self.code][1])
@@ -933,8 +934,8 @@ class Record:
 
     @classmethod
     def from_rows(cls, rows):
-        """What another version has stored beside the record's fields is left out, and so is
-        a row that can't be read: it takes no other along."""
+        """Fields of another version are left out, and so is a row that can't be read: it
+        takes no other along."""
         records = []
         for row in rows:
             try:
@@ -942,7 +943,7 @@ class Record:
                 fields = {name: values[name] for name in cls.stored() if name in values}
                 records.append(cls(**fields))
             except (ValueError, TypeError, RecursionError) as err:
-                log.error("%s: row %s can't be read and is left out: %s", cls.TABLE, row[0], err)
+                log.error("%s: row %s is left out: %s", cls.TABLE, row[0], err)
         return records
 
     def pick(self, *names):
@@ -1074,6 +1075,9 @@ class Upscale(enum.StrEnum):
     ENDED = "ended"  # well or not
 
 
+MISSES = 2  # answers in a row, a minute apart, that know no such upscale
+
+
 @dataclass(slots=True, eq=False)
 class Output(Record):
     """One paid output of a job: Google's handle, and what became of it."""
@@ -1095,6 +1099,10 @@ class Output(Record):
     answers: int = in_memory(int)  # status answers so far
     heard_at: float = in_memory(float)  # when the last one came
     missing: int = in_memory(int)  # of them in a row, those that knew no such name
+
+    def is_lost(self):
+        """Whether Google knows nothing of its upscale, which was asked for."""
+        return self.upscale == Upscale.RUNNING and self.missing >= MISSES
 
     def handle(self):
         return self.pick("name", "media", "url", "url_expires", "file")
@@ -1195,8 +1203,8 @@ class Store:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
     def open(self):
-        """Raises StoreError: also for what is no database of ours, which stays as it is, and
-        where another process uses this data folder."""
+        """Raises StoreError: also for what is no database of ours, which is left alone,
+        and where another process uses this data folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._connections = []
         try:
@@ -1206,7 +1214,7 @@ class Store:
                 self._create()
             self._reader = self._connect(self.path.name)
             self._reader.row_factory = sqlite3.Row
-            self._reader.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+            self._reader.text_factory = functools.partial(bytes.decode, errors="replace")
             self._migrate(self._inspect())
             self._writer = self._connect(self.path.name)
             self._writer.execute("PRAGMA synchronous=FULL")
@@ -1234,7 +1242,7 @@ class Store:
         draft.rename(self.path)
 
     def _inspect(self):
-        """-> the version of its schema. Raises sqlite3.DatabaseError, having changed nothing."""
+        """-> the version of its schema. Changes nothing. Raises sqlite3.DatabaseError."""
         if not self.path.stat().st_size:
             raise sqlite3.DatabaseError("the file is empty")
         sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
@@ -1257,7 +1265,7 @@ class Store:
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
         if version == len(MIGRATIONS):
-            self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
+            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1312,7 +1320,7 @@ class Store:
         ])  # fmt: skip
 
     def _write(self, steps):
-        """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
+        """Queues (SQL, values) -> a future that ends when all is on disk."""
         written = concurrent.futures.Future()
         self._waiting.append((steps, written))
         self._thread.submit(self._write_group)
@@ -1487,7 +1495,7 @@ def is_public(host):
 
 
 def is_inner(url):
-    """Whether the host of an address is of this machine or network, as far as one sees."""
+    """Whether a URL's host is of this machine or network, as far as one sees."""
     host = urlsplit(url).hostname or ""
     try:
         return not is_public(host)
@@ -1501,7 +1509,7 @@ def as_it_stands(url):
 
 
 def public_socket(address):
-    """aiohttp's socket factory for strangers' URLs: it sees the address that led there."""
+    """aiohttp's socket factory for strangers' URLs, which sees the real address."""
     if not is_public(address[4][0]):
         message = "is not a public address (see server.allow_private_urls)"
         raise OSError(f"{address[4][0]} {message}")
@@ -1922,11 +1930,10 @@ class RestFlow:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
         body = None
         with contextlib.suppress(ValueError):
-            body = (
-                parse_json(data)
-                if len(data) < 1 << 16
-                else await asyncio.to_thread(parse_json, data)
-            )
+            if len(data) > 1 << 16:
+                body = await asyncio.to_thread(parse_json, data)
+            else:
+                body = parse_json(data)
         return response, body
 
     async def _labs(self, token, method, path, **options):
@@ -2040,7 +2047,8 @@ class RestFlow:
         """A clientContext, with a reCAPTCHA token where there is a source of them."""
         captcha = ""
         if self.captcha_source:
-            captcha = await self.captcha_source(token, f"{job.plan.kind.upper()}_GENERATION")
+            action = f"{job.plan.kind.upper()}_GENERATION"
+            captcha = await self.captcha_source(token, action)
         return client_context(job.project, tier, captcha)
 
     async def submit(self, token, job, media):
@@ -2549,7 +2557,7 @@ class Media:
                     start = start or chunk[:16]
                     size += len(chunk)
                     if size > FILE_SIZES[kind]:
-                        raise changed(f"The file is larger than {FILE_SIZES[kind] >> 20} MB")
+                        raise changed("Google's file is too large to be kept")
                     await asyncio.to_thread(file.write, chunk)
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
@@ -2582,7 +2590,7 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures -> their names. All or none. Raises queue_full."""
+        """Writes a job's input pictures, all or none -> their names. Raises queue_full."""
         size = sum(map(len, images))
         size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
         if size > self.settings["limits.inputs_mb"] << 20:
@@ -2640,7 +2648,6 @@ FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 
 
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
-MISSES = 2  # answers in a row, a minute apart, that know no such upscale
 
 
 def unfinished(outputs):
@@ -2730,7 +2737,8 @@ class Jobs:
         if not row:
             return None
         if row[0] != key.request:
-            raise bad("A new request needs a new Idempotency-Key", code="idempotency_conflict")
+            message = "A new request needs a new Idempotency-Key"
+            raise bad(message, code="idempotency_conflict")
         job = await self.get(row[1])
         if job and (key.explicit or job.state != "cancelled"):
             return job
@@ -2896,7 +2904,7 @@ class Jobs:
         return job
 
     async def _run(self, job):
-        """To its end: what fails in a way that nobody foresaw is done again, ever later."""
+        """To its end: what fails in an unforeseen way is done again, ever later."""
         try:
             for pause in backoff():
                 try:
@@ -2968,7 +2976,7 @@ class Jobs:
         self._tell(job)
 
     async def _save(self, *records):
-        """Returns when they are on the disk; until a full one has room again, it waits."""
+        """Returns when they are on the disk; waits until a full one has room again."""
         for pause in backoff(0.5):
             try:
                 await self.store.put(*records)
@@ -3170,8 +3178,8 @@ class Jobs:
         return pending
 
     async def _poll(self, token, outputs):
-        """A call that fails says nothing of the clips; it comes again, ever later. The time
-        until then is not theirs: an outage fails none of them."""
+        """A call that fails says nothing of the clips; it comes again, ever later. That
+        time is not theirs: an outage fails none of them."""
         start = now() - self.settings["flow.poll_interval"]
         try:
             reply = await self.pool.adapter_for(token).poll(token, list(outputs))
@@ -3190,7 +3198,7 @@ class Jobs:
                 job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
-        """Notes an answer to a status call; the jobs that it moves hear when it is on disk."""
+        """Notes an answer; the jobs that it moves hear of it when it is on disk."""
         told = {status.name: status for status in statuses}
         moved = []
         for output, job in outputs.items():
@@ -3226,17 +3234,17 @@ class Jobs:
         output.state = status.state
 
     async def _await(self, job, outputs):
-        """Until Google has said its last word on them, or the deadline fails them; or does
-        not know an upscale."""
+        """Until Google has said its last word on them, or does not know an upscale, or the
+        deadline fails them."""
         while pending := unfinished(outputs):
             changed = job.changed
-            if any(out.upscale == Upscale.RUNNING and out.missing >= MISSES for out in pending):
+            if any(output.is_lost() for output in pending):
                 return
             late = [output for output in pending if self._is_late(job, output)]
             for output in late:
                 message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {output.answers} answers (flow.max_poll_attempts); it may still"
-                message += f" appear here, or in project {output.project} at Flow"
+                message += f" {output.answers} answers (flow.max_poll_attempts); it may"
+                message += f" still appear here, or in project {output.project} at Flow"
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
@@ -3246,12 +3254,13 @@ class Jobs:
                 await self._wait(changed, rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
-        """Only what Google says after the deadline makes a clip late. A picture, or a clip
-        that nobody can ask for, is late by the clock, and so is any after a day."""
+        """Only Google's word after the deadline makes a clip late. A picture, or a clip that
+        nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.plan.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
-        return moment >= job.deadline or output.answers >= self.settings["flow.max_poll_attempts"]
+        limit = self.settings["flow.max_poll_attempts"]
+        return moment >= job.deadline or output.answers >= limit
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
@@ -3292,11 +3301,11 @@ class Jobs:
         output.upscale = Upscale.ENDED
 
     async def _upscaled(self, job, token, output):
-        """Asks for the larger form, and waits for it -> False where Google knows nothing of
-        it: then the request was lost."""
+        """Asks for the larger form, and waits for it -> False where Google knows nothing
+        of it: then the request was lost."""
         status = await self._ask_to_upscale(job, token, output)
-        output.update(name=status.name, url="", url_expires=0.0, file="", answers=0, missing=0)
-        output.upscale = Upscale.RUNNING
+        output.update(name=status.name, url="", url_expires=0.0, file="")
+        output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "the disk is full")
@@ -3723,9 +3732,11 @@ def read_part(headers, data):
     name = headers.get_param("name", header="Content-Disposition")
     if not isinstance(name, str):
         raise ValueError("a part has no name")
-    coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
-    if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
-        raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+    codings = headers.get_all("Content-Encoding", [])
+    codings += headers.get_all("Content-Transfer-Encoding", [])
+    if {coding.lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
+        message = f"{name} is encoded: send it as it is"
+        raise bad(message, name, "unsupported_encoding")
     kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
     if headers.get_filename() is not None or kind in ("image", "video", "audio"):
         return name, data
@@ -4265,8 +4276,11 @@ CLIP_FORMS = {
 }
 OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.\w{3,4}")
 PASSED_ON = ("Content-Length", "Content-Range", "Accept-Ranges", "ETag")
-FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
-FILE_HEADERS["Content-Security-Policy"] = "sandbox"  # what Google sends runs no script here
+FILE_HEADERS = {
+    "Cache-Control": "private, max-age=3600",
+    "Content-Security-Policy": "sandbox",  # what Google sends runs no script here
+    "X-Content-Type-Options": "nosniff",
+}
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 LEFT_SECONDS = 600  # in which the same request is that of a client that has left
@@ -4285,7 +4299,7 @@ def bearer(request):
 
 
 def forwarded(request, settings, name):
-    """The values of X-Forwarded-<name>, where a trusted proxy sends them; the last hop's last."""
+    """The values of X-Forwarded-<name>, where a trusted proxy sends them."""
     networks = read_networks(settings["server.trusted_proxies"])
     with contextlib.suppress(ValueError):
         peer = ipaddress.ip_address(request.remote or "")
@@ -4383,7 +4397,7 @@ class Gateway:
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
-        self.left = {}  # hash of a request -> its job, and when its client left unanswered
+        self.left = {}  # hash of a request -> its job, and when its client left
 
     async def close(self):
         await self.jobs.stop()
@@ -4443,14 +4457,14 @@ class Gateway:
             return await self._create(path.split("/")[0], key, read, detached), {}
 
     async def _earlier(self, request, key):
-        """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
+        """The job of an earlier request that this one repeats, or None. Raises as find."""
         # OpenAI's packages send a request again that took them too long, and count that.
         retried = request.headers.get("x-stainless-retry-count", "0") != "0"
         if key.explicit or retried:
             return await self.jobs.find(key)
         # Others send it again once they have left. Who is still there wants another one.
         start = now() - LEFT_SECONDS
-        self.left = {hashed: left for hashed, left in self.left.items() if left[1] > start}
+        self.left = {key: left for key, left in self.left.items() if left[1] > start}
         job_id, _ = self.left.pop(key.request, ("", 0))
         job = await self.jobs.get(job_id) if job_id else None
         return job if job and job.state not in ("failed", "cancelled") else None
@@ -4500,8 +4514,8 @@ class Api:
             raise GatewayError(**job.error)
 
     def output_url(self, request, job, output):
-        """Where a client gets an output, without a key: at an address of ours that ends like
-        a file's name, which passes on what is not kept."""
+        """Where a client gets an output, without a key: an address of ours that ends like
+        a file's name, and passes on what is not kept."""
         ending = "mp4" if job.plan.kind == "video" else "png"
         ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
@@ -5091,8 +5105,8 @@ class Sessions:
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
         self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.friends = set(store.settings().get("friends", ()))  # that have logged in before
-        self.guesses = {}  # address -> (failed logins in a row, unix time of the last one)
+        self.friends = set(store.settings().get("friends", ()))  # logged in here before
+        self.guesses = {}  # address -> (failed logins in a row, unix time of the last)
 
     def key_of(self, session):
         """A session's hash. It changes with the password, which ends them all."""
@@ -5114,18 +5128,20 @@ class Sessions:
     def _wait(self, address):
         """The seconds until an address may try again."""
         start = now() - GUESS_SECONDS
-        self.guesses = {who: guess for who, guess in self.guesses.items() if guess[1] > start}
+        recent = [item for item in self.guesses.items() if item[1][1] > start]
+        self.guesses = dict(recent)
         failures, last = self.guesses.get(address, (0, 0))
         total = sum(number for number, _ in self.guesses.values())
         if total >= GUESSES and address not in self.friends:
             return GUESS_SECONDS
         if failures < FREE_GUESSES:
             return 0
-        return math.ceil(last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now())
+        pause = min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS)
+        return math.ceil(last + pause - now())
 
     async def check_password(self, request, password):
         """Raises too_many_logins: after some failures an address waits, ever longer; where
-        many fail, so do all addresses that have never logged in."""
+        many fail, so do all that have never logged in."""
         address = client_address(request, self.settings)
         if (wait := self._wait(address)) > 0:
             message = f"Too many failed logins; wait {wait} s"
@@ -6601,7 +6617,7 @@ class LogFilter(logging.Filter):
         self.lines = {}  # text -> (when it was printed, how often it was left out since)
 
     def filter(self, record):
-        if record.name == "aiohttp.server":  # its text holds the malformed line, keys and all
+        if record.name == "aiohttp.server":  # its text holds the malformed line, and keys
             error = record.exc_info[0].__name__ if record.exc_info else ""
             record.msg = f"A malformed request was refused: {error}"
             record.args, record.exc_info = (), None
