@@ -329,6 +329,51 @@ async def store(options):
     print(f"  {grouped:.0f} in groups, {grouped / single:.0f} x the {single:.0f} one by one")
 
 
+def hostile_bodies(size):
+    """Bodies of about this many bytes that cost a careless reader much more: name -> bytes."""
+    fill = {
+        "lists": b"[],",
+        "objects": b"{},",
+        "nested": b"[",
+        "numbers": b"1,",
+        "digits": b"7",
+        "escapes": b"\\u0041",
+        "texts": b'"a",',
+        "half pairs": b"\\ud800",
+        "letters": b"a",
+        "wide letters": "雨".encode(),
+        "links": b"![](",
+        "words": b"a b ",
+    }
+    quoted = {"escapes", "half pairs", "letters", "wide letters", "links", "words"}
+    bodies = {}
+    for name, piece in fill.items():
+        start, end = (b'"', b'"') if name in quoted else (b"[", b"1]")
+        value = start + piece * (size // len(piece)) + end
+        bodies[name] = b'{"model": "imagen_4", "prompt": "x", "x": ' + value + b"}"
+        bodies[f"{name} in a chat"] = (
+            b'{"model": "imagen_4", "messages": [{"role": "assistant", "content": '
+            + value + b'}, {"role": "user", "content": "make it red"}]}'
+        )  # fmt: skip
+    bodies["a picture"] = b'{"prompt": "x", "image": "' + b"iVBO" * (size // 4) + b'"}'
+    head = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+    bodies["form"] = (head + b"\r\n") * (size // len(head)) + b"--b--\r\n"
+    bodies["form, a file"] = head[:-4] + b'; filename="a"\r\n\r\n' + bytes(size) + b"\r\n--b--\r\n"
+    return bodies
+
+
+async def bodies(options):
+    """What a client with a key sends at worst, 64 MB: by how much the loop is late meanwhile"""
+    async with bench(accounts=1) as w:
+        for name, body in hostile_bodies(63 << 20).items():
+            kind = "multipart/form-data; boundary=b" if "form" in name else "application/json"
+            path = tests.CHAT if "chat" in name else tests.IMAGES
+            headers = {"Content-Type": kind}
+            reply = await w.post(path, data=body, headers=headers)
+            late = 1000 * max((await w.told())["own"])
+            print(f"  {name:24} HTTP {reply.status}, {late:4.0f} ms", flush=True)
+
+
 async def picture_chats(source):
     """768 picture chats, 32 at once -> seconds"""
     gate = asyncio.Semaphore(32)
@@ -390,7 +435,7 @@ async def compare(options):
 
 
 def main():
-    every = (streams, burst, jobs, queue, clip, pictures, tokens, store, compare)
+    every = (streams, burst, jobs, queue, clip, pictures, tokens, store, bodies, compare)
     benches = {f.__name__: f for f in every}
     rows = "\n".join(f"  {name:9} {bench.__doc__}" for name, bench in benches.items())
     kind, words = argparse.RawDescriptionHelpFormatter, f"Benchmarks, all if none is named:\n{rows}"

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.10"]
+# ///
 """Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
     client -> Generation -> Job(queued) -> a lease -> upload -> submit -> Job(running)
@@ -346,7 +350,8 @@ class GatewayError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
-        self.pause, self.upstream = pause, upstream
+        self.pause = pause
+        self.upstream = upstream
 
     status = property(lambda self: ERRORS[self.code][0])
     effect = property(lambda self: ERRORS[self.code][1])
@@ -511,11 +516,12 @@ PRODUCT_TABLE = """
     omni_flash         auto       10   15  15  15  abra_{M}_{D}s
     omni_flash         edit       8    20  20  20  abra_edit
     nano_banana_pro    image      0     0   0   0  GEM_PIX_2
-    nano_banana_2      image      0     0   0   0  NARWHAL
+    nano_banana_2      image      0     0   0   0  BELUGA
     nano_banana_2_lite image      0     0   0   0  HARBOR_SEAL
     imagen_4           image      0     0   0   0  IMAGEN_3_5
 """
 MODE_WORDS = {"text": "t2v", "start": "i2v", "frames": "i2v", "references": "r2v"}
+FAMILY_NOTES = {"veo_3_1_relaxed": "This is Veo 3.1 Lite at low priority."}
 
 
 @dataclass(frozen=True)
@@ -537,6 +543,12 @@ class Product:
                 template = key.replace("{M}", MODE_WORDS.get(mode, ""))
                 for seconds in lengths.split(","):
                     yield cls(family, mode, int(seconds), prices, template)
+
+    def costs(self, upscale, ultra_only):
+        """Credits of one output on a free, Pro and Ultra account, upscaled."""
+        served = (None, None, 0) if ultra_only else (0, 0, 0)
+        parts = zip(self.credits, UPSCALES[upscale], served, strict=True)
+        return [None if None in part else sum(part) for part in parts]
 
     @property
     def name(self):
@@ -572,13 +584,9 @@ class ModelId:
         default = named or self.ratio
         if not size or size == "auto":
             return default
-        aspect = read_aspect(size)
         shapes = [shape for shape in SHAPES if shape in self.may]
-        far = {name: abs(math.log(RATIOS[name] / aspect)) for name in (default, *shapes)}
+        far = {shape: distance(size, shape) for shape in (default, *shapes)}
         nearest = min(far, key=far.get)  # at a tie the default: a clip is no square
-        if "square" in shapes and far[nearest] > math.log(1.5):
-            can = ", ".join(shapes)
-            raise bad(f"size {size} is far from all shapes of {self.text}: {can}", "size")
         if named and WIDER[named] != WIDER[nearest]:
             raise bad(f"size {size} contradicts {named!r} in {self.text}", "size")
         return named or nearest
@@ -595,21 +603,27 @@ class ModelId:
 SHAPES, SIDES = tuple(RATIOS), ("portrait", "landscape")
 SIZES, LENGTHS = ("1K", "2K", "4K"), {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
 VARIANTS = ("relaxed", "fast", "lite")
-VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "1080p", "4k")
+VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "720p", "1080p", "4k")
 BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
+ONE_SIZE = (*SHAPES, "1K")
+ALL_SIZES = (*SHAPES, *SIZES)
+OMNI_PARAMS = (*SIDES, "fl", *LENGTHS, "720p")
 HEADS = {
     "veo_3_1": ModelId("veo_3_1", VEO_PARAMS),
-    "omni_flash": ModelId("omni_flash", (*SIDES, "fl", *LENGTHS)),
-    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS), "landscape", "references"),
-    "nano_banana": ModelId("nano_banana_2", SHAPES, note=BANANA),
-    "nano_banana_2": ModelId("nano_banana_2", SHAPES + SIZES),
-    "nano_banana_2_lite": ModelId("nano_banana_2_lite", SHAPES),
-    "nano_banana_pro": ModelId("nano_banana_pro", SHAPES + SIZES),
-    "imagen_4": ModelId("imagen_4", SHAPES),
-    "gemini-2.5-flash-image": ModelId("nano_banana_2", SHAPES, "landscape", note=BANANA),
-    "gemini-3.0-pro-image": ModelId("nano_banana_pro", SHAPES + SIZES, "landscape"),
-    "gemini-3.1-flash-image": ModelId("nano_banana_2", SHAPES + SIZES, "landscape"),
-    "imagen-4.0-generate-preview": ModelId("imagen_4", SHAPES, "landscape"),
+    "omni_flash": ModelId("omni_flash", OMNI_PARAMS),
+    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS, "720p"), "landscape", "references"),
+    "nano_banana": ModelId("nano_banana_2", ONE_SIZE, note=BANANA),
+    "nano_banana_2": ModelId("nano_banana_2", ALL_SIZES),
+    "nano_banana_2_lite": ModelId("nano_banana_2_lite", ONE_SIZE),
+    "nano_banana_pro": ModelId("nano_banana_pro", ALL_SIZES),
+    "imagen_4": ModelId("imagen_4", ONE_SIZE),
+    "veo-3.1": ModelId("veo_3_1", VEO_PARAMS, "landscape"),
+    "gemini-omni-flash": ModelId("omni_flash", OMNI_PARAMS, "landscape"),
+    "gemini-2.5-flash-image": ModelId("nano_banana_2", ONE_SIZE, "landscape", note=BANANA),
+    "gemini-3.0-pro-image": ModelId("nano_banana_pro", ALL_SIZES, "landscape"),
+    "gemini-3.1-flash-image": ModelId("nano_banana_2", ALL_SIZES, "landscape"),
+    "gemini-3.1-flash-lite-image": ModelId("nano_banana_2_lite", ONE_SIZE, "landscape"),
+    "imagen-4.0": ModelId("imagen_4", ONE_SIZE, "landscape"),
 }
 # Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
 WIRE_MODES = {
@@ -628,27 +642,46 @@ INPUTS = {
     "image": (0, 10, ("image",)),
 }
 OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
-RETIRED = {  # prefix -> that of today's model of the same price
-    "veo_2_1_fast_d_15_": ("veo_3_1_lite_", "Google retired Veo 2 Fast; this is Veo 3.1 Lite."),
-    "veo_2_0_": ("veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
-    "veo_3_0_r2v_": ("veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
-}
-EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"), ("1080p", "4k"))
-# The ids that /v1/models lists; the grammar takes many more.
+# Other ids of today's models of the same price: a pattern, what it means, and a note.
+OTHER_NAMES = (
+    (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
+    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired it; this is Veo 3.1 Lite."),
+    ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
+    ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
+    # Those of Google's public API, as veo-3.1-fast-generate-preview.
+    ("^(models|google)/", "", ""),
+    (r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d)+(?=-|\Z)", r"\1", ""),
+    (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
+    (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
+    (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4 only."),
+    (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
+    (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
+    (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
+)
+# Ids of OpenAI's families: what they make, by the default model of that.
+OPENAI_IDS = (
+    ("image", "(openai/)?((chat)?gpt-image|dall-e|sora.*image)"),
+    ("video", "(openai/)?sora"),
+)
+EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"))
+EXCLUSIVE += (("720p", "1080p", "4k"),)
+# The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
-    gemini-{2.5-flash|3.0-pro|3.1-flash}-image-{portrait|landscape}
-    imagen-4.0-generate-preview-{portrait|landscape}
-    veo_3_1_t2v_fast_{portrait|landscape}
-    veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}
-    veo_3_{1_i2v_s_fast_fl|0_r2v_fast|1_r2v_fast}_{portrait|landscape}
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
     veo_3_1{|-fast|-lite|-relaxed}-{4s|6s}
     veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}
     omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}
-    nano_banana{|_2|_2_lite|_pro}{|-portrait|-landscape|-square|-4-3|-3-4}
-    imagen_4{|-portrait|-landscape|-square|-4-3|-3-4}
+    nano_banana_{pro|2|2_lite}{|-portrait|-landscape|-square|-4-3|-3-4}
     nano_banana_2-{2K|4K}
     nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}
+    imagen_4{|-portrait|-landscape|-square|-4-3|-3-4}
+    veo_3_1_{t2v_fast|i2v_s_fast_fl|r2v_fast}_{portrait|landscape}
+    gemini-{3.0-pro|3.1-flash}-image-{portrait|landscape}
+    imagen-4.0-generate-preview-{portrait|landscape}
+    nano_banana{|-portrait|-landscape|-square|-4-3|-3-4}
+    gemini-2.5-flash-image-{portrait|landscape}
+    veo_{2_1_fast_d_15|2_0}_{t2v|i2v}_{portrait|landscape}
+    veo_3_0_r2v_fast_{portrait|landscape}
 """
 CHOICES = [[part.split("|") for part in re.split("[{}]", row)] for row in LISTED.split()]
 MODELS = tuple("".join(parts) for row in CHOICES for parts in itertools.product(*row))
@@ -712,18 +745,24 @@ def read_aspect(size):
     return width / height
 
 
-def resolve(model, *, size="", seconds=0, images=0, mode="", overrides=None):
+def distance(size, ratio):
+    """How far a size is from a key of RATIOS; 0: it is the same shape."""
+    return abs(math.log(RATIOS[ratio] / read_aspect(size)))
+
+
+def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", overrides=None):
     """The plan of a model id. `size`: "1280x720", "16:9", "auto" or empty. `seconds`: 0
-    for the id's own. `images`: how many. `mode`: "edit" or "extend". `overrides`:
-    upstream keys by Product.name. Raises model_not_found, mode_not_available, invalid_request."""
-    model_id = parse_id(model)
+    for the id's own. `resolution`: "1080p", "2k", … or empty. `images`: how many. `mode`:
+    "edit" or "extend". `overrides`: the section [models]. Raises model_not_found,
+    mode_not_available, invalid_request."""
+    overrides = overrides or {}
+    model_id = parse_id(model, resolution)
     ratio = model_id.choose_ratio(size)
+    upscale = model_id.first(UPSCALES)
     family, mode = model_id.choose_family(mode)
     least, most, modes = INPUTS.get(mode, (0, 0, (mode,)))
-    product = find_product(model_id, family, modes[min(images, len(modes) - 1)], seconds)
-    upscale = model_id.first(UPSCALES)
-    served = (None, None, 0) if "ultra" in model_id.params else (0, 0, 0)
-    parts = zip(product.credits, UPSCALES[upscale], served, strict=True)
+    mode = modes[min(images, len(modes) - 1)]
+    product = find_product(model_id, family, mode, seconds, overrides)
     return Plan(
         model=model,
         kind="video" if product.seconds else "image",
@@ -732,16 +771,22 @@ def resolve(model, *, size="", seconds=0, images=0, mode="", overrides=None):
         ratio=ratio,
         seconds=product.seconds,
         upscale=upscale,
-        template=(overrides or {}).get(product.name, product.key),
-        costs=[None if None in part else sum(part) for part in parts],
+        template=overrides.get(product.name, product.key),
+        costs=product.costs(upscale, "ultra" in model_id.params),
         images=[least, OTHER_MOST.get((family, most), most)],
-        note=model_id.note,
+        note=model_id.note or FAMILY_NOTES.get(family, ""),
     )
 
 
-def parse_id(model):
-    """Raises model_not_found, invalid_request."""
+def foreign_kind(model):
+    """What an id of OpenAI's families makes, "image" or "video"; "" for any other id."""
+    return next((kind for kind, pattern in OPENAI_IDS if re.match(pattern, model)), "")
+
+
+def parse_id(model, resolution=""):
+    """resolution: as if the id ended in it. Raises model_not_found, invalid_request."""
     head, words = split_id(model)
+    words += [resolution] if resolution else []
     may = {param.lower().replace("-", ":"): param for param in head.may}
     for word in words:
         if word.lower() not in may:
@@ -757,14 +802,16 @@ def parse_id(model):
 
 def split_id(model):
     """The head of an id, and the words that follow. Raises model_not_found."""
-    prefix = next(filter(model.startswith, RETIRED), "")
-    successor, note = RETIRED.get(prefix, ("", ""))
-    name = successor + model.removeprefix(prefix)
-    name = re.sub(r"^omni_(portrait|landscape)\Z", r"omni-\1", name)
+    name, note = model, ""
+    for pattern, today, told in OTHER_NAMES:
+        if re.search(pattern, name):
+            name = re.sub(pattern, today, name)
+            note = told or note
     for start, head in HEADS.items():
         if f"{name}-".startswith(f"{start}-"):
             tail = re.sub("-four-three|-4-3", "-4:3", name.removeprefix(start))
-            return head, re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
+            words = re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
+            return dataclasses.replace(head, note=note or head.note), words
     return split_wire_id(model, name, note)
 
 
@@ -776,35 +823,47 @@ def split_wire_id(model, name, note):
         close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
         hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
         raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-    if "relaxed" in words:
-        note = "Google retired the relaxed keys; this is Veo 3.1 Lite at low priority."
     head = ModelId("veo_3_1", (*VEO_PARAMS, "ultra"), "landscape", modes[0], note)
     rest = (*WIRE_MODES, "s", "fl")
     return head, [word for word in words if word.lower() not in rest]
 
 
-def lengths_of(family, mode, everywhere=False):
+def products_of(family, overrides):
+    """The products of a family, and Omni's in the lengths that [models] adds, at the
+    price of Omni 1.2: 3 credits a second, and 6 from the eleventh on."""
+    own = [product for product in PRODUCTS if product.family == family]
+    lengths = re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))
+    return own + [
+        dataclasses.replace(product, seconds=seconds, credits=[price] * 3)
+        for seconds in map(int, lengths)
+        for price in [max(3 * seconds, 6 * seconds - 30)]
+        for product in own
+        if "{D}" in product.key
+    ]
+
+
+def lengths_of(family, mode, overrides, everywhere=False):
     """The seconds that a family has in this mode, or in any but editing. everywhere: on
     accounts of each tier."""
-    own = [product for product in PRODUCTS if product.family == family]
+    own = products_of(family, overrides)
     own = [product for product in own if (product.mode == "edit") == (mode == "edit")]
     if everywhere:
         own = [product for product in own if None not in product.credits]
     return sorted({product.seconds for product in own})
 
 
-def find_product(model_id, family, mode, seconds):
+def find_product(model_id, family, mode, seconds, overrides):
     """What makes it: as long as the id or the request says, else 8 s."""
     model = model_id.text
     length = LENGTHS.get(model_id.first(LENGTHS), seconds or 8)
-    possible = lengths_of(family, mode)
+    possible = lengths_of(family, mode, overrides)
     if mode == "image":
         length = 0
     elif length not in possible or seconds not in (0, length):
         can = ", ".join(map(str, possible))
         wish = seconds or length
         raise bad(f"{model} can't be {wish} s long; {family} can: {can}", "seconds")
-    own = [product for product in PRODUCTS if product.family == family]
+    own = products_of(family, overrides)
     for product in own:
         if (product.mode, product.seconds) == (mode, length):
             return product
@@ -877,8 +936,8 @@ class Record:
 
     @classmethod
     def from_rows(cls, rows):
-        """What another version has stored beside the record's fields is left out, and so is
-        a row that can't be read: it takes no other along."""
+        """Fields of another version are left out, and so is a row that can't be read: it
+        takes no other along."""
         records = []
         for row in rows:
             try:
@@ -886,7 +945,7 @@ class Record:
                 fields = {name: values[name] for name in cls.stored() if name in values}
                 records.append(cls(**fields))
             except (ValueError, TypeError, RecursionError) as err:
-                log.error("%s: row %s can't be read and is left out: %s", cls.TABLE, row[0], err)
+                log.error("%s: row %s is left out: %s", cls.TABLE, row[0], err)
         return records
 
     def pick(self, *names):
@@ -1024,6 +1083,9 @@ class Upscale(enum.StrEnum):
     ENDED = "ended"  # well or not
 
 
+MISSES = 2  # answers in a row, a minute apart, that know no such upscale
+
+
 @dataclass(slots=True, eq=False)
 class Output(Record):
     """One paid output of a job: Google's handle, and what became of it."""
@@ -1045,6 +1107,10 @@ class Output(Record):
     answers: int = in_memory(int)  # status answers so far
     heard_at: float = in_memory(float)  # when the last one came
     missing: int = in_memory(int)  # of them in a row, those that knew no such name
+
+    def is_lost(self):
+        """Whether Google knows nothing of its upscale, which was asked for."""
+        return self.upscale == Upscale.RUNNING and self.missing >= MISSES
 
     def handle(self):
         return self.pick("name", "media", "url", "url_expires", "file")
@@ -1145,8 +1211,8 @@ class Store:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
 
     def open(self):
-        """Raises StoreError: also for what is no database of ours, which stays as it is, and
-        where another process uses this data folder."""
+        """Raises StoreError: also for what is no database of ours, which is left alone,
+        and where another process uses this data folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._connections = []
         try:
@@ -1156,7 +1222,7 @@ class Store:
                 self._create()
             self._reader = self._connect(self.path.name)
             self._reader.row_factory = sqlite3.Row
-            self._reader.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+            self._reader.text_factory = functools.partial(bytes.decode, errors="replace")
             self._migrate(self._inspect())
             self._writer = self._connect(self.path.name)
             self._writer.execute("PRAGMA synchronous=FULL")
@@ -1184,7 +1250,7 @@ class Store:
         draft.rename(self.path)
 
     def _inspect(self):
-        """-> the version of its schema. Raises sqlite3.DatabaseError, having changed nothing."""
+        """-> the version of its schema. Changes nothing. Raises sqlite3.DatabaseError."""
         if not self.path.stat().st_size:
             raise sqlite3.DatabaseError("the file is empty")
         sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
@@ -1207,7 +1273,7 @@ class Store:
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
         if version == len(MIGRATIONS):
-            self._rows("SELECT explicit, value, request, job_id FROM request_keys LIMIT 0")
+            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1262,7 +1328,7 @@ class Store:
         ])  # fmt: skip
 
     def _write(self, steps):
-        """Queues (SQL, values); the future, which needs no awaiting, ends when all is on disk."""
+        """Queues (SQL, values) -> a future that ends when all is on disk."""
         written = concurrent.futures.Future()
         self._waiting.append((steps, written))
         self._thread.submit(self._write_group)
@@ -1339,6 +1405,11 @@ class Store:
         for output in Output.from_rows(self._rows(sql, [to_json([*jobs])])):
             jobs[output.job_id].outputs.append(output)
         return list(jobs.values())
+
+    def job_of_file(self, name):
+        """The id of the job of which an output is, or was, kept under this name; or ""."""
+        sql = "SELECT job_id FROM outputs WHERE json_extract(data, '$.file') = ?"
+        return next((row[0] for row in self._rows(sql, [name])), "")
 
     def job_of_key(self, key, since):
         """(hash of the request, job id) of a key that came since then."""
@@ -1426,7 +1497,7 @@ def is_public(host):
 
 
 def is_inner(url):
-    """Whether the host of an address is of this machine or network, as far as one sees."""
+    """Whether a URL's host is of this machine or network, as far as one sees."""
     host = urlsplit(url).hostname or ""
     try:
         return not is_public(host)
@@ -1440,7 +1511,7 @@ def as_it_stands(url):
 
 
 def public_socket(address):
-    """aiohttp's socket factory for strangers' URLs: it sees the address that led there."""
+    """aiohttp's socket factory for strangers' URLs, which sees the real address."""
     if not is_public(address[4][0]):
         message = "is not a public address (see server.allow_private_urls)"
         raise OSError(f"{address[4][0]} {message}")
@@ -1861,11 +1932,10 @@ class RestFlow:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
         body = None
         with contextlib.suppress(ValueError):
-            body = (
-                parse_json(data)
-                if len(data) < 1 << 16
-                else await asyncio.to_thread(parse_json, data)
-            )
+            if len(data) > 1 << 16:
+                body = await asyncio.to_thread(parse_json, data)
+            else:
+                body = parse_json(data)
         return response, body
 
     async def _labs(self, token, method, path, **options):
@@ -1979,7 +2049,8 @@ class RestFlow:
         """A clientContext, with a reCAPTCHA token where there is a source of them."""
         captcha = ""
         if self.captcha_source:
-            captcha = await self.captcha_source(token, f"{job.plan.kind.upper()}_GENERATION")
+            action = f"{job.plan.kind.upper()}_GENERATION"
+            captcha = await self.captcha_source(token, action)
         return client_context(job.project, tier, captcha)
 
     async def submit(self, token, job, media):
@@ -2489,7 +2560,7 @@ class Media:
                     start = start or chunk[:16]
                     size += len(chunk)
                     if size > FILE_SIZES[kind]:
-                        raise changed(f"The file is larger than {FILE_SIZES[kind] >> 20} MB")
+                        raise changed("Google's file is too large to be kept")
                     await asyncio.to_thread(file.write, chunk)
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
@@ -2522,7 +2593,7 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures -> their names. All or none. Raises queue_full."""
+        """Writes a job's input pictures, all or none -> their names. Raises queue_full."""
         size = sum(map(len, images))
         size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
         if size > self.settings["limits.inputs_mb"] << 20:
@@ -2580,7 +2651,6 @@ FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 
 
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
-MISSES = 2  # answers in a row, a minute apart, that know no such upscale
 
 
 def unfinished(outputs):
@@ -2670,7 +2740,8 @@ class Jobs:
         if not row:
             return None
         if row[0] != key.request:
-            raise bad("A new request needs a new Idempotency-Key", code="idempotency_conflict")
+            message = "A new request needs a new Idempotency-Key"
+            raise bad(message, code="idempotency_conflict")
         job = await self.get(row[1])
         if job and (key.explicit or job.state != "cancelled"):
             return job
@@ -2841,7 +2912,7 @@ class Jobs:
         return job
 
     async def _run(self, job):
-        """To its end: what fails in a way that nobody foresaw is done again, ever later."""
+        """To its end: what fails in an unforeseen way is done again, ever later."""
         try:
             for pause in backoff():
                 try:
@@ -2913,7 +2984,7 @@ class Jobs:
         self._tell(job)
 
     async def _save(self, *records):
-        """Returns when they are on the disk; until a full one has room again, it waits."""
+        """Returns when they are on the disk; waits until a full one has room again."""
         for pause in backoff(0.5):
             try:
                 await self.store.put(*records)
@@ -3115,8 +3186,8 @@ class Jobs:
         return pending
 
     async def _poll(self, token, outputs):
-        """A call that fails says nothing of the clips; it comes again, ever later. The time
-        until then is not theirs: an outage fails none of them."""
+        """A call that fails says nothing of the clips; it comes again, ever later. That
+        time is not theirs: an outage fails none of them."""
         start = now() - self.settings["flow.poll_interval"]
         try:
             reply = await self.pool.adapter_for(token).poll(token, list(outputs))
@@ -3135,7 +3206,7 @@ class Jobs:
                 job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
-        """Notes an answer to a status call; the jobs that it moves hear when it is on disk."""
+        """Notes an answer; the jobs that it moves hear of it when it is on disk."""
         told = {status.name: status for status in statuses}
         moved = []
         for output, job in outputs.items():
@@ -3171,17 +3242,17 @@ class Jobs:
         output.state = status.state
 
     async def _await(self, job, outputs):
-        """Until Google has said its last word on them, or the deadline fails them; or does
-        not know an upscale."""
+        """Until Google has said its last word on them, or does not know an upscale, or the
+        deadline fails them."""
         while pending := unfinished(outputs):
             changed = job.changed
-            if any(out.upscale == Upscale.RUNNING and out.missing >= MISSES for out in pending):
+            if any(output.is_lost() for output in pending):
                 return
             late = [output for output in pending if self._is_late(job, output)]
             for output in late:
                 message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {output.answers} answers (flow.max_poll_attempts); it may still"
-                message += f" appear here, or in project {output.project} at Flow"
+                message += f" {output.answers} answers (flow.max_poll_attempts); it may"
+                message += f" still appear here, or in project {output.project} at Flow"
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
@@ -3191,12 +3262,13 @@ class Jobs:
                 await self._wait(changed, rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
-        """Only what Google says after the deadline makes a clip late. A picture, or a clip
-        that nobody can ask for, is late by the clock, and so is any after a day."""
+        """Only Google's word after the deadline makes a clip late. A picture, or a clip that
+        nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.plan.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
-        return moment >= job.deadline or output.answers >= self.settings["flow.max_poll_attempts"]
+        limit = self.settings["flow.max_poll_attempts"]
+        return moment >= job.deadline or output.answers >= limit
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
@@ -3237,11 +3309,11 @@ class Jobs:
         output.upscale = Upscale.ENDED
 
     async def _upscaled(self, job, token, output):
-        """Asks for the larger form, and waits for it -> False where Google knows nothing of
-        it: then the request was lost."""
+        """Asks for the larger form, and waits for it -> False where Google knows nothing
+        of it: then the request was lost."""
         status = await self._ask_to_upscale(job, token, output)
-        output.update(name=status.name, url="", url_expires=0.0, file="", answers=0, missing=0)
-        output.upscale = Upscale.RUNNING
+        output.update(name=status.name, url="", url_expires=0.0, file="")
+        output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "the disk is full")
@@ -3498,18 +3570,66 @@ QUOTED = re.compile(
     r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
     r'(\w[^\x00-\x1f<"\\]{0,50})'
 )
+# Words of a wish to change the picture before, a language after the other.
 EDIT_WORDS = re.compile(
-    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete|replace|turn"
-    r"|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter|colou?r|background"
-    r"|zoom|crop|fix)\b|[改换变加减去删除修调把它这再更]|背景|颜色"
+    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete"
+    r"|replace|turn|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter"
+    r"|colou?r|background|zoom|crop|fix"
+    r"|((с?дела|измен|помен|замен|добав|убер|убра|удал|перекрас|исправ|увелич)\w*)"
+    r"|((уменьш|цвет)\w*)|больше|меньше|ярче|темнее|светлее|фоне?|оставь|без|вместо"
+    r"|его|её|ее|эт[оуи]|эт[ои][тйм]"
+    r"|((haz|cambi|agreg|añad|qu[ií]t|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle"
+    r"|más|menos|fondo|sin|mism[oa]|ahora"
+    r"|((mud|troqu|troc|adicion|remov|retir|deix|coloqu|transform|faça)\w*)|mais|fundo"
+    r"|sem|mesm[oa]|agora"
+    r"|((chang|ajout|enlèv|enlev|supprim|remplac|rend|mets|retir)\w*)|plus|moins|fond"
+    r"|arrière-plan|sans|même|couleur|maintenant"
+    r"|((änder|mach|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|mehr|weniger"
+    r"|größer|kleiner|heller|dunkler|hintergrund|ohne|statt|farbe|dies(e[smr]?)?|jetzt"
+    r"|làm|đổi|thay|thêm|xóa|xoá|bỏ|sửa|chỉnh|giữ|nền|màu|nó|này|hơn|lại)\b"
+    r"|[改换变加减去删除修调把它这再更]|背景|颜色"
+    r"|変え|変更|追加|消し|削除|直し|加え|にして|くして|もっと|色を|それ|これ|この|その"
+    r"|同じ|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸"
+    r"|그것|이것"
 )
-PICTURE_LINK = re.compile(r"!\[[^\]]{0,99}\]\((\S{1,4000}?)\)")
+PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
 SYSTEM_ROLES = ("system", "developer")
-PICTURE_FIELDS = ("image", "images", "references", "input_image", "input_reference")
-PICTURE_KEYS = ("image_url", "url", "data", "b64_json")
+TEXT_PARTS = ("text", "input_text", "output_text")
+PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data"
+PICTURE_KEYS += " inlineData base64 bytesBase64Encoded video_url audio_url"
+# What clients call the same; the pictures of `first` come before the others.
+FIELD_TABLE = """
+    first    first_frame first_frame_image start_frame start_image init_image image_start
+    picture  input_reference image photo picture img reference input_image reference_image
+    picture  ref_image source_image image_reference file input_file attachment
+    last     last_frame last_frame_image end_frame end_image image_end last_image
+    last     image_tail tail_image
+    length   seconds duration duration_seconds video_length video_duration
+    number   n num_images number_of_images sample_count candidate_count
+    shape    aspect_ratio ratio orientation size image_size video_size resolution
+    options  extra_body google image_config video_config generation_config config
+    options  parameters input options
+    text     prompt messages tools functions response_format
+"""
+FIELDS = defaultdict(list)
+for row in FIELD_TABLE.strip().splitlines():
+    FIELDS[row.split()[0]] += row.split()[1:]
+PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
+# imageUrls, image_file, images … are image.
+PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
+# The name of a field and its text, where that is a file or leads to one.
+CARRIED_FILE = re.compile(
+    r"""\w*\ (?: data:[^\s,]{0,100}, | .*;base64,
+        | iVBORw0KGgo | /9j/ | R0lGOD | UklGR | AAAA.GZ0eX | JVBERi0
+        | (?=.*[A-Z]) (?=.*[a-z]) (?=.*[0-9]) [A-Za-z0-9+/=_\\r\\n-]{1000}
+        | https?://\S+\.(?i:png|jpe?g|webp|gif|heic|avif|mp4|mov|webm|mp3|wav|pdf)
+          (?![^?\#]))
+    | \w*(?:image|img|picture|photo|frame|video|audio|mask|media|file|reference)
+        (?:\w*\ https?:// | _ids?\ .)""",
+    re.VERBOSE,
+)
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
-FOREIGN_MODEL = re.compile(r"gpt-image|chatgpt-image|dall-e|sora")  # the default is meant
 MAX_PARTS = 1000  # fields of a form
 MAX_PROMPT = 20_000
 BODY_STALL = 30.0  # seconds without a byte that end a request
@@ -3620,13 +3740,19 @@ def read_part(headers, data):
     name = headers.get_param("name", header="Content-Disposition")
     if not isinstance(name, str):
         raise ValueError("a part has no name")
-    coded = headers.get("Content-Encoding") or headers.get("Content-Transfer-Encoding", "")
-    if coded.lower() not in ("", "identity", "7bit", "8bit", "binary"):
-        raise bad(f"{name} is sent as {coded}: send it as it is", name, "unsupported_encoding")
+    codings = headers.get_all("Content-Encoding", [])
+    codings += headers.get_all("Content-Transfer-Encoding", [])
+    if {coding.lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
+        message = f"{name} is encoded: send it as it is"
+        raise bad(message, name, "unsupported_encoding")
     kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
-    if headers.get_filename() is None and kind not in ("image", "video", "audio"):
-        with contextlib.suppress(UnicodeDecodeError):
-            data = data.decode()
+    if headers.get_filename() is not None or kind in ("image", "video", "audio"):
+        return name, data
+    with contextlib.suppress(ValueError):
+        data = data.decode()
+        if headers.get_content_subtype() == "json":
+            value = parse_json(data.encode())
+            return name, value if isinstance(value, str | list | dict) else data
     return name, data
 
 
@@ -3637,37 +3763,49 @@ def join_values(values):
     return values if len(values) > 1 else values[0]
 
 
-def read_links(body, *names):
-    """The pictures in these fields, in order: each a URL, data URL, base64 or bytes, alone,
-    in a list, or in an object like {url} or {image_url: {url}}."""
+def read_links(values, param):
+    """The pictures in these values, in order: each a URL, data URL, base64 or bytes,
+    alone, in a list, or in an object like {url} or {image_url: {url}}."""
     links = []
-    waiting = [body.get(name) for name in reversed(names)]
+    waiting = [*reversed(values)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
             waiting.extend(reversed(value))
         elif isinstance(value, dict):
-            keys = [key for key in PICTURE_KEYS if key in value]
-            if not keys:
-                raise bad("A picture is a file, URL or base64", names[0], "invalid_image")
-            waiting.append(value[keys[0]])
+            names = {*PICTURE_KEYS.split(), str(value.get("type"))}.difference(TEXT_PARTS)
+            inside = [item for key, item in value.items() if key in names]
+            if not inside:
+                raise bad("A picture is a file, URL or base64", param, "invalid_image")
+            waiting.extend(reversed(inside))
         elif value not in (None, "", b""):
             links.append(value)
     return links
 
 
+def plain(value):
+    """A text, number or boolean as it is compared: 8, 8.0 and "8" are the same."""
+    if isinstance(value, str | int | float):
+        return re.sub(r"^(\d{1,9})\.0+\Z", r"\1", str(value).strip().lower())
+    return f"a {type(value).__name__}"
+
+
 def one_of(body, name, choices, default):
     """The one of `choices` that is sent, perhaps as text. Raises invalid_request."""
-    sent = body.get(name)
-    if sent in (None, ""):
+    if body.get(name) in (None, ""):
         return default
+    sent = plain(body[name])
     for choice in choices:
-        if str(sent).lower() == str(choice).lower():
+        if sent == plain(choice):
             return choice
     allowed = " or ".join(map(str, choices))
     if isinstance(choices, range):
         allowed = f"a whole number from {choices[0]} to {choices[-1]}"
-    raise bad(f"{name} must be {allowed}, not {str(sent)[:40]!r}", name)
+    raise bad(f"{name} must be {allowed}, not {sent[:40]!r}", name)
+
+
+def read_flag(body, name, default):
+    return bool(one_of(body, name, (True, False, 1, 0), default))
 
 
 def refuse(body, names):
@@ -3675,9 +3813,61 @@ def refuse(body, names):
         raise bad(f"{name} is Sora's, not Flow's", name, "unsupported_parameter")
 
 
-def read_size(body):
-    side = SIDE_SIZES.get(one_of(body, "orientation", list(SIDE_SIZES), ""))
-    return body.get("aspect_ratio") or side or body.get("size") or ""
+def field_name(name):
+    """aspectRatio -> aspect_ratio, imageUrls -> image: as FIELD_TABLE has it."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:80])
+    name = re.sub(r"\W+", "_", name).lower()
+    stem = PICTURE_ENDING.sub("", name, count=1)
+    return stem if stem in PICTURES else name
+
+
+def read_fields(body):
+    """The values of a body's fields, by field_name, as lists. Raises
+    unsupported_parameter where one that is not read holds a file: nothing is left out in
+    silence."""
+    fields = defaultdict(list)
+    waiting = [(*item, True) for item in body.items() if item[0] not in FIELDS["text"]]
+    while waiting:
+        name, value, counts = waiting.pop()
+        field = field_name(name)
+        if counts and value not in (None, ""):
+            fields[field].append(value)
+        if counts and field in PICTURES:
+            continue
+        text = f"{field} {value[:4000]}" if isinstance(value, str) else ""
+        if isinstance(value, dict):
+            inside = counts and field in FIELDS["options"]
+            waiting.extend((*item, inside) for item in value.items())
+        elif isinstance(value, list):
+            waiting.extend((name, item, False) for item in value)
+        elif isinstance(value, bytes) or CARRIED_FILE.match(text):
+            message = f"{field}: this file can't be used; send pictures in image"
+            raise bad(message, field, "unsupported_parameter")
+    return fields
+
+
+def read_whole(fields, names, most):
+    """The whole number that these fields say; 0: none does. Raises invalid_request."""
+    allowed = range(1, most + 1)
+    said = {one_of({n: value}, n, allowed, 0) for n in names for value in fields[n]}
+    if len(said) > 1:
+        told = " and ".join(name for name in names if fields[name])
+        raise bad(f"{told} contradict each other", names[0])
+    return next(iter(said), 0)
+
+
+def read_shape(fields):
+    """-> the size, such as "1280x720" or "16:9", and the resolution, such as "2k"."""
+    texts = [text for name in FIELDS["shape"] for text in fields[name]]
+    if not all(isinstance(text, str) for text in texts):
+        raise bad("size must be a text like 1280x720 or 16:9", "size")
+    texts = [SIDE_SIZES.get(text, text) for text in map(str.lower, texts)]
+    levels = [text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)]
+    sizes = [text for text in texts if text not in (*levels, "auto")]
+    wide = {aspect > 1 for aspect in map(read_aspect, sizes) if aspect != 1}
+    if len(wide) > 1 or len({*levels}) > 1:
+        raise bad(f"{' and '.join(texts)} contradict each other", "size")
+    return next(iter(sizes), ""), next(iter(levels), "")
 
 
 def read_prompt(body):
@@ -3695,11 +3885,19 @@ def check_prompt(prompt, param):
 
 
 def read_model(body):
-    """The model id; "" where the request names none, or one of OpenAI's."""
+    """The model id; "" where the request names none."""
     model = body.get("model") or ""
     if not isinstance(model, str) or len(model) > 200:
         raise bad("model is not one; GET /v1/models lists what there is", "model")
-    return "" if FOREIGN_MODEL.match(model) else model
+    return model
+
+
+def expect_kind(model, kind, expected):
+    if expected not in ("", kind):
+        does = "makes clips: POST /v1/videos"
+        if kind == "image":
+            does = "makes pictures: POST /v1/images/generations, or /edits"
+        raise bad(f"{model} {does}", "model")
 
 
 def read_metadata(body):
@@ -3713,20 +3911,103 @@ def read_metadata(body):
     raise bad("metadata must be a JSON object of less than 20,000 characters", "metadata")
 
 
-async def make_generation(media, plan, prompt, links, param="image", **more):
-    """Holds the number of pictures against the plan, and reads them."""
-    least, most = plan.images
-    if plan.mode == "extend" and not more.get("source"):
-        raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
-    if plan.mode == "text" and most == 0 and links:
-        note = f"{plan.model} takes no pictures; they were left out."
-        more["notes"] = [note, *more.get("notes", [])]
-        links = []
-    elif not least <= len(links) <= most:
-        message = f"{plan.model} takes {least} to {most} pictures; here are {len(links)}"
-        raise bad(message, param, "invalid_image")
-    images = await asyncio.gather(*(media.input_image(link, param) for link in links))
-    return Generation(plan, prompt, images=images, **more)
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks for beside its prompt, under whatever names it says so."""
+
+    model: str  # the default one, where the request names none or one of OpenAI's
+    ours: bool  # the request names it
+    kind: str  # what its API makes; "": either
+    size: str
+    resolution: str
+    seconds: int  # 0: the model's own
+    n: int
+    links: list
+
+    @classmethod
+    def read(cls, body, settings, kind=""):
+        """Raises invalid_request, unsupported_parameter, invalid_image."""
+        model = read_model(body)
+        fields = read_fields(body)
+        if foreign := foreign_kind(model):
+            expect_kind(model, foreign, kind)
+            fields["orientation"] += re.findall("landscape|portrait", model)
+            fields["seconds"] += re.findall(r"\d+(?=s\b)", model)
+        ours = bool(model) and not foreign
+        size, resolution = read_shape(fields)
+        return cls(
+            model=model if ours else settings[f"{foreign or kind}s.default_model"],
+            ours=ours,
+            kind=kind,
+            size=size,
+            resolution=resolution,
+            seconds=read_whole(fields, FIELDS["length"], 60),
+            n=read_whole(fields, FIELDS["number"], 1 if kind == "video" else 4) or 1,
+            links=[link for name in PICTURES for link in read_links(fields[name], name)],
+        )
+
+    def plan(self, settings, model="", mode="", source=None):
+        """source: the job of the clip that a new one is made from. Raises as resolve;
+        invalid_request for another kind or shape."""
+        shape = source.plan.ratio if source else ""
+        plan_of = functools.partial(
+            resolve,
+            model or self.model,
+            size=self.size or SIDE_SIZES.get(shape, ""),
+            resolution=self.resolution,
+            images=len(self.links),
+            mode=mode,
+            overrides=settings.models,
+        )
+        plan = plan_of(seconds=self.seconds if self.ours and mode != "edit" else 0)
+        expect_kind(plan.model, plan.kind, self.kind)
+        if source and plan.ratio != shape:
+            raise bad(f"What is made from a clip has its shape, {shape}", "size")
+        if mode == "edit":
+            return dataclasses.replace(plan, seconds=source.plan.seconds)
+        if self.ours or not self.seconds or plan.kind == "image":
+            return plan
+        return plan_of(seconds=self.nearest_length(plan, settings.models))
+
+    def nearest_length(self, plan, overrides):
+        """For a client of Sora, which names Sora's models or none, and knows only Sora's
+        lengths: the nearest that accounts of each tier make."""
+        possible = lengths_of(plan.family, "", overrides, everywhere=True)
+        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in possible:
+            return plan.seconds
+        return min(possible, key=lambda length: abs(length - self.seconds))
+
+    def notes(self, plan):
+        """What the client should know of its plan."""
+        if plan.note:
+            yield plan.note
+        if self.size and distance(self.size, plan.ratio) > math.log(1.5):
+            yield f"{plan.model} has no {self.size}; the nearest is {plan.ratio}."
+        if plan.kind == "video" and self.seconds not in (0, plan.seconds):
+            yield f"{plan.model} makes {plan.seconds} s, not {self.seconds}."
+
+    async def generation(self, media, plan, prompt, param="image", notes=(), **more):
+        """Holds the number of pictures against the plan, and reads them."""
+        least, most = plan.images
+        links = self.links
+        notes = [*self.notes(plan), *notes]
+        if plan.mode == "extend" and not more.get("source"):
+            raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
+        if re.search(";base64,[A-Za-z0-9+/]{60}", prompt):
+            raise bad("The prompt holds a file as text: send pictures in image", "prompt")
+        if plan.mode == "text" and most == 0 and links:
+            notes.append(f"{plan.model} takes no pictures; they were left out.")
+            links = []
+        elif not least <= len(links) <= most:
+            count = f"{least} to {most} pictures; here are {len(links)}"
+            raise bad(f"{plan.model} takes {count}", param, "invalid_image")
+        images = await asyncio.gather(*(media.input_image(link, param) for link in links))
+        return Generation(plan, prompt, n=self.n, images=images, notes=notes, **more)
+
+
+async def read_wish(body, settings, kind=""):
+    """As Wish.read; the loop gets its turns while a large body is looked through."""
+    return await asyncio.to_thread(Wish.read, body, settings, kind)
 
 
 async def read_picture(body, media, edit):
@@ -3734,106 +4015,44 @@ async def read_picture(body, media, edit):
     if body.get("mask"):
         message = "Flow knows no masks: say what to change"
         raise bad(message, "mask", "unsupported_parameter")
+    if plain(body.get("output_format")) in ("svg", "gif"):
+        message = "Flow makes PNG or JPEG pictures, no SVG or GIF"
+        raise bad(message, "output_format", "unsupported_parameter")
     prompt = read_prompt(body)
-    settings = media.settings
-    model = read_model(body) or settings["images.default_model"]
-    links = read_links(body, *PICTURE_FIELDS)
-    if edit and not links:
+    wish = await read_wish(body, media.settings, "image")
+    if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
-    scale = one_of(body, "image_size", SIZES, "1K")
-    model += "" if scale == "1K" else f"-{scale}"
-    plan = resolve(model, size=read_size(body), overrides=settings.models)
-    if plan.kind != "image":
-        raise bad(f"{model} makes clips: POST /v1/videos", "model")
-    n = one_of(body, "n", range(1, 5), 1)
-    return await make_generation(media, plan, prompt, links, n=n)
-
-
-@dataclass(frozen=True)
-class ClipRequest:
-    """What all requests for clips have in common."""
-
-    prompt: str
-    model: str  # "": the default one
-    seconds: int  # 0: the model's own
-    size: str
-    links: list
-    metadata: dict | None
-
-    @classmethod
-    def read(cls, body):
-        one_of(body, "n", (1,), 1)
-        return cls(
-            prompt=read_prompt(body),
-            model=read_model(body),
-            seconds=one_of(body, "seconds", range(1, 61), 0),
-            size=read_size(body),
-            links=read_links(body, "input_reference", *PICTURE_FIELDS[:-1]),
-            metadata=read_metadata(body),
-        )
-
-    def plan(self, settings, model, seconds, source=None, mode=""):
-        """source: the job of the clip that this one is made from. Raises as resolve;
-        invalid_request for a model of pictures, and for another shape."""
-        options = {"images": len(self.links), "mode": mode, "overrides": settings.models}
-        shape = source.plan.ratio if source else ""
-        size = self.size or SIDE_SIZES.get(shape, "")
-        plan = resolve(model, size=size, seconds=seconds, **options)
-        if plan.kind == "image":
-            raise bad("Pictures are made and edited at /v1/images", "model")
-        if source and plan.ratio != shape:
-            raise bad(f"What is made from a clip has its shape, {shape}", "size")
-        return plan
-
-    def nearest_length(self, model, mode=""):
-        """A client of Sora, which names Sora's models or none, knows only Sora's lengths: it
-        gets the nearest that accounts of each tier make -> (seconds, notes)."""
-        if self.model or not self.seconds:
-            return self.seconds, []
-        plan = resolve(model, images=len(self.links), mode=mode)
-        named = parse_id(model).first(LENGTHS)
-        possible = [] if named else lengths_of(plan.family, "", everywhere=True)
-        possible = possible or [plan.seconds]
-        nearest = min(possible, key=lambda length: abs(length - self.seconds))
-        note = f"{model} makes {nearest} s, not {self.seconds}."
-        return nearest, [] if nearest == self.seconds else [note]
-
-    async def generation(self, media, plan, **more):
-        more["metadata"] = self.metadata
-        return await make_generation(media, plan, self.prompt, self.links, **more)
+    plan = wish.plan(media.settings)
+    return await wish.generation(media, plan, prompt)
 
 
 async def read_clip(body, media):
     """POST /v1/videos."""
     refuse(body, SORA_ONLY)
-    request = ClipRequest.read(body)
-    model = request.model or media.settings["videos.default_model"]
-    seconds, notes = request.nearest_length(model)
-    plan = request.plan(media.settings, model, seconds)
-    return await request.generation(media, plan, notes=notes)
+    prompt, metadata = read_prompt(body), read_metadata(body)
+    wish = await read_wish(body, media.settings, "video")
+    plan = wish.plan(media.settings)
+    return await wish.generation(media, plan, prompt, metadata=metadata)
 
 
-async def read_edit(body, media, source):
-    """POST /v1/videos/edits, /v1/videos/{id}/remix: a new clip, as long as the source."""
+async def read_derived(mode, body, media, source):
+    """A new clip from the source. Mode "edit" (POST /v1/videos/edits and
+    /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it goes
+    on where that ends."""
     refuse(body, SORA_ONLY[2:])
-    request = ClipRequest.read(body)
-    handle = source_handle(source)
-    plan = request.plan(media.settings, EDITOR, 0, source, "edit")
-    plan = dataclasses.replace(plan, seconds=source.plan.seconds)
-    if request.seconds not in (0, plan.seconds):
+    more = {"source": source_handle(source), "metadata": read_metadata(body)}
+    prompt = read_prompt(body)
+    wish = await read_wish(body, media.settings, "video")
+    model = source.plan.family.replace("3_1_", "3_1-")
+    if wish.ours:
+        model = wish.model
+        expect_kind(model, resolve(model).kind, "video")
+    if mode == "edit":  # whatever model of clips is named
+        model = EDITOR
+    plan = wish.plan(media.settings, model, mode, source)
+    if wish.ours and wish.seconds not in (0, plan.seconds):
         raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
-    return await request.generation(media, plan, source=handle)
-
-
-async def read_extension(body, media, source):
-    """POST /v1/videos/extensions: a new clip that goes on where the source ends."""
-    refuse(body, SORA_ONLY[2:])
-    request = ClipRequest.read(body)
-    handle = source_handle(source)
-    model = request.model or source.plan.family.replace("3_1_", "3_1-")
-    seconds, notes = request.nearest_length(model, "extend")
-    plan = request.plan(media.settings, model, seconds, source, "extend")
-    return await request.generation(media, plan, source=handle, notes=notes)
+    return await wish.generation(media, plan, prompt, **more)
 
 
 def source_handle(source):
@@ -3870,7 +4089,7 @@ class ChatRequest:
     system: str
     stream: bool
     usage: bool  # the client wants token counts at the end of a stream
-    inline: bool  # pictures go to message.images
+    inline: bool  # pictures go to message.images, as data URLs
 
 
 def read_chat(body):
@@ -3883,19 +4102,32 @@ def read_chat(body):
     if not isinstance(messages, list) or not messages:
         raise bad("messages must be a list of at least one message", "messages")
     turns = [read_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    users = [turn for turn in turns if turn.role == "user"]
-    if not users:
+    last = last_turn(turns)
+    if not last:
         raise bad("messages holds no message of the user", "messages")
     return ChatRequest(
         body=body,
         model=model,
         turns=turns,
-        last=users[-1],
+        last=last,
         system="\n".join(turn.text for turn in turns if turn.role in SYSTEM_ROLES),
-        stream=body.get("stream") is True,
+        stream=read_flag(body, "stream", False),
         usage=bool(dig(body, "stream_options", "include_usage")),
         inline="image" in dig(body, "modalities", kind=list, default=[]),
     )
+
+
+def last_turn(turns):
+    """The user's last one; None: there is none. Some clients send pictures and text one
+    after the other: what has no text belongs to what stands beside it."""
+    last, before = None, ""
+    for turn in turns:
+        if turn.role == before == "user" and not (last.text and turn.text):
+            last = Turn("user", last.text or turn.text, last.links + turn.links)
+        elif turn.role == "user":
+            last = turn
+        before = turn.role
+    return last
 
 
 def read_turn(message, where):
@@ -3903,55 +4135,61 @@ def read_turn(message, where):
     content = dig(message, "content", default=None)
     if not isinstance(role, str) or not role:
         raise bad(f"{where} must be an object with a role", "messages")
+    links = [item for name, item in message.items() if item and field_name(name) in PICTURES]
     if isinstance(content, str) or (content is None and role != "user"):
-        return Turn(role, content or "", [])
+        return Turn(role, content or "", links)
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
-    texts, links = [], []
+    texts = []
     for part in content:
         kind = dig(part, "type")
         text = dig(part, "text")
-        link = dig(part, "image_url")
-        if not isinstance(kind, str) or not kind or not isinstance(text, str):
+        if not kind or not isinstance(kind, str) or not isinstance(text, str):
             raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
+        if kind not in TEXT_PARTS:
+            links.append(part)
         texts.append(text)
-        if "image" in kind:
-            links.append(dig(link, "url") if isinstance(link, dict) else link)
     return Turn(role, "\n".join(filter(None, texts)), links)
 
 
-async def read_chat_generation(chat, media):
-    """What the user's last turn asks for; other turns are no part of the prompt."""
+async def read_chat_generation(chat, media, own_picture=None):
+    """What the user's last turn asks for; other turns are no part of the prompt.
+    own_picture: finds pictures that were made here, as Api.own_picture."""
     settings = media.settings
     prompt = chat.last.text
     if not prompt.strip():
         raise bad("The user's last message holds no text: there is no prompt", "messages")
-    links = chat.last.links or read_links(chat.body, "image")
-    options = {"images": len(links), "overrides": settings.models}
-    plan = resolve(chat.model, size=read_size(chat.body), **options)
-    more = {"n": one_of(chat.body, "n", range(1, 5), 1)}
-    if plan.kind == "image" and not links and settings["chat.continue_pictures"]:
-        links = await continued_picture(chat, media)
-        if links:
-            more["notes"] = ["The chat's last picture went along as a reference."]
+    wish = await read_wish(chat.body, settings)
+    links = read_links(chat.last.links, "messages")
+    if len(links) < len(chat.last.links):
+        raise bad("A part of the last message is empty", "messages", "invalid_image")
+    wish = dataclasses.replace(wish, links=links + wish.links)
+    plan = wish.plan(settings)
+    told = ()
+    if plan.kind == "image" and not wish.links and settings["chat.continue_pictures"]:
+        links, told = await continued_picture(chat, media, own_picture)
+        wish = dataclasses.replace(wish, links=links)
     if settings["chat.use_system_prompt"] and chat.system:
         prompt = f"{chat.system}\n\n{prompt}"
     check_prompt(prompt, "messages")
-    return await make_generation(media, plan, prompt, links, "messages", **more)
+    return await wish.generation(media, plan, prompt, "messages", told)
 
 
-async def continued_picture(chat, media):
-    """The chat's last picture, where the last turn asks for an edit and brings none."""
-    answers = " ".join(turn.text for turn in chat.turns if turn.role == "assistant")
-    links = PICTURE_LINK.findall(answers)
-    if not links or not EDIT_WORDS.search(chat.last.text):
-        return []
-    kept = media.path(links[-1].rpartition("/")[2])
+async def continued_picture(chat, media, own_picture):
+    """Where the last turn asks for an edit and brings no picture: the chat's last one, in
+    a list, and what to tell of it."""
+    answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
+    pictures = ([*PICTURE_LINK.findall(turn.text), *turn.links] for turn in answers)
+    last = next(filter(None, pictures), [])
+    if not last or not EDIT_WORDS.search(chat.last.text[:8000]):
+        return [], []
     try:
-        source = await asyncio.to_thread(kept.read_bytes) if kept else links[-1]
-        return [await media.input_image(source, "messages")]
-    except GatewayError:  # it may be gone by now: then without it
-        return []
+        link = read_links(last[-1:], "messages")[-1]
+        data = own_picture and await own_picture(link)
+        data = data or await media.input_image(link, "messages")
+        return [data], ["The chat's last picture went along as a reference."]
+    except GatewayError as err:
+        return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
 
 
 def side_answer(chat):
@@ -4046,8 +4284,11 @@ CLIP_FORMS = {
 }
 OUTPUT_LINK = re.compile(r"((?:image|video)_[0-9a-f]{24})_([0-9a-f]{24})_(\d)\.\w{3,4}")
 PASSED_ON = ("Content-Length", "Content-Range", "Accept-Ranges", "ETag")
-FILE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
-FILE_HEADERS["Content-Security-Policy"] = "sandbox"  # what Google sends runs no script here
+FILE_HEADERS = {
+    "Cache-Control": "private, max-age=3600",
+    "Content-Security-Policy": "sandbox",  # what Google sends runs no script here
+    "X-Content-Type-Options": "nosniff",
+}
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 LEFT_SECONDS = 600  # in which the same request is that of a client that has left
@@ -4066,7 +4307,7 @@ def bearer(request):
 
 
 def forwarded(request, settings, name):
-    """The values of X-Forwarded-<name>, where a trusted proxy sends them; the last hop's last."""
+    """The values of X-Forwarded-<name>, where a trusted proxy sends them."""
     networks = read_networks(settings["server.trusted_proxies"])
     with contextlib.suppress(ValueError):
         peer = ipaddress.ip_address(request.remote or "")
@@ -4164,7 +4405,7 @@ class Gateway:
         self.media = Media(settings, self.wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
-        self.left = {}  # hash of a request -> its job, and when its client left unanswered
+        self.left = {}  # hash of a request -> its job, and when its client left
 
     async def close(self):
         await self.jobs.stop()
@@ -4224,14 +4465,14 @@ class Gateway:
             return await self._create(path.split("/")[0], key, read, detached), {}
 
     async def _earlier(self, request, key):
-        """The job of an earlier request that this one repeats, or None. Raises as Jobs.find."""
+        """The job of an earlier request that this one repeats, or None. Raises as find."""
         # OpenAI's packages send a request again that took them too long, and count that.
         retried = request.headers.get("x-stainless-retry-count", "0") != "0"
         if key.explicit or retried:
             return await self.jobs.find(key)
         # Others send it again once they have left. Who is still there wants another one.
         start = now() - LEFT_SECONDS
-        self.left = {hashed: left for hashed, left in self.left.items() if left[1] > start}
+        self.left = {key: left for key, left in self.left.items() if left[1] > start}
         job_id, _ = self.left.pop(key.request, ("", 0))
         job = await self.jobs.get(job_id) if job_id else None
         return job if job and job.state not in ("failed", "cancelled") else None
@@ -4281,13 +4522,49 @@ class Api:
             raise GatewayError(**job.error)
 
     def output_url(self, request, job, output):
-        """Where a client gets an output, without a key: at an address of ours that ends like
-        a file's name, which passes on what is not kept."""
+        """Where a client gets an output, without a key: an address of ours that ends like
+        a file's name, and passes on what is not kept."""
         ending = "mp4" if job.plan.kind == "video" else "png"
         ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
         base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
         return f"{base or origin(request, self.settings)}/tmp/{name}"
+
+    async def output_of_link(self, name):
+        """The job and the output that the file's name in a link of ours tells. Raises
+        not_found."""
+        match = OUTPUT_LINK.fullmatch(name)
+        job = await self.jobs.get(match[1]) if match else None
+        if not job or not same(match[2], link_secret(job)):
+            raise GatewayError("not_found", "There is no such file, or it has expired")
+        return job, job.done()[int(match[3])]
+
+    async def own_picture(self, link):
+        """The picture that a link of ours leads to; None: it is none of ours. Raises as
+        output_of_link and Jobs.fetch."""
+        name = str(link).partition("?")[0].rpartition("/")[2]
+        if OUTPUT_LINK.fullmatch(name):
+            return await self.output_bytes(*await self.output_of_link(name))
+        job_id = await asyncio.to_thread(self.store.job_of_file, name)
+        job = await self.jobs.get(job_id) if job_id else None
+        kept = [output for output in job.done() if output.file == name] if job else []
+        return await self.output_bytes(job, kept[0]) if kept else None
+
+    async def data_url(self, job, output):
+        """OpenRouter's AI SDK provider takes no other."""
+        data = await self.output_bytes(job, output)
+        encoded = await asyncio.to_thread(base64.b64encode, data)
+        return f"data:{sniff(data)[0]};base64,{encoded.decode()}"
+
+    async def output_bytes(self, job, output):
+        if path := self.media.path(output.file):
+            return await asyncio.to_thread(path.read_bytes)
+        async with self.jobs.fetch(job, output) as source:
+            with transport_errors(str(source.url)):
+                data = await read_bounded(source, FILE_SIZES["image"])
+        if data is None:
+            raise changed("Google's picture is too large")
+        return data
 
     def output_urls(self, request, job):
         return [self.output_url(request, job, output) for output in job.done()]
@@ -4392,7 +4669,7 @@ class ChatApi(Api):
         if client and self.settings["chat.answer_side_prompts"]:
             log.info("Answered at no cost, nothing was made: a prompt of %s", client)
             return await ChatAnswer(self, request, chat, None, text).send()
-        read = functools.partial(read_chat_generation, chat, self.media)
+        read = functools.partial(read_chat_generation, chat, self.media, self.own_picture)
         async with self.gateway.admit(request, body, read) as job:
             for turn in chat.turns:
                 turn.links.clear()  # as the body is
@@ -4415,7 +4692,7 @@ class ChatAnswer:
             return await stream_answer(self.request, self.events(), self.failed)
         if self.job:
             await self.api.jobs.completed(self.job)
-        message = {"role": "assistant", **self.message()}
+        message = {"role": "assistant", **await self.message()}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return {**self.envelope("chat.completion", choice), "usage": EMPTY_USAGE}
 
@@ -4432,18 +4709,19 @@ class ChatAnswer:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return sse(self.envelope("chat.completion.chunk", choice))
 
-    def message(self):
+    async def message(self):
         job = self.job
         if not job:
             return {"content": self.text}
-        urls = self.api.output_urls(self.request, job)
         notes = [*job.notes, *self.failures()]
         if self.chat.inline and job.plan.kind == "image":
+            urls = [await self.api.data_url(job, output) for output in job.done()]
             images = [
                 {"type": "image_url", "image_url": {"url": url}, "index": index}
                 for index, url in enumerate(urls)
             ]
             return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
+        urls = self.api.output_urls(self.request, job)
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
         if job.plan.kind == "image":
             form = "![Generated Image]({0})"
@@ -4471,8 +4749,7 @@ class ChatAnswer:
                 yield self.delta(**news)
         else:
             yield self.delta(role="assistant")
-        yield self.delta(**self.message())
-        yield self.delta("stop")
+        yield self.delta("stop", **await self.message())
         if self.chat.usage:
             yield sse({**self.envelope("chat.completion.chunk"), "usage": EMPTY_USAGE})
         yield STREAM_END
@@ -4505,7 +4782,7 @@ class ImagesApi(Api):
         body = await read_body(request)
         default = self.settings["images.response_format"]
         form = one_of(body, "response_format", ("b64_json", "url"), default)
-        stream = one_of(body, "stream", (True, False), False)
+        stream = read_flag(body, "stream", False)
         read = functools.partial(read_picture, body, self.media, edit)
         async with self.gateway.admit(request, body, read) as job:
             if stream:
@@ -4522,14 +4799,7 @@ class ImagesApi(Api):
         if form == "url":
             url = self.output_url(request, job, output)
             return {"revised_prompt": job.prompt, "url": url}
-        if path := self.media.path(output.file):
-            data = await asyncio.to_thread(path.read_bytes)
-        else:
-            async with self.jobs.fetch(job, output) as source:
-                with transport_errors(str(source.url)):
-                    data = await read_bounded(source, FILE_SIZES["image"])
-            if data is None:
-                raise changed("Google's picture is too large")
+        data = await self.output_bytes(job, output)
         encoded = await asyncio.to_thread(base64.b64encode, data)
         return {"revised_prompt": job.prompt, "b64_json": encoded.decode()}
 
@@ -4562,34 +4832,34 @@ class VideosApi(Api):
     async def create(self, request):
         body = await read_body(request)
         if target := body.get("remix_target_id"):
-            return await self._derive(request, body, target, read_edit)
+            return await self._derive(request, body, target, "edit")
         read = functools.partial(read_clip, body, self.media)
         return await self._make(request, body, read)
 
     async def remix(self, request):
         body = await read_body(request)
-        return await self._derive(request, body, request.match_info["id"], read_edit)
+        return await self._derive(request, body, request.match_info["id"], "edit")
 
     async def edit(self, request):
         body = await read_body(request)
-        return await self._derive(request, body, body.get("video"), read_edit)
+        return await self._derive(request, body, body.get("video"), "edit")
 
     async def extend(self, request):
         body = await read_body(request)
-        return await self._derive(request, body, body.get("video"), read_extension)
+        return await self._derive(request, body, body.get("video"), "extend")
 
-    async def _derive(self, request, body, video, reader):
+    async def _derive(self, request, body, video, mode):
         """A new clip from a finished one; video: its id, or an object with it."""
         job_id = dig(video, "id", default=video)
         if not job_id or not isinstance(job_id, str):
             raise bad('video must be {"id": …} of a clip made here; no files', "video")
         source = await self.find_job(job_id)
         self.expect_done(source)
-        read = functools.partial(reader, body, self.media, source)
+        read = functools.partial(read_derived, mode, body, self.media, source)
         return await self._make(request, body, read)
 
     async def _make(self, request, body, read):
-        wait = not one_of(body, "async_mode", (True, False, 1, 0), True)
+        wait = not read_flag(body, "async_mode", True)
         async with self.gateway.admit(request, body, read, detached=True) as job:
             if wait:
                 await self.jobs.completed(job)
@@ -4632,9 +4902,10 @@ class VideosApi(Api):
         return await self.send_output(request, job, query, variant == "thumbnail")
 
 
-def model_object(model):
+def model_object(model, settings):
     frames = "i2v" in model or "interpolation" in model or model.endswith("-fl")
-    plan = resolve(model, images=2 if frames else 0)
+    request = {"model": model, "images": ["start", "end"] if frames else []}
+    plan = Wish.read(request, settings).plan(settings)
     endpoint = "image-generation" if plan.kind == "image" else "openai-video"
     return {
         "id": model,
@@ -4661,10 +4932,11 @@ class ServiceApi(Api):
         return {"status": "ok"}
 
     async def models(self, request):
-        return {"object": "list", "data": [*map(model_object, MODELS)]}
+        models = [model_object(model, self.settings) for model in MODELS]
+        return {"object": "list", "data": models}
 
     async def model(self, request):
-        return model_object(request.match_info["model"])
+        return model_object(request.match_info["model"], self.settings)
 
     async def file(self, request):
         """A file without a key, by a name that nobody guesses: one that is kept here, or an
@@ -4672,11 +4944,8 @@ class ServiceApi(Api):
         name = request.match_info["name"]
         if path := self.media.path(name):
             return web.FileResponse(path, headers=FILE_HEADERS)
-        match = OUTPUT_LINK.fullmatch(name)
-        job = await self.jobs.get(match[1]) if match else None
-        if not job or not same(match[2], link_secret(job)):
-            raise GatewayError("not_found", "There is no such file, or it has expired")
-        return await self.send_output(request, job, {"index": match[3]})
+        job, output = await self.output_of_link(name)
+        return await self.send_output(request, job, {"index": job.done().index(output)})
 
     async def stats(self, request):
         counters = self.gateway.counters()
@@ -4768,6 +5037,19 @@ CONFIGS = {
         "auto_enable_on_update": "plugin.auto_enable_on_update",
     },
 }
+# What it asks for beside them, and what can't be set here.
+FIXED_CONFIGS = {
+    "call-logic/config": {
+        "call_mode": "default",
+        "note": "The account with the least to do is taken first; this can't be changed",
+    },
+    "captcha/config": {
+        "captcha_method": "none",
+        "note": "No captcha is solved here; where Google wants one, requests fail with"
+        " captcha_required; this can't be changed",
+    },
+}
+CONFIGS.update(dict.fromkeys(FIXED_CONFIGS, {}))
 # What a text that is set here must be like, beyond what Settings asks for.
 WEB_ADDRESS = r"https?://[^\s/]+\S*"
 TEXT_FORMS = {
@@ -4838,8 +5120,8 @@ class Sessions:
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
         self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.friends = set(store.settings().get("friends", ()))  # that have logged in before
-        self.guesses = {}  # address -> (failed logins in a row, unix time of the last one)
+        self.friends = set(store.settings().get("friends", ()))  # logged in here before
+        self.guesses = {}  # address -> (failed logins in a row, unix time of the last)
 
     def key_of(self, session):
         """A session's hash. It changes with the password, which ends them all."""
@@ -4861,18 +5143,20 @@ class Sessions:
     def _wait(self, address):
         """The seconds until an address may try again."""
         start = now() - GUESS_SECONDS
-        self.guesses = {who: guess for who, guess in self.guesses.items() if guess[1] > start}
+        recent = [item for item in self.guesses.items() if item[1][1] > start]
+        self.guesses = dict(recent)
         failures, last = self.guesses.get(address, (0, 0))
         total = sum(number for number, _ in self.guesses.values())
         if total >= GUESSES and address not in self.friends:
             return GUESS_SECONDS
         if failures < FREE_GUESSES:
             return 0
-        return math.ceil(last + min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS) - now())
+        pause = min(2 ** (failures - FREE_GUESSES), GUESS_SECONDS)
+        return math.ceil(last + pause - now())
 
     async def check_password(self, request, password):
         """Raises too_many_logins: after some failures an address waits, ever longer; where
-        many fail, so do all addresses that have never logged in."""
+        many fail, so do all that have never logged in."""
         address = client_address(request, self.settings)
         if (wait := self._wait(address)) > 0:
             message = f"Too many failed logins; wait {wait} s"
@@ -5080,19 +5364,24 @@ class AdminApi(Api):
     async def set_config(self, request):
         fields = CONFIGS[request.match_info["group"]]
         body = await read_json(request)
-        sent = {field: body.get(field) for field in fields}
-        changes = {fields[field]: raw for field, raw in sent.items() if raw is not None}
+        unknown = ", ".join(set(body).difference(fields))[:200]
+        if unknown or not body:
+            can = ", ".join(fields) or "nothing, for it can't be changed"
+            raise bad(f"This sets {can}; the body names {unknown or 'nothing'}")
+        changes = {fields[field]: raw for field, raw in body.items() if raw is not None}
         if not changes:
             raise bad(f"This sets {', '.join(fields)}; the body names none of them")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
     async def get_config(self, request, message=""):
-        fields = CONFIGS[request.match_info["group"]]
+        group = request.match_info["group"]
+        fields = CONFIGS[group]
         if "connection_token" in fields:
             await self._make_connection_token()
         masked = request.query.get("mask") == "1"
         config = {field: self._shown(name, masked) for field, name in fields.items()}
+        config.update(FIXED_CONFIGS.get(group, {}))
         base = origin(request, self.settings)
         if "base_url" in fields:
             config["effective_base_url"] = config["base_url"] or base
@@ -6152,12 +6441,16 @@ async def listen(server, settings):
     loop = asyncio.get_running_loop()
     host, port = settings["server.host"], settings["server.port"]
     try:
-        return await loop.create_server(take, host, port)
+        listener = await loop.create_server(take, host, port)
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
         hint = "set others with --host and --port (server.host, server.port)"
         message = f"can't listen on {host} port {port}: {reason}; {hint}"
         raise SettingError(message) from None
+    with contextlib.suppress(OSError):  # for a container's health check alone
+        address = listener.sockets[0].getsockname()
+        (settings.data / "address").write_text(f"{address[0]} {address[1]}")
+    return listener
 
 
 def open_store(settings):
@@ -6342,7 +6635,7 @@ class LogFilter(logging.Filter):
         self.lines = {}  # text -> (when it was printed, how often it was left out since)
 
     def filter(self, record):
-        if record.name == "aiohttp.server":  # its text holds the malformed line, keys and all
+        if record.name == "aiohttp.server":  # its text holds the malformed line, and keys
             error = record.exc_info[0].__name__ if record.exc_info else ""
             record.msg = f"A malformed request was refused: {error}"
             record.args, record.exc_info = (), None
@@ -6417,6 +6710,7 @@ def check_settings(settings):
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
     names = dict.fromkeys(product.name for product in PRODUCTS)
+    names["omni_flash_lengths"] = None
     for name in set(settings.models).difference(names):
         there_are = ", ".join(names)
         settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")

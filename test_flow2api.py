@@ -23,7 +23,6 @@ import pathlib
 import random
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -604,7 +603,7 @@ MISTAKES = (  # code, param, method, path, body
     ("no_credits", None, "POST", CHAT, chat_body("veo_3_1", "boat")),
     ("mode_not_available", "model", "POST", CHAT, chat_body("veo_3_1", "b", [DATA] * 3)),
     ("unsupported_parameter", "style_id", "POST", VIDEOS, BOAT | {"style_id": "x"}),
-    ("model_not_found", "model", "GET", "/v1/models/sora-2"),
+    ("model_not_found", "model", "GET", "/v1/models/veo-9"),
     ("method_not_allowed", None, "DELETE", CHAT),
     ("request_too_large", None, "POST", CHAT, chat_body("veo_3_1", "boat" * 300_000)),
 )
@@ -2137,7 +2136,7 @@ def test_a_bad_value_is_told_with_what_is_allowed_and_what_is_unknown_warns(tmp_
 # for shapes, as in MARKS; what has 4s has 6s, too. In a key P is _portrait or nothing, O the shape,
 # U _ultra on an Ultra account, L _low_priority.
 CATALOGUE = """
-all   gemini-2.5-flash-image%  NARWHAL NARWHAL NARWHAL | all gemini-3.0-pro-image% GEM_PIX_2 GEM_PIX_2
+all   gemini-2.5-flash-image%  BELUGA BELUGA BELUGA | all gemini-3.0-pro-image% GEM_PIX_2 GEM_PIX_2
 all   imagen-4.0-generate-preview%  IMAGEN_3_5 . . IMAGEN_3_5
 all   veo_3_1_t2v_fast~        t2v_fast{P}{U}  |  all  veo_2_1_fast_d_15_t2v~  t2v_lite
 all   veo_2_0_t2v~             t2v{P}          |  all  veo_2_0_i2v~  . i2v_s{P} i2v_s{P}_fl
@@ -2161,11 +2160,11 @@ all   veo_3_1_extend~       extend_{O}        |  all   veo_3_1_extend_fast~     
 all   veo_3_1_extend_lite~  extension_lite    |  ultra veo_3_1_extend_relaxed~  extension_lite{L}
 all   omni_flash+              abra_t2v_8s abra_i2v_8s abra_i2v_8s abra_r2v_8s abra_r2v_8s
 all   omni_flash-4s+  abra_t2v_4s abra_i2v_4s abra_i2v_4s abra_r2v_4s | all nano_banana_2_lite@ HARBOR_SEAL
-all   omni_flash+-10s  abra_t2v_10s abra_i2v_10s abra_i2v_10s abra_r2v_10s | all nano_banana_2@ . NARWHAL
+all   omni_flash+-10s  abra_t2v_10s abra_i2v_10s abra_i2v_10s abra_r2v_10s | all nano_banana_2@ . BELUGA
 all   omni~    abra_t2v_8s abra_r2v_8s abra_r2v_8s abra_r2v_8s | all nano_banana_pro@-1K GEM_PIX_2
-all   nano_banana@  NARWHAL . . . NARWHAL     |  all   imagen_4@  IMAGEN_3_5 . . IMAGEN_3_5
+all   nano_banana@  BELUGA . . . BELUGA     |  all   imagen_4@  IMAGEN_3_5 . . IMAGEN_3_5
 all   nano_banana_pro@-2K  GEM_PIX_2          |  ultra nano_banana_pro-4K@  . GEM_PIX_2
-ultra gemini-3.1-flash-image%-4k  NARWHAL
+ultra gemini-3.1-flash-image%-4k  BELUGA
 """  # noqa: E501
 LINES = [line.split() for line in re.split(r"[\n|]", CATALOGUE.strip())]
 LINES += [[word.replace("4s", "6s") for word in line] for line in LINES if "4s" in line[1]]
@@ -2229,6 +2228,41 @@ def test_each_listed_id_resolves_and_says_what_it_is():
     heads = [pattern.replace("%", "-").replace("~", "_") for _, pattern, *_ in LINES[:10]]
     original = {head + side for head in heads for side in ("portrait", "landscape")}
     assert len(original) == 20 and original <= set(flow2api.MODELS)
+    old, retired = r"veo_3_1_|gemini-3|imagen-", r"veo_[23]_0|veo_2|gemini-2|nano_banana(-|\Z)"
+    places = [2 if re.match(retired, m) else bool(re.match(old, m)) for m in flow2api.MODELS]
+    assert places == sorted(places) and {*places} == {0, 1, 2}
+
+
+FOREIGN = """
+veo_3_1, veo-3.1-generate-preview veo-3.1-generate-001 veo-3.0-generate-preview veo-2.0-generate-001
+veo_3_1_fast, veo-3.1-fast-generate-preview google/veo-3.1-fast veo-3.0-fast-generate-001 sora-2 sora-2-pro
+veo_3_1_lite, veo-3.1-lite-generate-preview models/veo-3.1-lite-generate-preview
+omni_flash, gemini-omni-flash-preview gemini-omni-1.1-flash gemini-omni-1.2-flash
+imagen_4, imagen-4.0-generate-001 imagen-4.0-fast-generate-001 imagen-4.0-ultra-generate-001 imagen-3.0-generate-002
+nano_banana_pro, gemini-3-pro-image gemini-3-pro-image-preview gpt-image-1-mini gpt-image-2.6-flare dall-e-3 sora-image
+nano_banana_pro, chatgpt-image-latest openai/gpt-image-2 dall-e-2 sora-image-landscape
+veo_3_1_fast, sora-video-landscape-10s sora-video-portrait-25s sora
+nano_banana_2, gemini-nano-banana-2.1 gemini-2.5-flash-image gemini-2.5-flash-image-preview gemini-3.1-flash-image-preview
+nano_banana_2_lite, gemini-3.1-flash-lite-image
+"""  # noqa: E501
+
+
+async def test_ids_of_google_and_openai_mean_the_nearest_of_ours_and_never_the_other_kind(world):
+    w = await world()
+    for row in FOREIGN.strip().splitlines():
+        family, _, ids = row.partition(", ")
+        for model in ids.split():
+            shown = (await w.get(f"/v1/models/{model.replace('/', '%2F')}")).json
+            kind, _, text = shown["description"].partition(" generation - ")
+            assert (shown["id"], text.split()[0]) == (model, family), model
+            side = re.search("landscape|portrait|$", model)[0]
+            assert side in text, model
+            path = VIDEOS if kind == "Image" else IMAGES
+            error = expect_error(w, await w.post(path, BOAT | {"model": model}), "invalid_request")
+            assert error["param"] == "model" and model in error["message"]
+    assert not w.paid() and not w.jobs.open
+    for model in ("gpt-4o", "veo-9.1", "gemini-3-pro", "veo_3_1-preview"):
+        assert (await w.get(f"/v1/models/{model}")).status in (400, 404), model
 
 
 GRAMMAR = (  # heads, parameters, what joins them
@@ -2273,7 +2307,8 @@ veo_3_1 1024x1024=portrait wide=! 1280=! 1280x=! 0x720=! -1x2=! 1x2x3=! auto1=! 
 veo_3_1-portrait 9:16=portrait 1280x720=! | veo_3_1-landscape auto=landscape 1024x1024=landscape
 veo_3_1_t2v_fast 1024x1024=landscape      | veo_3_1_t2v_fast_landscape 720x1280=!
 veo_3_1-fast 4s=4 | veo_3_1-6s 6s=6 | veo_3_1-4s 8s=! | omni_flash 10s=10 5s=!
-nano_banana-portrait 16:9=! | nano_banana-landscape 1024x1024=! | nano_banana 3000x1000=!
+nano_banana-portrait 16:9=! | nano_banana-landscape 1024x1024=!
+nano_banana 3000x1000=landscape 1x9=portrait
 nano_banana-square 1000x999=square | nano_banana_pro-square-2K 2048X2048=square
 nano_banana-4-3 1200x896=4-3 | veo_3_1-30s =!30s | veo_3_1_t2v_30s =!30s | veo_3_1- =!''
 veo_3_1-lite-fast =!fast | veo_3_1-portrait-landscape =!portrait | imagen_4-4K =!4K
@@ -2728,6 +2763,14 @@ def text_and_link(text, link):
     return [{"type": "text", "text": text}, {"type": "image_url", "image_url": link}]
 
 
+OMNI = "omni_flash"
+PICTURE_PARTS = (  # a picture in a chat, as it comes from elsewhere
+    {"type": "file", "file": {"file_data": DATA, "filename": "a.png"}},
+    {"type": "input_image", "image_url": DATA},
+    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
+    {"type": "image", "image": DATA},
+    {"type": "video_url", "video_url": {"url": DATA}},
+)
 UNUSED = "temperature max_tokens tools stop seed user metadata stream_options modalities"
 CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is read
     ({}, {"prompt": "a boat", "n": 1, "images": []}),
@@ -2744,6 +2787,40 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
     (turns(*HISTORY, "把背景改成蓝色"), {"images": [PNG], "prompt": "把背景改成蓝色"}),
     (turns(*HISTORY, "b", f"![x]({data_url(JPEG)})", "add it"), {"images": [JPEG]}),
     (turns(*HISTORY, "a paper boat at sea"), {"images": [], "notes": []}),
+    (turns("a", "![](" * 99 + HISTORY[1] + "![" * 99, "crop it"), {"images": [PNG]}),
+    (
+        turns(
+            "a",
+            ("assistant", [{"type": "image_url", "image_url": {"url": DATA}}]),
+            ("user", "fix it"),
+        ),
+        {"images": [PNG]},
+    ),
+    (
+        turns("a", "![x](http://127.0.0.1:9/x.png)", "fix it"),
+        {"images": [], "told": "can't be had"},
+    ),
+    *(
+        (turns([{"type": "text", "text": "a boat"}, part]), {"images": [PNG], "prompt": "a boat"})
+        for part in PICTURE_PARTS
+    ),
+    (turns(("user", [PICTURE_PARTS[0]]), ("user", "a boat")), {"images": [PNG]}),
+    (
+        turns(("user", "a boat"), ("user", [PICTURE_PARTS[0]])),
+        {"prompt": "a boat", "images": [PNG]},
+    ),
+    (turns("a car", "x", ("user", "a boat")) | {"first_frame": DATA}, {"images": [PNG]}),
+    ({"messages": [{"role": "user", "content": "a boat", "images": [BASE64]}]}, {"images": [PNG]}),
+    (
+        {"image_config": {"aspect_ratio": "16:9", "image_size": "2K"}},
+        {"ratio": "landscape", "upscale": "2K"},
+    ),
+    *(
+        ({"model": model}, {"ratio": "landscape", "kind": "image"})
+        for model in ("sora-image-landscape", "gemini-3-pro-image-preview")
+    ),
+    ({"model": "sora-2-landscape-15s"}, {"ratio": "landscape", "seconds": 8, "told": "not 15"}),
+    ({"model": OMNI, "duration": 4}, {"seconds": 4}),
     (turns(*HISTORY, text_and_link("make it dark", data_url(JPEG))), {"images": [JPEG]}),
     (turns(*HISTORY, "make it dark") | {"model": FAST}, {"images": []}),
     ({"model": "veo_3_1_t2v_fast_landscape", "pictures": [DATA]}, {"images": []}),
@@ -2759,7 +2836,35 @@ async def test_what_a_chat_request_asks_for_is_read(tmp_path, fields, expected):
     media = flow2api.Media(settings, flow2api.Wire(settings))
     generation = await flow2api.read_chat_generation(flow2api.read_chat(body), media)
     for name, value in expected.items():
-        assert getattr(generation.plan if name == "ratio" else generation, name) == value
+        if name == "told":
+            assert value in " ".join(generation.notes)
+        else:
+            owner = generation.plan if hasattr(generation.plan, name) else generation
+            assert name == "images" or getattr(owner, name) == value
+    assert list(generation.images) == expected.get("images", list(generation.images))
+
+
+EDIT_WISHES = """
+Сделай его красным|Добавь шляпу|Убери фон|а теперь без шляпы|поменяй цвет|то же самое, но темнее
+Hazlo rojo|Cambia el fondo|quítale el sombrero|añade una luna|sin sombrero|ahora de noche
+Deixe vermelho|Mude a cor|tire o chapéu e adicione um gato|com mais luz|sem o barco
+Rends-le rouge|Change la couleur|ajoute un chat|enlève le chapeau|sans le bateau|le même, de nuit
+Mach es rot|Ändere die Farbe|füge einen Hut hinzu|entferne den Hintergrund|ohne Hut|dunkler
+赤に変えて|背景を消して|猫を追加して|もっと明るく|青くして|夜にしてください
+빨간색으로 바꿔줘|배경을 지워 줘|고양이를 추가해줘|더 밝게|모자를 없애줘
+làm nó màu đỏ|thêm con mèo|xóa nền|đổi màu|sáng hơn
+make it red|把背景改成蓝色
+"""
+NEW_WISHES = """кот на крыше|un barco de papel en el mar|um gato no telhado|un chat sur le toit
+ein Boot auf dem See|海辺の猫|바다 위의 종이배|một con mèo trên mái nhà
+a paper boat at sea|海上的纸船"""
+
+
+def test_a_wish_to_edit_is_told_from_a_new_one_in_many_languages():
+    for wish in re.split(r"[|\n]", EDIT_WISHES.strip()):
+        assert flow2api.EDIT_WORDS.search(wish), wish
+    for wish in re.split(r"[|\n]", NEW_WISHES):
+        assert not flow2api.EDIT_WORDS.search(wish), wish
 
 
 TASK = "### Task:\n{}\n### Chat History:\n<chat_history>\nUSER: a boat\n</chat_history>"
@@ -3033,6 +3138,13 @@ async def test_a_clip_is_given_as_is_set_and_an_edit_continues_our_picture(world
     assert "went along" in edited.content
     (upload,) = w.asked("uploadImage")
     assert upload["imageBytes"] == base64.b64encode(cat.file()).decode()
+    w.fault = fault("^/media/|Redirect", refusal(404))  # and now it is gone
+    for path in (w.data / "tmp").iterdir():
+        path.unlink()
+    edited = await w.chat(BANANA, **turns("a cat", answer, "make it darker"))
+    assert edited.status == 200 or cache
+    job = await w.jobs.get(edited.job_id)
+    assert "can't be had" in job.notes[0] and len(w.asked("uploadImage")) == 1
     w.flow.calls.clear()
     w.fault = fault("^/a.png$", lambda request: web.Response(body=PNG))
     link = f"{w.flow.address}/a.png"
@@ -3070,6 +3182,7 @@ async def test_a_stream_starts_at_once_and_keeps_all_the_rules(world, monkeypatc
     assert {type(number) for number in usage["usage"].values()} == {int}
     choices = [event["choices"][0] for event in events]
     first, *deltas = [choice["delta"] for choice in choices]
+    assert [delta for delta in deltas if "content" in delta] == deltas[-1:]
     assert first["role"] == "assistant" and not any("role" in delta for delta in deltas)
     texts = [text for delta in deltas for text in delta.values()]
     assert all(type(text) is str for text in texts) and len(set(links_in("".join(texts)))) == 2
@@ -3110,10 +3223,12 @@ async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside
     assert choice["message"]["role"] == "assistant"
     assert type(reply["created"]) is int and reply["id"]
     assert {"prompt_tokens", "completion_tokens", "total_tokens"} <= set(reply["usage"])
-    for message in (events[-2]["choices"][0]["delta"], choice["message"]):
+    for message in (events[-1]["choices"][0]["delta"], choice["message"]):
         assert message["content"] and "](" not in message["content"]
         urls = [image.pop("image_url")["url"] for image in message["images"]]
-        assert all(url.endswith(".png") for url in urls)
+        start = "data:image/png;base64,"
+        pictures = [base64.b64decode(url.removeprefix(start), validate=True) for url in urls]
+        assert pictures == files_at_flow(w)[-2:] or pictures == files_at_flow(w)[1:3]
         assert message["images"] == [{"type": "image_url", "index": i} for i in (0, 1)]
 
 
@@ -3164,10 +3279,14 @@ invalid_request messages messages [] [{}] ["a"] {"role":"user","content":"a"}
 invalid_request messages messages [{"role":"assistant","content":"a"}] [{"role":["user"]}]
 invalid_request messages content "" "\u0020" null 5 [] ["a"] [{"type":"text"}]
 invalid_request messages content [{"type":"text","text":["a"]}]
+invalid_request stream stream "yes" 2 {} "streamed"
 invalid_image messages image {"url":5} 5 "****" "data:image/png;base64,!!!" "data:;base64,YWFh"
 invalid_image messages image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
 invalid_image messages image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
 """
+PARTS_AT_FAULT = json.loads("""[{"type": "input_audio", "input_audio": {"data": "UklGRg=="}},
+ {"type": "file", "file": {"file_id": "file-1"}}, {"type": "document", "document": {"a": "b"}},
+ {"type": "video", "fps": 2}, {"type": "image_url", "image_url": {"url": ""}}]""")
 WRONG_COUNTS = {BANANA: 11, FAST: 4, "veo_3_1_r2v_fast_landscape": 4}  # model -> pictures
 WRONG_COUNTS |= {"veo_3_1_i2v_s_fast_fl_landscape": 0, "veo_3_1_i2v_s_fast_fl_portrait": 3}
 HUGE = PNG + bytes(30 << 20)
@@ -3175,6 +3294,8 @@ HUGE = PNG + bytes(30 << 20)
 
 def chats_at_fault(huge_url):
     """(error code, its param, what its message names, what stands in the request)"""
+    for part in (*PARTS_AT_FAULT, {"type": "video_url", "video_url": {"url": data_url(CLIP)}}):
+        yield "invalid_image", "messages", "", turns([{"type": "text", "text": "a boat"}, part])
     for line in CHAT_FAULTS.strip().splitlines():
         code, param, field, *values = line.split()
         for value in map(json.loads, values):
@@ -3748,6 +3869,12 @@ MEANINGS = (  # what Flow is asked for; fields that ask for it
     ("PORTRAIT_THREE_FOUR", each("size", "4:5", "1024x1536", "3:4")),
     ("2K", each("image_size", "2K", "2k", model="nano_banana_2")),
     ("4K", each("image_size", "4K", model="nano_banana_pro")),
+    ("2K", each("resolution", "2K", model="nano_banana_2") + each("size", "2k", model=BANANA)),
+    ("LANDSCAPE", each("size", "3000x1000") + each("aspectRatio", "16:9") + each("ratio", "16:9")),
+    ("PORTRAIT", each("aspect_ratio", "1:4", size="1024x1024") + each("n", 2.0, size="9:16")),
+    ("LANDSCAPE", each("extra_body", {"google": {"image_config": {"aspectRatio": "16:9"}}})),
+    ("LANDSCAPE", each("model", "sora-image-landscape", "dall-e-3-landscape")),
+    ("IMAGEN_3_5", each("quality", "hd", "high", "xhigh", "max", complexity="low", frame_count=9)),
 )
 
 
@@ -3770,12 +3897,13 @@ INVALID, UNSUPPORTED = "invalid_request", "unsupported_parameter"
 PICTURES_AT_FAULT = (  # code, param, fields
     (INVALID, "prompt", each("prompt", None, "", "  ", 5, ["a boat"])),
     (INVALID, "n", each("n", 0, 5, -1, "5", "x", 1.5, True, [1]) + each("n", 9, stream=True)),
-    (INVALID, "size", each("size", "big", "0x0", "4:1", "1x9", 5, {"a": 1})),
-    (INVALID, "size", each("aspect_ratio", "1:4", "wide")),
+    (INVALID, "size", each("size", "big", "0x0", 5, {"a": 1})),
+    (INVALID, "size", each("aspect_ratio", "wide") + each("ratio", "9:16", size="16:9")),
+    (UNSUPPORTED, "output_format", each("output_format", "svg", "GIF")),
     (INVALID, "size", each("size", "16:9", model="nano_banana_pro-square")),
     (INVALID, "model", each("model", 5, "veo_3_1-fast", "omni_flash", "sora" * 99)),
-    (INVALID, "model", each("image_size", "2K", model="nano_banana")),
-    (INVALID, "image_size", each("image_size", "8K")),
+    (INVALID, "model", each("model", "sora-2", "sora-video-landscape-10s", "veo-3.1-generate-001")),
+    (INVALID, "model", each("image_size", "2K", model="nano_banana") + each("size", "8K")),
     (INVALID, "response_format", each("response_format", "png")),
     ("invalid_image", "image", each("image", {"file_id": "1"}, [{"file_id": "1"}])),
     ("invalid_image", "image", each("image", "no!", 5, data_url(b"%PDF"), [DATA] * 11)),
@@ -4174,7 +4302,7 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
-VEO, OMNI, OMNI_10 = "veo_3_1-fast", "omni_flash", "omni_flash-10s"
+VEO, OMNI_10 = "veo_3_1-fast", "omni_flash-10s"
 READINGS = (  # the default model, what a clip comes to, the fields that ask for it
     (VEO, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
     (VEO, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
@@ -4209,6 +4337,86 @@ async def test_pictures_shape_and_length_are_read_and_for_clients_of_sora_the_ne
             size = flow2api.pixels(clip.plan)
             assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
             assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
+
+
+NAMES_OF_PICTURES = """image_url image_urls imageUrl reference_images reference_image_urls file
+ image_file input_images first_frame start_image lastFrame end_image_url image_tail photo
+ attachments"""
+CLIP_FIELDS = (  # what a clip comes to, fields that say so
+    ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
+    ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
+    ("omni_flash 4", each("seconds", 4, model=OMNI, duration=4.0)),
+    ("veo_3_1_fast 8", each("seconds", 8.0, "8.0", n=1.0) + each("resolution", "720p")),
+    ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=VEO)),
+    ("veo_3_1_fast 8 4k", each("resolution", "4K", model=VEO + "-4k")),
+    ("veo_3_1_fast 8 1080p", each("size", "1080p", model="veo_3_1_t2v_fast_landscape")),
+    ("veo_3_1_fast 8 landscape", each("aspectRatio", "16:9") + each("ratio", "16:9")),
+    ("veo_3_1_fast 8 landscape", each("config", {"aspect_ratio": "16:9"}, size="1024x1024")),
+    ("veo_3_1_fast 8 landscape / makes 8 s, not 10", each("model", "sora-video-landscape-10s")),
+    ("veo_3_1_fast 8 / has no 1:1", each("size", "1:1")),
+    ("veo_3_1_relaxed 8 / Veo 3.1 Lite at low priority", each("model", "veo_3_1-relaxed")),
+    ("veo_3_1 8 landscape", each("model", "veo-3.1-generate-preview", "google/veo-3.1")),
+)
+HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may hold
+    (
+        UNSUPPORTED,
+        each("metadata", {"image": DATA}, {"a": [BASE64]}, {"ref": "https://x/a.mp4?b=c"}),
+    ),
+    (
+        UNSUPPORTED,
+        each("video_url", "https://x/1", [DATA]) + each("anything", DATA, PNG, "JPEg/9" * 200),
+    ),
+    (UNSUPPORTED, each("input_audio", {"data": "UklGR" + "A" * 50}) + each("mask", DATA, PNG)),
+    (UNSUPPORTED, each("file_id", "file-1") + each("imageFileIds", ["file-1"])),
+    ("", each("user", "u" * 2000) + each("callback_url", "https://x/done")),
+    ("", each("metadata", {"id": "a1" * 300, "site": "https://x/y"}, {"note": "image: none"})),
+    ("", each("image_format", "png") + each("frame_count", 9) + each("tools", [{"a": DATA}])),
+)
+CONTRADICTIONS = (  # what is blamed, fields
+    ("seconds", each("duration", 6, model=OMNI, seconds=4)),
+    ("size", each("size", "720x1280", aspect_ratio="16:9")),
+    ("size", each("size", "720x1280", model="sora-video-landscape-10s")),
+    ("seconds", each("seconds", 4, model="sora-video-landscape-10s")),
+    ("model", each("resolution", "720p", model=VEO + "-1080p")),
+    ("model", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
+    ("num_images", each("num_images", 2)),
+    ("n", each("n", 2.0, 1e308)),
+    ("model", each("model", "gpt-image-2", "dall-e-3", "sora-image", "imagen-4.0-generate-001")),
+    ("prompt", each("prompt", f"a boat like {DATA}")),
+)
+
+
+async def test_what_is_sent_counts_under_its_usual_names_or_is_refused(world):
+    w = await world()
+    media = w.gateway.media
+    pictures = [flow2api.block_picture(str(number), 16, 16) for number in range(3)]
+    one, two, three = map(data_url, pictures)
+    for name in NAMES_OF_PICTURES.split():
+        for value in (one, [one], pictures[0]):
+            assert (await flow2api.read_clip(BOAT | {name: value}, media)).images == pictures[:1]
+    frames = {"last_frame": three, "images": [two], "firstFrame": {"url": one}}
+    assert (await flow2api.read_clip(BOAT | frames, media)).images == pictures
+    for told, requests in CLIP_FIELDS:
+        for fields in requests:
+            clip = await flow2api.read_clip(BOAT | fields, media)
+            parts = [clip.plan.family, clip.plan.seconds, clip.plan.upscale, clip.plan.ratio]
+            text = " ".join([*map(str, filter(None, parts)), *clip.notes])
+            assert all(part in text for part in told.split(" / ")), (fields, text)
+            assert bool(clip.notes) is (" / " in told), (fields, text)
+    w.flow.calls.clear()
+    for code, requests in HOLDS_A_FILE:
+        for fields in requests:
+            try:
+                assert await flow2api.read_clip(BOAT | fields, media) and not code, fields
+            except flow2api.GatewayError as error:
+                assert error.code == code, fields
+    for param, requests in CONTRADICTIONS:
+        for fields in requests:
+            error = expect_error(w, await order(w, **fields), "invalid_request")
+            assert error["param"] == param, fields
+    parts = [PROMPT, ("upload", PNG, FILE)]  # a file under a name of its own
+    expect_error(w, await w.post(IMAGES, **form(parts)), "unsupported_parameter")
+    assert not w.flow.calls and not w.jobs.open
 
 
 DEAD_LINKS = (  # the calls that fail, how, how many; the error; how often a link is asked for
@@ -4466,7 +4674,9 @@ invalid_request videos | seconds 7 "10" "x" -4 8.5 [8] "999999999" ; size "wide"
 invalid_request videos | model "nano_banana_pro" "veo_3_1_extend_fast_portrait" 5
 invalid_request videos | metadata "no" "[1]" [1] 5 "{\"a\":NaN}" {"a":NaN} "DEEP" {"a":"LONG"}
 invalid_request videos/edits videos/extensions | video null "" {} {"id":5} ["ID"]
-invalid_request videos/ID/remix | prompt "" ; size "1280x720" ; seconds "10" ; n 2
+invalid_request videos/ID/remix | prompt "" ; size "1280x720" ; n 2
+invalid_request videos/ID/remix videos/extensions | model "gpt-image-2" "dall-e-3" "sora-image"
+invalid_request videos/ID/remix | model "nano_banana_pro"
 invalid_request videos/extensions | model "nano_banana_pro"
 invalid_image videos | image "****" 5 "data:,x" "dGV4dA==" [DATA,DATA,DATA,DATA]
 invalid_image videos | input_reference {"file_id":"file-1"}
@@ -4762,6 +4972,9 @@ CALLS = r"""
 400 GET/jobs?limit=0 GET/jobs?state=x GET/jobs?token_id=x
 404 tokens/x/test DELETE/tokens/99999999999999999999 DELETE/tokens/NINES GET/jobs?after=x
 405 DELETE/stats DELETE/tokens
+400 call-logic/config | call_mode "polling"
+400 captcha/config | captcha_method "browser" ; yescaptcha_api_key "x"
+400 cache/config | max_size 5
 501 tokens/rt2at tokens/batch-activate tokens/1/sora2/activate?invite_code=A GET/cloudflare/state
 """
 
@@ -5702,34 +5915,59 @@ async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sig
 
 # ---- The files agree with each other ----
 
-README = (REPOSITORY / "README.md").read_text("utf-8")
+NAMES = ("README.md", "README.zh.md", "docs/api.md", "docs/clients.md")
+DOCUMENTS = {name: (REPOSITORY / name).read_text("utf-8") for name in NAMES}
+README, CHINESE, API, CLIENTS = DOCUMENTS.values()
 
 
-def test_the_readme_lists_settings_errors_and_models_as_they_are():
-    rows = re.findall(r"^\| `\w+\.\w+` \| `.*", README, re.MULTILINE)
-    for row, setting in zip(rows, flow2api.SETTINGS, strict=True):
-        kind = "`true` `false`" if isinstance(setting.default, bool) else "text"
-        values = " ".join(f"`{choice}`" for choice in setting.choices) or kind
-        if setting.low is not None:
-            values = f"{setting.low:.10g} to {setting.high:.10g}"
-        default = json.dumps(setting.default)
-        assert row == f"| `{setting.name}` | `{default}` | {values} | {setting.help} |"
-    table = README.partition("### Errors")[2]
+def blocks(text, language="", part=""):
+    """The blocks of a document in a language that hold this part; without one: set-up commands."""
+    bodies = re.findall(r"^```(.*)\n((?:.*\n)*?)^```", text, re.MULTILINE)
+    return [body for name, body in bodies if name == language and part in body]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_documents_tell_settings_models_and_places_as_they_are(name):
+    text = DOCUMENTS[name]
+    sections = "|".join({setting.partition(".")[0] for setting in flow2api.SETTING})
+    settings = re.findall(rf"`((?:{sections})\.(?!html)\w+)", text)
+    assert set(settings) <= {*flow2api.SETTING}
+    cell = r" ([\d-]+) \|"
+    for model, *cells in re.findall(rf"^\| `([\w-]+)`[^|]*\|{cell * 3}", text, re.MULTILINE):
+        credits = ["-" if cost is None else str(cost) for cost in flow2api.resolve(model).costs]
+        assert cells == credits, model
+    for model in re.findall(r"`((?:veo_|omni_|nano_|imagen_)[\w-]+)`", text):
+        assert flow2api.resolve(model)
+    for place, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        file = (REPOSITORY / name).parent / place if place else REPOSITORY / name
+        if file.suffix == ".png":
+            assert not file.exists() or file.stat().st_size < 200_000
+            continue
+        headings = re.findall(r"^#+ (.+)", file.read_text("utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [head.lower().replace(" ", "-") for head in headings]
+
+
+def test_the_readme_is_short_and_the_api_document_has_all_errors_and_models():
+    assert README.count("\n") <= 220 and len(re.findall(r"`[\w-]+` \| [\d-]+ \|", README)) == 8
+    table = API.partition("## Errors")[2]
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| \S", table, re.MULTILINE)
     errors = {code: str(status) for code, (status, _) in flow2api.ERRORS.items()}
     assert sorted(rows) == sorted(errors.items())
-    table = README[README.index("## Models") : README.index("Ids in Google's own style")]
-    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|", table, re.MULTILINE)
-    assert len(rows) > 10
-    for model, *cells in rows:
-        plan = flow2api.resolve(model)
-        if plan.kind == "video":
-            credits = ["-" if cost is None else str(cost) for cost in plan.costs]
-            assert [cell.strip() for cell in cells] == credits, model
+    assert all(f"| `{head}`" in API for head in ("omni_flash", *flow2api.PICTURE_FAMILIES))
 
 
-def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path):
-    """And its example of a rename is taken."""
+def test_the_chinese_readme_holds_the_same():
+    """The same blocks, sections, rows, names and links."""
+    for pattern in (r"^```(?:.*\n)*?^```", r"^#+ ", r"^\|", r"^- "):
+        here = re.findall(pattern, CHINESE, re.MULTILINE)
+        assert here == re.findall(pattern, README, re.MULTILINE), pattern
+    for pattern in (r"`[^`\n]+`", r"https?://[^\s)>`]+", r"\]\([^)]+\)"):
+        names = [set(re.findall(pattern, re.sub("```", "", text))) for text in (README, CHINESE)]
+        assert not {name for name in names[0] ^ names[1] if "README" not in name}, pattern
+
+
+def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path, capsys):
+    """And its example of a rename is taken; and --help has each in short."""
     text = (REPOSITORY / "setting.toml").read_text("utf-8")
     document = tomllib.loads(text)
     assert document.pop("models") == {}
@@ -5742,16 +5980,25 @@ def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path):
         if setting.low is not None:
             bounds = {f"{setting.low:.10g}", f"{setting.high:.10g}"}
             assert bounds <= set(re.findall(r"\d+(?:\.\d+)?", comment)), comment
-    example = text.replace("# nano_banana_2 = ", "nano_banana_2 = ")
+    example = re.sub("# (nano_banana_2|omni_flash_lengths) = ", r"\1 = ", text)
     (tmp_path / "a.toml").write_text(example, "utf-8")
     settings = flow2api.Settings()
     settings.read_file(tmp_path / "a.toml")
     plan = flow2api.resolve("nano_banana_2", overrides=settings.models)
-    assert plan.key(PRO) == "BELUGA" and not settings.warnings
+    assert plan.key(PRO) == "NARWHAL" and not settings.warnings
+    for seconds, images, key, credits in ((12, 0, "t2v_12s", 42), (3, 2, "i2v_3s", 9)):
+        options = {"seconds": seconds, "images": images, "overrides": settings.models}
+        plan = flow2api.resolve("omni_flash", **options)
+        assert (plan.key(PRO), plan.cost(PRO)) == (f"abra_{key}", credits)
+    with pytest.raises(SystemExit):
+        flow2api.parse_arguments(["--help"])
+    rows = [f"{setting.name:28} {setting.help}" for setting in flow2api.SETTINGS]
+    help_text = capsys.readouterr().out
+    assert all(row in help_text for row in rows)
 
 
 def test_the_files_name_no_file_of_ours_that_is_gone_and_no_folder_of_their_author():
-    names = ("README.md", "setting.toml", "Dockerfile", "docker-compose.yml", "admin.html")
+    names = (*NAMES, "setting.toml", "Dockerfile", "docker-compose.yml", "admin.html")
     for name in (*names, ".dockerignore", ".ci/run", "flow2api.py"):
         text = (REPOSITORY / name).read_text("utf-8")
         assert not re.search(r"/work/|/root/|/home/|/tmp/\w+/", text), name
@@ -5774,46 +6021,60 @@ async def ask(url, body=None, key="none"):
 
 
 async def test_what_the_dockerfile_says_works_in_an_empty_folder(run, flow2, tmp_path):
-    text = (REPOSITORY / "Dockerfile").read_text("utf-8")
-    lines = {"FROM python:3.13-slim", "WORKDIR /app", "VOLUME /app/data", "EXPOSE 8000"}
-    assert lines <= set(text.splitlines())
-    assert re.search(r"^RUN pip install .*\baiohttp aiohttp-socks$", text, re.MULTILINE)
-    as_user = text.split("\nUSER 1000:1000\n", 1)[1]
-    assert not re.search(r"^(RUN|COPY|ADD|USER)\b", as_user, re.MULTILINE)
     app = tmp_path / "app"
     (app / "data").mkdir(parents=True)
+    text = (REPOSITORY / "Dockerfile").read_text("utf-8")
+    assert {"WORKDIR /app", "VOLUME /app/data", "EXPOSE 8000"} <= {*text.splitlines()}
+    assert re.search(r"^FROM python:3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
+    pinned = r"^RUN pip install .*\baiohttp==[\d.]+ aiohttp-socks==[\d.]+$"
+    assert re.search(pinned, text, re.MULTILINE)
+    as_user = text.split("\nUSER 1000:1000\n", 1)[1]
+    assert not re.search(r"^(RUN|COPY|ADD|USER)\b", as_user, re.MULTILINE)
+    text = text.replace("/app", str(app))
     sent = re.findall(r"^!(.+)", (REPOSITORY / ".dockerignore").read_text(), re.MULTILINE)
     for sources, target in re.findall(r"^COPY (.+) (\S+)$", text, re.MULTILINE):
-        (app / target).mkdir(exist_ok=True)
-        for source in sources.split():
-            sent.remove(source)
-            if (REPOSITORY / source).is_dir():
-                shutil.copytree(REPOSITORY / source, app / target, dirs_exist_ok=True)
+        for source in map(REPOSITORY.joinpath, sources.split()):
+            sent.remove(source.name)
+            if source.is_dir():
+                shutil.copytree(source, app / target)
             else:
-                shutil.copy(REPOSITORY / source, app / target)
+                shutil.copy(source, app / target)
     assert not sent, "Docker is sent what nothing copies"
-    commands = re.findall(r"^ *CMD (\[.+\])$", text.replace("/app", str(app)), re.MULTILINE)
-    (python, *check), (same, script, *arguments) = map(json.loads, commands)
+    lines = re.findall(r"^ENV (.+)", text, re.MULTILINE)
+    variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(lines)))
+    assert variables.pop("FLOW2API_SERVER_HOST") == "0.0.0.0"  # a test listens on loopback only
+    variables["FLOW2API_GLOBAL_API_KEY"] = OWN_KEY
+    commands = re.findall(r"^ *CMD (\[.+\])$", text, re.MULTILINE)
+    (python, *health), (same, script) = map(json.loads, commands)
     assert python == same == "python"
-    program = await flow2(*arguments, script=app / script, FLOW2API_GLOBAL_API_KEY=OWN_KEY)
+    program = await flow2(script=app / script, **variables)
     assert (await ask(f"{program.url}/v1/models", key=OWN_KEY)).status == 200
     assert (await ask(program.url)).status == 200
     assert program.said("admin_password") and not program.said("api_key")
     assert OWN_KEY not in "\n".join(program.out + program.log)
     assert [*app.rglob("flow2api.db")] == [app / "data" / "flow2api.db"]
-    port = environment(FLOW2API_SERVER_PORT=program.url.rpartition(":")[2])
-    assert await (await run(sys.executable, *check, env=port)).end() == 0
+    options = {"env": environment(**variables)}
+    assert await (await run(sys.executable, *health, **options)).end() == 0
+    reset = await run(sys.executable, app / script, "--reset-password", **options)
+    assert await reset.end() == 0
+    login = {"username": "admin", "password": reset.said("admin_password")}
+    assert (await ask(f"{program.url}/api/login", login)).status == 200
     assert await program.stop() == 0
-    assert await (await run(sys.executable, *check, env=port)).end() != 0
+    assert await (await run(sys.executable, *health, **options)).end() != 0
+    with (app / "setting.toml").open("a") as settings:  # it is the one that is read
+        settings.write('nonsense = "X"')
+    program = await run(sys.executable, app / script, "--check", **options)
+    assert await program.end() == 1
+    assert any("WRONG [models] nonsense is unknown" in line for line in program.out)
 
 
 def test_the_compose_file_has_the_standard_mode_and_a_proxy_beside_it():
     text = re.sub(r"(?m)^ *#.*\n", "", (REPOSITORY / "docker-compose.yml").read_text("utf-8"))
     names = r"^(?:  flow2api|  flow2api-proxy|  warp|volumes):"
-    _, standard, through, warp, _ = re.split(names, text, maxsplit=4, flags=re.MULTILINE)
-    for line in ("build: .", '- "8000:8000"', "- TZ=", "restart: unless-stopped"):
-        assert f" {line}" in standard
-    assert "./config:/app/config" in standard and "./data:/app/data" in standard
+    _, standard, through, warp, volumes = re.split(names, text, maxsplit=4, flags=re.MULTILINE)
+    for line in ("build: .", '- "127.0.0.1:8000:8000"', "- TZ=${TZ:-UTC}", "- data:/app/data"):
+        assert f" {line}\n" in standard
+    assert "./setting.toml:/app/setting.toml:ro" in standard and "  data:\n" in volumes
     settings = flow2api.Settings()
     settings.read_environment(dict(re.findall(r"(FLOW2API_\w+)=(\S+)", through)))
     assert settings["proxy.proxy_enabled"] is True and not settings.warnings
@@ -5826,12 +6087,6 @@ def test_the_compose_file_has_the_standard_mode_and_a_proxy_beside_it():
 
 QUICK_DEMO = {"FLOW2API_DEMO_VIDEO_SECONDS": "0.5", "FLOW2API_DEMO_IMAGE_SECONDS": "0"}
 KEPT_LINK = re.compile(r"http://127\.0\.0\.1:\d+/tmp/[\w-]+\.(?:png|mp4)")
-
-
-def blocks(language, part=""):
-    """README's blocks in a language that hold this part."""
-    bodies = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return [body for body in bodies if part in body]
 
 
 async def kept_files(text):
@@ -5899,47 +6154,101 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
 
 
 @needs_curl
-async def test_the_shell_lines_of_the_readme_work_as_pasted(run, flow2, tmp_path):
-    program = await flow2("--demo", FLOW2API_GLOBAL_API_KEY=OWN_KEY, **QUICK_DEMO)
-    assert CURL.fullmatch(program.curl)[2] == OWN_KEY
-    shutil.copy(REPOSITORY / "flow2api.py", tmp_path)
-    options = {"cwd": tmp_path, "env": environment(KEY=OWN_KEY)}
+async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_path):
+    """Each alone, as -u proves, but for first.png, which the first one makes."""
+    program = await flow2("--demo", **QUICK_DEMO)
+    options = {"cwd": tmp_path, "env": environment(KEY="")}
 
     async def paste(block):
         """-> (what it wrote, the files that this links to)"""
         text = block.replace("http://127.0.0.1:8000", program.url)
         text = text.replace("the admin password", program.said("admin_password"))
-        text = text.replace("python -c", f"{shlex.quote(sys.executable)} -c")
         shell = await run("bash", "-euo", "pipefail", "-c", text, **options)
         assert await shell.end() == 0, (block, shell.log)
         out = "\n".join(shell.out)
         return out, await kept_files(out)
 
-    await paste(*blocks("bash", "flow2api.block_picture"))
-    chats = blocks("bash", "/v1/chat/completions")
-    assert len(chats) >= 10
-    answers = await asyncio.gather(*map(paste, chats))
-    for block, (out, files) in zip(chats, answers, strict=True):
-        assert len(files) == (3 if '"n": 3' in block else 1), (block, out)
+    first, *others = [*blocks(API, "bash"), *blocks(README, "bash")]
+    await paste(first)
+    answers = await asyncio.gather(*map(paste, others))
+    counts = [len(files) for _, files in answers]
+    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1], answers
+    for block, (out, files) in zip(others, answers, strict=True):
         clip = flow2api.LANDSCAPE_CLIP if "landscape" in block else flow2api.PORTRAIT_CLIP
         start = PNG[:4] if "banana" in block else clip
-        assert all(data.startswith(start) for data in files), block
+        whole = "/chat/" in block or "/images/" in block
+        assert not whole or all(data.startswith(start) for data in files), block
         assert ("[DONE]" in out) == ('"stream": true' in block)
-    others = blocks("bash", "/v1/images/") + blocks("bash", "/v1/videos")
-    answers = await asyncio.gather(*map(paste, others))
-    assert [len(files) for _, files in answers] == [1, 0, 1, 0, 1, 2, 0], answers
-    assert (tmp_path / "boat.png").read_bytes().startswith(PNG[:4])
-    assert (tmp_path / "boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
-    accounts, _ = await paste("".join(blocks("bash", "/api/tokens")))
-    for part in ("Token added", "@demo.example", "1000", "Token deleted"):
-        assert part in accounts
+    for name in ("first.png", "paper-boat.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG[:4])
+    assert (tmp_path / "paper-boat.mp4").read_bytes().startswith(flow2api.LANDSCAPE_CLIP)
+    [accounts] = [out for out, _ in answers if "Token added" in out]
+    assert "@demo.example" in accounts and "the-value-of-the-cookie" not in accounts
 
 
-async def test_the_python_lines_of_the_readme_work(run, flow2, openai):
+STAND_IN = r"""#!/bin/sh
+name=$(basename "$0")
+echo "$name $*" >>"$CALLS"
+case "$name $*" in
+    "git clone"*) mkdir "$3" && touch "$3/flow2api.py" ;;
+    *"-m venv .venv")
+        mkdir -p .venv/bin
+        for link in pip python; do ln -s "$0" .venv/bin/$link; done ;;
+    python*flow2api.py*) [ -f flow2api.py ] ;;
+esac
+"""
+
+
+async def test_the_setup_blocks_of_the_documents_name_what_there_is(run, tmp_path):
+    """With stand-ins for what needs a network or Docker, in the folder that the first makes."""
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "python3", "python", "pip", "uv", "docker", "pytest"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    env = environment(PATH=path, CALLS=str(tmp_path / "calls"))
+    first, *others = blocks(README)
+    for folder, block in [("", first), *(("flow2api", block) for block in others)]:
+        shell = await run("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path / folder, env=env)
+        assert await shell.end() == 0, (block, shell.log)
+    compose = (REPOSITORY / "docker-compose.yml").read_text("utf-8")
+    tests = (REPOSITORY / "test_flow2api.py").read_text("utf-8")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    for call in calls:
+        _, *arguments = call.split()
+        if "flow2api.py" in call:
+            flow2api.parse_arguments(call.partition("flow2api.py")[2].split())
+        if call.startswith("docker"):
+            assert re.match("docker compose (up -d|logs|stop|start|run --rm)( |$)", call)
+            services = [word for word in arguments[2:] if re.match("flow2api[^.]*$", word)]
+            assert all(f"\n  {service}:" in compose for service in services)
+        if call.startswith("pip"):
+            assert {*arguments} <= {"install", "aiohttp", "pytest", "pytest-aiohttp"}
+        if call.startswith("pytest -"):
+            assert re.search(rf"def test_\w*{arguments[-1]}", tests)
+    for old in ("pip install aiohttp", "python flow2api.py --demo", "python flow2api.py"):
+        assert old in calls
+    script = (REPOSITORY / "flow2api.py").read_text("utf-8")
+    header = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", script)[1]
+    assert tomllib.loads(header.replace("# ", "")) == {
+        "requires-python": ">=3.11",
+        "dependencies": ["aiohttp>=3.10"],
+    }
+
+
+def test_no_block_of_the_documents_deletes_anything_or_goes_untried():
+    for name, text in DOCUMENTS.items():
+        shells = blocks(text, "bash") + blocks(text)
+        tried = shells + blocks(text, "python")
+        assert 2 * len(tried) == len(re.findall("^ *```", text, re.MULTILINE)), name
+        assert not re.search(r"DELETE|(?<!-)\brm\b|\bdown\b|prune", "".join(shells)), name
+    assert not blocks(API) + blocks(CLIENTS) + blocks(CLIENTS, "bash")
+
+
+async def test_the_python_lines_of_the_documents_work(run, flow2, openai):
     program = await flow2("--demo", **QUICK_DEMO)
-    [block] = blocks("python")
+    [block] = blocks(CLIENTS, "python")
     block = block.replace("http://127.0.0.1:8000", program.url)
-    block = block.replace("the API key", program.said("api_key"))
     python = await run(sys.executable, "-c", block)
     assert await python.end() == 0, python.log
     [film] = await kept_files("\n".join(python.out))
