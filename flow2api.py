@@ -1037,7 +1037,8 @@ class Token(Record):
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
         pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
-        return pause.error.code if pause.error and pause.until > now() else self.reason_code
+        pauses = pause.error and pause.until > now()
+        return pause.error.code if pauses else self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
@@ -1382,13 +1383,13 @@ class Store:
         """Jobs, the newest first as a rule. `after`: the job that a page starts after.
         filters: kind, token_id, model, and q: a text that the prompt holds."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
+        model = "json_extract(data, '$.plan.model') = ?"
+        prompt = "instr(lower(json_extract(data, '$.prompt')), lower(?))"
         tests = {
             "substr(id, 1, 5) = ?": [filters.get("kind")],
             "token_id = ?": [filters.get("token_id")],
-            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [filters.get("model")],
-            "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))": [
-                filters.get("q")
-            ],
+            f"json_valid(data) AND {model}": [filters.get("model")],
+            f"json_valid(data) AND {prompt}": [filters.get("q")],
             f"state IN ({', '.join('?' * len(states))})": states,
             f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
@@ -2765,12 +2766,9 @@ class Jobs:
         if state in ("", "failed") and not filters.get("token_id"):
             refused = self.refused.values()
             text = filters.get("q", "").lower()
-            wishes = {filters.get("model"), filters.get("kind")} - {"", None}
-            jobs += [
-                job
-                for job in refused
-                if wishes <= {job.plan.model, job.plan.kind} and text in job.prompt.lower()
-            ]
+            wish = {filters.get("model"), filters.get("kind")} - {"", None}
+            refused = [job for job in refused if wish <= {job.plan.model, job.plan.kind}]
+            jobs += [job for job in refused if text in job.prompt.lower()]
         if after:
             jobs = [job for job in jobs if job.place < after.place]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
