@@ -1867,6 +1867,7 @@ async def test_where_projects_are_retired_another_account_takes_the_job(world):
     w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
     assert (await w.chat()).content and other.video_count == 1
     assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
+    assert (moved.cause(), moved.reason_code) == ("upstream_retired", "")
 
 
 SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
