@@ -1680,6 +1680,7 @@ CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
 SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
 SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
 SUBMIT_PATHS["references"] = "ReferenceImages"
+MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
 
 
 @dataclass(frozen=True)
@@ -1864,6 +1865,8 @@ def read_medium(item):
     url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
     if {type(name), type(project), type(url)} != {str}:
         raise TypeError("a name or an address that is no text")
+    if not MEDIUM_NAME.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is no name")
     read_link(url)  # a ValueError where it is no address
     status = dig(item, "mediaMetadata", "mediaStatus")
     word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
@@ -6206,12 +6209,12 @@ HTTP_ERRORS = {  # of aiohttp -> code, message
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
-SERVER_OPTIONS = {
+CONNECTION_OPTIONS = {
     "access_log": None,
     "auto_decompress": False,  # a small body could be huge
-    "handler_cancellation": True,
     "keepalive_timeout": 60,  # seconds; also those that a request's head may take
 }
+SERVER_OPTIONS = {**CONNECTION_OPTIONS, "handler_cancellation": True}
 EXPOSED_HEADERS = (
     "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after,"
     " x-should-retry, idempotent-replayed"
@@ -6435,7 +6438,7 @@ async def listen(server, settings):
 
     def take():
         if len(server.connections) < most:
-            return Connection(server, loop=loop, **SERVER_OPTIONS)
+            return Connection(server, loop=loop, **CONNECTION_OPTIONS)
         log.warning("more than %d connections at once; the newest are refused", most)
         return Refusal()
 
