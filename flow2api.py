@@ -6444,7 +6444,7 @@ async def listen(server, settings):
 
     host, port = settings["server.host"], settings["server.port"]
     try:
-        listener = await loop.create_server(take, host, port)
+        listener = await loop.create_server(take, host, port, backlog=min(128, most // 4))
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
         hint = "set others with --host and --port (server.host, server.port)"
