@@ -668,9 +668,11 @@ EXCLUSIVE += (("720p", "1080p", "4k"),)
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
+    veo_3_1{|-fast|-lite|-relaxed}-{4s|6s}
     veo_3_1{|-portrait|-landscape}{|-fast}-{1080p|4k}
     omni_flash{|-portrait|-landscape}{|-4s|-6s|-10s}
     nano_banana_{pro|2|2_lite}{|-portrait|-landscape|-square|-4-3|-3-4}
+    nano_banana_2-{2K|4K}
     nano_banana_pro{|-portrait|-landscape|-square|-4-3|-3-4}-{2K|4K}
     imagen_4{|-portrait|-landscape|-square|-4-3|-3-4}
     veo_3_1_{t2v_fast|i2v_s_fast_fl|r2v_fast}_{portrait|landscape}
@@ -989,6 +991,7 @@ class Token(Record):
     project_name: str = ""
     is_active: bool = True
     reason: str = ""  # why it is not active, in plain words
+    reason_code: str = ""  # of ERRORS, where a failure has disabled it
     image_enabled: bool = True
     video_enabled: bool = True
     image_concurrency: int = -1  # jobs at once; 0 or less: no limit
@@ -1030,6 +1033,11 @@ class Token(Record):
     def is_dead(self):
         """Whether its session has looked so four times, over two minutes at least."""
         return len(self.suspicions) >= 4 and now() - self.suspicions[0] >= 120
+
+    def cause(self):
+        """The code of what pauses it now for longest, or has disabled it."""
+        pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
+        return pause.error.code if pause.error and pause.until > now() else self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
@@ -1373,23 +1381,17 @@ class Store:
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
-    def jobs(
-        self,
-        *,
-        kind="",
-        states=(),
-        token_id=None,
-        model="",
-        after=None,
-        oldest_first=False,
-        limit=-1,
-    ):
-        """Jobs, the newest first as a rule. `after`: the job that a page starts after."""
+    def jobs(self, *, states=(), after=None, oldest_first=False, limit=-1, **filters):
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after.
+        filters: kind, token_id, model, and q: a text that the prompt holds."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
         tests = {
-            "substr(id, 1, 5) = ?": [kind],
-            "token_id = ?": [token_id],
-            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [model],
+            "substr(id, 1, 5) = ?": [filters.get("kind")],
+            "token_id = ?": [filters.get("token_id")],
+            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [filters.get("model")],
+            "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))": [
+                filters.get("q")
+            ],
             f"state IN ({', '.join('?' * len(states))})": states,
             f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
@@ -2164,7 +2166,7 @@ class RestFlow:
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
 AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
-AWAKE["suspicions"] = ()
+AWAKE.update(reason_code="", suspicions=())
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 ENDED_ALREADY = (
@@ -2247,7 +2249,8 @@ class Pool:
 
     def disable(self, token, err):
         """Because of this error; `ask` wakes it once Google answers well again."""
-        token.update(is_active=False, reason=f"{err} ({err.code})", checked_at=now())
+        token.update(is_active=False, reason=f"{err} ({err.code})", reason_code=err.code)
+        token.checked_at = now()
         log.warning("%s is disabled: %s", token.email, token.reason)
 
     async def remove(self, token):
@@ -2761,13 +2764,18 @@ class Jobs:
         jobs = await asyncio.to_thread(self.store.jobs, **filters)
         return [in_memory.get(job.id, job) for job in jobs]
 
-    async def owners_page(self, limit, state="", token_id=None, model="", after=None):
+    async def owners_page(self, limit, state="", after=None, **filters):
         """As page, the newest first, and with what was refused before it made a job."""
-        filters = {"token_id": token_id, "model": model, "after": after, "limit": limit}
-        jobs = await self.page(states=[state], **filters)
-        if state in ("", "failed") and not token_id:
+        jobs = await self.page(states=[state], after=after, limit=limit, **filters)
+        if state in ("", "failed") and not filters.get("token_id"):
             refused = self.refused.values()
-            jobs += [job for job in refused if model in ("", job.plan.model)]
+            text = filters.get("q", "").lower()
+            wishes = {filters.get("model"), filters.get("kind")} - {"", None}
+            jobs += [
+                job
+                for job in refused
+                if wishes <= {job.plan.model, job.plan.kind} and text in job.prompt.lower()
+            ]
         if after:
             jobs = [job for job in jobs if job.place < after.place]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
@@ -4914,6 +4922,13 @@ def model_object(model, settings):
         "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
         "supported_endpoint_types": ["openai", endpoint],
         "pictures": plan.images,
+        "kind": plan.kind,
+        "family": plan.family,
+        "ratio": plan.ratio,
+        "seconds": plan.seconds,
+        "upscale": plan.upscale,
+        "prices": plan.prices(),
+        "note": plan.note,
     }
 
 
@@ -5181,12 +5196,8 @@ def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
     return {
-        "id": token.id,
-        "email": token.email,
-        "name": token.name,
-        "remark": token.remark,
-        "is_active": token.is_active,
-        "reason": token.reason,
+        **token.pick("id", "email", "name", "remark", "is_active", "reason"),
+        "reason_code": token.cause(),
         "st": hide(token.st),
         "at": hide(token.at),
         "token": hide(token.at),
@@ -5613,6 +5624,10 @@ class AdminApi(Api):
             "stage": job.stage,
             "kind": job.plan.kind,
             "plan": job.plan.describe(),
+            "family": job.plan.family,
+            "ratio": job.plan.ratio,
+            "upscale": job.plan.upscale,
+            "prices": job.plan.prices(),
             "n": job.n,
             "origin": job.origin,
             "token_id": job.token_id,
@@ -5621,16 +5636,19 @@ class AdminApi(Api):
             "cost": job.spent(token),
             "duration": (job.completed_at or now()) - start,
             "urls": self.output_urls(request, job),
+            "kept": all(self.media.path(output.file) for output in job.done()),
         }
 
     async def list_jobs(self, request):
+        """?q (a part of the prompt) &kind &state &model &token_id &after &limit."""
         query = request.query
         limit = one_of(query, "limit", range(1, 501), 50)
-        model = query.get("model", "")
+        filters = {name: query.get(name, "") for name in ("q", "model")}
+        filters["kind"] = one_of(query, "kind", ("image", "video"), "")
         state = one_of(query, "state", VIDEO_STATES, "")
-        token_id = one_of(query, "token_id", self.tokens, None)
+        filters["token_id"] = one_of(query, "token_id", self.tokens, None)
         after = await self.find_job(query["after"]) if query.get("after") else None
-        jobs = await self.jobs.owners_page(limit + 1, state, token_id, model, after)
+        jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         more = len(jobs) > limit
         return {"success": True, "jobs": rows, "has_more": more}

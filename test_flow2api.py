@@ -1693,10 +1693,11 @@ async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world
     w.flow.accounts.clear()
     await dies(w, clock)
     assert "Sign in to Flow again" in w.token.reason and job.state == "running"
+    assert w.token.reason_code == "account_session_ended"
     expect_error(w, await w.chat(), "no_accounts")
     w.flow.accounts["another.session"] = account
     await w.pool.add("another.session")
-    assert (w.token.is_active, w.token.reason) == (True, "")
+    assert (w.token.is_active, w.token.reason, w.token.reason_code) == (True, "", "")
     assert (await client).content and (await w.chat()).content
     assert (len(w.paid()), account.credits, w.token.busy.total()) == (2, 960, 0)
     w.flow.accounts.clear()
@@ -6173,13 +6174,17 @@ async def test_jobs_are_listed_logged_cancelled_and_deleted(world, clock):
         ("state=queued", queued),
         ("model=nano_banana_pro", picture),
         ("token_id=1", failed, picture),
+        ("kind=image", picture),
+        ("q=A+BOAT", queued),
+        ("q=%25",),
         ("limit=1", queued),
         (f"limit=2&after={queued['id']}", failed, picture),
     ):
         page = await do(f"GET jobs?{query}")
         assert [job["id"] for job in page["jobs"]] == [job["id"] for job in jobs], query
         assert page["has_more"] == (query == "limit=1")
-    assert shaped(picture, {"account": "user1@example.com", "cost": 0}) and picture["urls"]
+    about = {"cost": 0, "kept": False, "prices": {"free": 0, "Pro": 0, "Ultra": 0}}
+    assert shaped(picture, {"account": "user1@example.com"} | about) and picture["urls"]
     cancelled = (await do(f"POST {path}/cancel"))["job"]
     assert shaped(cancelled, {"state": "cancelled", "status": "failed"}) and not w.pool.queue
     assert cancelled["error"]["code"] == "cancelled"
@@ -6403,33 +6408,74 @@ async def page(run, tmp_path):
         yield page
 
 
-async def test_the_page_makes_a_clip_that_plays(page, flow2):
-    """In the demo: log in, add an account, generate, and watch it."""
+async def test_the_page_makes_a_clip_that_plays(page, flow2, run, tmp_path):
+    """In the demo: log in, add an account, generate, and watch it; over a reload, too."""
     seconds = {"FLOW2API_DEMO_VIDEO_SECONDS": "1", "FLOW2API_DEMO_IMAGE_SECONDS": "0.1"}
     program = await flow2("--demo", **seconds)
     await page.log_in(program.url, program.said("admin_password"))
     await page.sees("[data-figure=accounts_ok]", "2 / 2")
     await page.click("[data-act=add]")
+    await page.sees("dialog code", "__Secure-next-auth.session-token")
     await page.fill("dialog [name=st]", "a-third-session", "dialog [data-act=add]")
     await page.sees("[data-figure=accounts_ok]", "3 / 3")
     await page.eval("location.hash = '#try'")
-    await page.wait("document.querySelectorAll('[name=model] option').length > 100")
+    await page.sees("[name=model]", "Veo 3.1 Fast · 10–20 credits")
+    await page.click("[name=ratio][value=portrait]")
     await page.fill("[name=prompt]", "boats <b>in the rain</b>", "[data-act=generate]")
+    await page.wait("document.querySelector('.try [data-job]')")
+    await page.send("Page.reload")
     await page.wait("document.querySelector('.try video')?.readyState >= 3")
     await page.use(".try video", "node.scrollIntoView()")  # unseen, it waits
     await page.wait("document.querySelector('.try video').currentTime > 0.2")
     shape = "(({ videoWidth, videoHeight }) => [videoWidth, videoHeight])"
     assert await page.eval(f"{shape}(document.querySelector('.try video'))") == [160, 288]
-    await page.fill("[name=model]", "veo_3_1-landscape-fast", "[data-act=generate]")
+    await page.click("[name=ratio][value=landscape]")
+    await page.click("[data-act=generate]")
     await page.wait("document.querySelector('.try video')?.videoWidth === 288")
-    await page.fill("[name=model]", "nano_banana_2", "[data-act=generate]")
-    await page.wait("document.querySelector('.try .media img')?.naturalWidth > 500")
+    await page.fill("[name=model]", "nano_banana_2", "[name=n][value='2']")
+    await page.click("[data-act=generate]")
+    await page.wait("document.querySelectorAll('.try .media img').length === 2")
+    await page.wait("document.querySelector('.try .media img').naturalWidth > 500")
     await page.fill("[name=prompt]", "an unsafe boat", "[data-act=generate]")
     await page.sees(".try .error", "content policy")
-    await page.eval("location.hash = '#jobs'")
-    await page.wait("document.querySelectorAll('.jobs .job').length === 4")
-    await page.sees("[data-figure=failures_today]", "1 × content policy")
     page.expect_clean(program.url)
+    for model, name in (("nano_banana_pro", "picture_2.png"), ("omni_flash", "video_*.mp4")):
+        await page.fill("[name=model]", model, "[name=n][value='2']")
+        await page.fill("[name=prompt]", 'a boat\'s "wake"!', "[name=ratio][value=landscape]")
+        command = await page.eval("knownKey().then(views.try.command)")
+        await run("bash", "-c", command, cwd=tmp_path)
+        await until(lambda name=name: list(tmp_path.glob(name)), 60)
+
+
+async def test_the_page_has_a_gallery_that_is_searched_and_looked_through(page, world):
+    w = await world(video_seconds=0.1)
+    for text in ("a boat in the rain", "100 % of a fox"):
+        await w.post(IMAGES, {"prompt": text, "n": 2, "model": "nano_banana_2"})
+    await w.chat(text="unsafe")
+    await page.log_in(f"{w.url}/#jobs", w.password)
+    tiles = "document.querySelectorAll('.jobs .job').length"
+    await page.wait(f"{tiles} === 3")
+    await page.sees("[data-figure=failures_today]", "1 × content policy")
+    await page.sees(".jobs .error", "content policy")
+    await page.use(".jobs [data-act=open]", "node.click()", "node.innerText.includes('fox')")
+    await page.sees(".lightbox", "2 of 5")
+    shown = "document.querySelector('.lightbox img')?.naturalWidth > 500"
+    for key, place in (("ArrowRight", "3 of 5"), ("ArrowRight", "4 of 5"), ("ArrowLeft", "3 of 5")):
+        await page.wait(shown)
+        await page.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        await page.sees(".lightbox", place)
+    await page.sees(".lightbox aside", "100 % of a fox")
+    await page.click(".lightbox figure")  # outside of the picture
+    await page.wait("!document.querySelector('.lightbox')")
+    for text, number in (("% OF", 1), ("boat", 1), ("", 3)):
+        search = f"node.value = {json.dumps(text)}; node.dispatchEvent(new Event('input'))"
+        await page.use("[name=q]", search)
+        await page.wait(f"{tiles} === {number}")
+    await page.click(".jobs [data-act=more]")
+    await page.click(".menu [data-act=delete]")
+    await page.click("dialog [data-act=delete]")
+    await page.wait(f"{tiles} === 2")
+    page.expect_clean(w.url)
 
 
 async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, world):
