@@ -1195,6 +1195,10 @@ class RequestKey:
     explicit: bool
 
 
+TABLES = {record.TABLE: ", ".join(record.COLUMNS) for record in (Token, Job, Output)}
+TABLES["settings"] = "name"
+
+
 class StoreError(Exception):
     """The database can't be used; the text says why."""
 
@@ -1261,9 +1265,10 @@ class Store:
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
         if version:
-            for record in (Token, Job, Output):
-                columns = ", ".join(record.COLUMNS)
-                self._rows(f"SELECT {columns}, data FROM {record.TABLE} LIMIT 0")
+            for table, columns in TABLES.items():
+                self._rows(f"SELECT {columns}, data FROM {table} LIMIT 0")
+            if version > 2:
+                self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
         elif self._rows("SELECT name FROM sqlite_master"):
             raise sqlite3.DatabaseError("this is another program's database")
         return version
@@ -1273,8 +1278,6 @@ class Store:
         for number, sql in enumerate(MIGRATIONS[version:], version + 1):
             sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
             self._reader.executescript(sql)
-        if version == len(MIGRATIONS):
-            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
@@ -1429,12 +1432,11 @@ MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have har
 MAX_ITEMS = 200_000  # commas and brackets in JSON
 MAX_DEPTH = 64
 BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
-# Beside what ipaddress calls not global: special blocks, and IPv6 blocks that carry an
-# IPv4 address (translated, NAT64, 6to4), which could be an inner one.
-SPECIAL_NETS = """
-    192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4 ::/96 ::ffff:0:0:0/96 64:ff9b::/96
-    64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 2002::/16 3fff::/20 5f00::/16 fec0::/10
-"""
+# Beside what ipaddress calls not global. Of IPv6 all but one block is special: IPv4
+# addresses stand in some (translated, NAT64, 6to4, Teredo), which could be inner ones.
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+SPECIAL_NETS = "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4"
+SPECIAL_NETS += " 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
@@ -1494,7 +1496,7 @@ def is_public(host):
     ip = ipaddress.ip_address(host.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
     special = ip.is_multicast or any(ip in net for net in SPECIAL_NETS)
-    return ip.is_global and not special
+    return ip.is_global and not special and (ip.version == 4 or ip in GLOBAL_V6)
 
 
 def is_inner(url):
@@ -1681,6 +1683,7 @@ CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
 SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
 SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
 SUBMIT_PATHS["references"] = "ReferenceImages"
+MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
 
 
 @dataclass(frozen=True)
@@ -1865,6 +1868,8 @@ def read_medium(item):
     url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
     if {type(name), type(project), type(url)} != {str}:
         raise TypeError("a name or an address that is no text")
+    if not MEDIUM_NAME.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is no name")
     read_link(url)  # a ValueError where it is no address
     status = dig(item, "mediaMetadata", "mediaStatus")
     word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
@@ -4512,12 +4517,14 @@ class Api:
         raise GatewayError("not_found", "There is no such token")
 
     def expect_done(self, job):
-        """Raises task_not_completed, or the job's own error."""
+        """Raises task_not_completed, content_not_found, or the job's own error."""
         if not job.ended:
             message = f"Task not completed. Current status: {VIDEO_STATES[job.state]}"
             raise GatewayError("task_not_completed", message)
         if job.error:
             raise GatewayError(**job.error)
+        if not job.done():  # a row that could not be read
+            raise GatewayError("content_not_found", "What this job made is not known")
 
     def output_url(self, request, job, output):
         """Where a client gets an output, without a key: an address of ours that ends like
@@ -4594,8 +4601,8 @@ class Api:
             video["notes"] = job.notes
         if error:
             video["fail_reason"] = error["message"]
-        if status == "completed":
-            urls = self.output_urls(request, job)
+        urls = self.output_urls(request, job) if status == "completed" else []
+        if urls:
             more = {"urls": urls} if len(urls) > 1 else {}
             video.update(url=urls[0], video_url=urls[0], **more)
         return video
@@ -6218,12 +6225,12 @@ HTTP_ERRORS = {  # of aiohttp -> code, message
     405: ("method_not_allowed", "it has other methods"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
-SERVER_OPTIONS = {
+CONNECTION_OPTIONS = {
     "access_log": None,
     "auto_decompress": False,  # a small body could be huge
-    "handler_cancellation": True,
     "keepalive_timeout": 60,  # seconds; also those that a request's head may take
 }
+SERVER_OPTIONS = {**CONNECTION_OPTIONS, "handler_cancellation": True}
 EXPOSED_HEADERS = (
     "openai-poll-after-ms, x-request-id, x-job-id, content-range, retry-after,"
     " x-should-retry, idempotent-replayed"
@@ -6401,6 +6408,20 @@ def add_route(app, route, handler):
     app.add_routes([web.route(method, path, handler)])
 
 
+class Connection(web.RequestHandler):
+    """A client's connection. aiohttp would log what is malformed, and send it back: keys
+    and all."""
+
+    def handle_error(self, request, status=500, exc=None, message=None):
+        log.warning("A malformed request of %s: %s", request.remote, type(exc).__name__)
+        error = bad("This is no HTTP request that can be read")
+        response = web.json_response(error.body(), status=400)
+        response.headers["Server"] = "Flow2API"
+        response.headers["X-Request-Id"] = f"req_{secrets.token_hex(12)}"
+        response.force_close()
+        return response
+
+
 class Refusal(asyncio.Protocol):
     """For a connection that can't be taken: says so, and closes it."""
 
@@ -6429,17 +6450,17 @@ async def listen(server, settings):
     """Takes connections, as long as there are files for all of them -> asyncio's server.
     Raises SettingError."""
     most = file_limit() // 2  # a client's, and one to Google
+    loop = asyncio.get_running_loop()
 
     def take():
         if len(server.connections) < most:
-            return server()
+            return Connection(server, loop=loop, **CONNECTION_OPTIONS)
         log.warning("more than %d connections at once; the newest are refused", most)
         return Refusal()
 
-    loop = asyncio.get_running_loop()
     host, port = settings["server.host"], settings["server.port"]
     try:
-        listener = await loop.create_server(take, host, port)
+        listener = await loop.create_server(take, host, port, backlog=min(128, most // 4))
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
         hint = "set others with --host and --port (server.host, server.port)"
@@ -6625,18 +6646,13 @@ async def check_account(pool, token):
 
 
 class LogFilter(logging.Filter):
-    """Names the request of a line, folds what repeats within a minute, and keeps what a
-    stranger has sent out of the log."""
+    """Names the request of a line, and folds what repeats within a minute."""
 
     def __init__(self):
         super().__init__()
         self.lines = {}  # text -> (when it was printed, how often it was left out since)
 
     def filter(self, record):
-        if record.name == "aiohttp.server":  # its text holds the malformed line, and keys
-            error = record.exc_info[0].__name__ if record.exc_info else ""
-            record.msg = f"A malformed request was refused: {error}"
-            record.args, record.exc_info = (), None
         record.request = f"{REQUEST_ID.get()} ".lstrip()
         text = record.getMessage()
         printed, left_out = self.lines.pop(text, (0, 0))

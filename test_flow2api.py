@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import io
 import ipaddress
@@ -18,6 +19,7 @@ import itertools
 import json
 import logging
 import lzma
+import math
 import os
 import pathlib
 import random
@@ -35,6 +37,7 @@ import tomllib
 import uuid
 import zipfile
 import zlib
+from unittest import mock
 
 import aiohttp
 import pytest
@@ -3728,6 +3731,754 @@ async def test_the_same_body_again_joins_the_job_of_a_client_that_left(world, st
     assert all(reply.content for reply in both) and len(w.paid()) == 3
 
 
+# ---- The process never ends by itself: broken proxies, bad replies ----
+
+NOUGHTS, PLAIN = bytes(6), b"HTTP/1.1 200 OK\r\n"
+HANDSHAKES = {  # way -> the bytes that it reads (0: a head) and answers; a refusal; odd
+    "socks5": [(3, b"\5\0"), (10, b"\5\0\0\1" + NOUGHTS), b"\5\2\0\1" + NOUGHTS, b"\5\0\0\x09"],
+    "socks4": [(9, b"\0\x5a" + NOUGHTS), b"\0\x5b" + NOUGHTS, b"\7\x5a" + NOUGHTS],
+    "http": [(0, PLAIN + b"Content-Length: 9\r\n\r\nh"), b"HTTP/1.1 407 No\r\n\r\n", b"HTTP/9\n"],
+    # an HTTP proxy before an https address
+    "connect": [(0, PLAIN + b"\r\n"), b"HTTP/1.1 403 No\r\n\r\n", PLAIN[:9] + b"odd\r\n\r\n"],
+}
+MANNERS = ("close", "close after greeting", "garbage", "half", "refused", "odd", "hang", "leave")
+
+
+async def break_off(way, manner, reader, writer):
+    """What a proxy does that is broken in this manner; `leave`: it does so when all is said."""
+    *steps, refused, odd = HANDSHAKES[way]
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        for size, answer in steps if manner != "close" else ():
+            await (reader.readexactly(size) if size else reader.readuntil(b"\r\n\r\n"))
+            if manner == "hang":
+                await reader.read()
+            if manner in ("hang", "close after greeting"):
+                break
+            last = {"refused": refused, "odd": odd, "half": answer[: len(answer) // 2]}
+            answer = last.get(manner, answer) if answer is steps[-1][1] else answer
+            writer.write(b"\x99garbage\r\n\r\n" * 9 if manner == "garbage" else answer)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """The process does not end itself."""
+    signals = []
+    monkeypatch.setattr("signal.raise_signal", signals.append)
+    yield
+    assert not signals
+
+
+@pytest.mark.parametrize(("way", "manner"), [*itertools.product(HANDSHAKES, MANNERS)])
+async def test_a_broken_proxy_ends_nothing(world, impatient, looks, endless, way, manner):
+    """Neither a check, nor a clip under way, nor a request; and nothing is sent twice."""
+    w = await world(video_seconds=0.05)
+    broken = functools.partial(break_off, way, manner)
+    server = await asyncio.start_server(broken, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    await w.post(VIDEOS, BOAT)
+    (running,) = await w.running()
+    file, api = w.live.layers["file"], w.live["flow.api_base_url"]
+    file["flow.api_base_url"] = api.replace("http:", "https:") if way == "connect" else api
+    file["proxy.proxy_url"] = f"{'http' if way == 'connect' else way}://{host}:{port}"
+    file.update({"proxy.proxy_enabled": True, "flow.timeout": 0.2})
+    w.token.checked_at = 0
+    await w.pool.ask(w.token, flow2api.now())
+    with pytest.raises(flow2api.GatewayError):
+        await w.pool.check(w.token)
+    client, jobs = asyncio.create_task(w.chat(text="a lost boat")), w.jobs.open
+    await until(lambda: client.done() or any(job.state == "unknown" for job in jobs.values()))
+    file.update({"proxy.proxy_enabled": False, "flow.api_base_url": api})
+    codes = "upstream_unreachable proxy_unavailable"
+    if way == "http" or (manner == "leave" and way != "connect"):  # it may have arrived
+        codes += " submit_unknown upstream_changed upstream_error"
+    reply = await client
+    assert reply.error["code"] in codes.split() and expect_error(w, reply, reply.error["code"])
+    assert (await w.end_of(running.id)).state == "completed"
+    assert (await w.chat(text="a boat that arrives")).content
+    assert not w.jobs.open and w.token.is_active and not w.token.busy.total()
+    assert len(w.paid()) == len(w.flow.media) == 2
+    server.close()
+
+
+CALLS_TO_FLOW = {  # a part of their path -> a model that leads to them
+    **dict.fromkeys(("auth/session", "createProject", "/credits", "uploadImage"), BANANA),
+    **dict.fromkeys(("batchCheck", "projectInitialData", "UrlRedirect"), FAST),
+    **{"batchGenerateImages": BANANA, "GenerateVideoText": FAST},
+    **{"upsampleImage": f"{BANANA}-2K", "UpsampleVideo": f"{FAST}-1080p"},
+}
+DEEP = '{"a":' * 500 + "1" + "}" * 500
+EVERY_NAME = """{"name": @, "projectId": @, "credits": @, "remainingCredits": @, "access_token": @,
+ "userPaygateTier": @, "user": {"email": @, "name": @}, "expires": @, "encodedImage": @,
+ "media": [{"name": @, "projectId": @, "mediaMetadata": {"mediaStatus": {"failureReasons": @}}}],
+ "workflows": [{"name": @, "metadata": {"primaryMediaId": @, "batchId": @}}],
+ "result": {"data": {"json": {"status": @, "result": {"projectId": @}, "projectContents": @}}}}"""
+
+
+async def spaces():
+    while True:
+        yield b" " * 50_000
+
+
+def replying(text, kind="application/json"):
+    return lambda request: web.Response(text=text, content_type=kind)
+
+
+BAD_REPLIES = {"half": cut_off, "HTML": replying("<html>hi</html>", "text/html")}
+BAD_REPLIES["without end"] = lambda request: web.Response(body=spaces())
+for raw in ("Infinity", "null", "5", "[]", "[" * 10**5, "9" * 5000):
+    BAD_REPLIES[raw[:9]] = replying(raw)
+for raw in (DEEP, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
+    BAD_REPLIES[f"all {raw[:9]}"] = replying(EVERY_NAME.replace("@", raw))
+
+
+@pytest.mark.parametrize("on", CALLS_TO_FLOW)
+async def test_after_bad_replies_all_goes_on(world, impatient, looks, endless, monkeypatch, on):
+    """No job stands still, what Google has accepted is completed, and paid once."""
+    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
+    monkeypatch.setattr(flow2api, "MAX_REPLY", 1 << 17)
+    w = await world(((ULTRA, 10**6),), image_seconds=0, video_seconds=0.03)
+    model, through = CALLS_TO_FLOW[on], "Generate" in on or on == "UpsampleVideo"
+    for name, answer in BAD_REPLIES.items():
+        if (through and "²" in name) or (on == "UpsampleVideo" and "ud800" in name):
+            continue  # it could be a name
+        w.flow.media.clear()
+        w.fault = bad = fault(on, answer, through, times=2 - through)
+        if on == "projectInitialData":
+            w.fault = together([fault(PAID, dropped, through=True, times=1), bad])
+        gone = {"at": "", "project_id": ""} if on in ("auth/session", "createProject") else {}
+        w.token.update(checked_at=0, **gone)
+        await w.pool.ask(w.token, flow2api.now())
+        w.token.update(**flow2api.AWAKE)
+        call = w.chat(model, name, [DATA] * (on == "uploadImage"))
+        reply = await asyncio.wait_for(call, 10)
+        assert reply.status == 200 or reply.error["code"] != "internal_error", (name, reply)
+        await until(lambda: not w.jobs.open)
+        media = [made for made in w.flow.media.values() if "_upsampled" not in made.name]
+        job = await w.jobs.get(reply.job_id)
+        assert (len(media), len(bad.seen) > 0) == (len(job.done()), True), (name, job.error)
+        assert len(media) <= 1 and (job.state == "completed") is bool(media), name
+    w.fault = None
+    w.token.update(**flow2api.AWAKE)
+    assert (await w.chat(model, "at last")).content and not w.token.busy.total()
+
+
+# ---- No trouble ends a loop; a disk that was full is used again ----
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), EOFError(), OSError(28, "No space")])
+async def test_each_background_loop_goes_on(world, impatient, endless, monkeypatch, error):
+    """After an exception in each of them."""
+    w, calls = await world(video_seconds=0.3), []
+    running, old = await w.post(VIDEOS, BOAT), w.data / "tmp" / f"{'a' * 32}.png"
+    await w.running()
+    old.write_bytes(PNG)
+    os.utime(old, (0, 0))
+    places = {"ask": w.pool, "expire": w.gateway.media, "_poll": w.jobs, "unfinished": flow2api}
+    for name, owner in places.items():
+        effects = itertools.chain([error], itertools.repeat(mock.DEFAULT))
+        calls.append(mock.Mock(wraps=getattr(owner, name), side_effect=effects))
+        monkeypatch.setattr(owner, name, calls[-1])
+    w.token.update(checked_at=0, asked_at=0)
+    w.live.put("file", "cache.timeout", 1, "test")
+    await until(lambda: w.token.checked_at and not old.exists())
+    assert (await w.end_of(running.job_id)).state == "completed"
+    assert min(call.call_count for call in calls) > 1
+
+
+@contextlib.contextmanager
+def full_disk(store):
+    """No write of this store fits -> the mock that counts them."""
+    real, store._writer = store._writer, mock.MagicMock()
+    store._writer.execute.side_effect = sqlite3.OperationalError("database or disk is full")
+    yield store._writer.execute
+    store._writer = real
+
+
+@pytest.mark.parametrize("file", [False, True])
+@pytest.mark.parametrize("on", ["UrlRedirect", "batchCheck", PAID])
+async def test_five_paid_clips_end_when_a_full_disk_has_room_again(world, impatient, on, file):
+    """Whichever of their steps did not fit; no restart is needed, and nothing is paid again."""
+    w = await world(video_seconds=0.05, **{"cache.enabled": file})
+    w.fault = hold("^/media/" if file and on == "UrlRedirect" else on, through=on == PAID)
+    clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(5)]
+    await w.fault.seen.wait()
+    await until(lambda: len(w.flow.media) == 5)
+    jobs = list(w.jobs.open)
+    with full_disk(w.store) as writes:
+        w.fault.release.set()
+        await until(lambda: writes.call_count > 4)
+    for job_id in jobs:
+        assert (await w.end_of(job_id)).state == "completed"
+    assert len(jobs) == len(w.paid()) == 5 and not w.token.busy.total()
+    for reply in await asyncio.gather(*clients):
+        assert reply.status == 200 or reply.job_id in jobs
+
+
+async def test_what_does_not_fit_is_told_logged_and_leaves_nothing(world, monkeypatch, caplog):
+    """The second of two pictures, or the database. When there is room again, all is well."""
+    w = await world()
+    inputs, pictures = w.data / "inputs", [DATA, DATA]
+    orders = {CHAT: chat_body(BANANA, "a boat", pictures), VIDEOS: BOAT | {"image": pictures}}
+    orders[EDITS] = BOAT | {"image": pictures}
+    real = pathlib.Path.open
+
+    def limited(path, mode="r", *more, **options):
+        full = "r" not in mode and path.name.endswith("_1")
+        return open("/dev/full", "wb", 0) if full else real(path, mode, *more, **options)
+
+    for full in (monkeypatch.context(), full_disk(w.store)):
+        with full as patch:
+            if isinstance(patch, pytest.MonkeyPatch):
+                patch.setattr(pathlib.Path, "open", limited)
+            for path, body in [*orders.items()] * 3:
+                error = expect_error(w, await w.post(path, body), "disk_full")
+                assert "disk" in error["message"] and not list(inputs.iterdir())
+        told = [line for line in caplog.messages if re.search("disk|space", line)]
+        assert 0 < len({*told}) < 5 and not w.jobs.open and not w.paid()  # the same are folded
+        caplog.clear()
+    for path, body in orders.items():
+        assert (await w.post(path, body)).status == 200
+
+
+# ---- Nobody can freeze, fatten or fill it ----
+
+JSON_HEAD = ("Host: x", "Content-Type: application/json")
+
+
+def head_of(key, path, *lines, method="POST"):
+    lines = f"{method} {path} HTTP/1.1", *lines, f"Authorization: Bearer {key}"
+    text = "\r\n".join((*lines, "Connection: close", "", ""))
+    return text.encode("utf-8", "surrogateescape")
+
+
+def connect(url):
+    return asyncio.open_connection(*url.removeprefix("http://").split(":"))
+
+
+async def exactly(url, data, lines=math.inf):
+    """Sends these bytes -> all that comes until the other side ends it, or so many lines."""
+    (reader, writer), answer = await connect(url), b""
+    with contextlib.suppress(ConnectionError):
+        writer.write(data)
+        async with asyncio.timeout(20):
+            while answer.count(b"\n") < lines and (piece := await reader.read(1 << 16)):
+                answer += piece
+    writer.close()
+    return answer
+
+
+async def test_with_few_files_and_many_idle_connections_it_still_answers(run, tmp_path):
+    """Half of them have sent a part of a head. The log stays short."""
+    options = (REPOSITORY / "flow2api.py", "--data", tmp_path, "--host", "127.0.0.1", "--port", "0")
+    command = ("bash", "-c", "ulimit -n 120 && exec $0 $@", sys.executable, *options)
+    program, idle = await run(*command), []
+    await until(lambda: program.serves or program.process.returncode is not None, 30)
+    health = head_of("none", "/health", "Host: x", method="GET")
+    for number in range(300):
+        with contextlib.suppress(OSError):
+            idle.append((await connect(program.url))[1])
+            idle[-1].write(health[:20] * (number % 2))
+    assert re.match(rb"HTTP/1.1 (200|429|503) |\Z", await exactly(program.url, health))
+    for writer in idle:
+        writer.transport.abort()
+    async with asyncio.timeout(20):
+        while b"200 OK" not in await exactly(program.url, health):
+            await asyncio.sleep(0.1)
+    assert len(program.log) < 20, program.log[:30]
+
+
+async def test_no_compressed_body_is_unpacked(world):
+    """Whoever sends it; a part of a form neither."""
+    w = await world()
+    login = json.dumps({"username": "admin", "password": w.password}).encode()
+    headers, packed = {"Content-Type": "application/json"}, zlib.compress(login)
+    paths = (CHAT, IMAGES, VIDEOS, f"{VIDEOS}/x/remix", "/api/login", "/api/admin/login")
+    for coding in ("gzip", "deflate", "br", "GZip", "identity, gzip"):
+        headers["Content-Encoding"] = coding
+        for path, key in itertools.product(paths, (w.key, "none")):
+            reply = await w.post(path, data=packed, headers=headers, key=key)
+            if "/api" in path:
+                expect_detail(reply, 415)
+            elif key == w.key or reply.status != 401:
+                expect_error(w, reply, "unsupported_encoding")
+        file = ("image", packed, f"{FILE}\r\nContent-Encoding: {coding}")
+        reply = await w.post(EDITS, **form([("prompt", "x"), file]))
+        expect_error(w, reply, "unsupported_encoding")
+    headers["Content-Encoding"] = "identity"
+    assert (await w.post("/api/login", data=login, headers=headers)).status == 200
+
+
+async def test_slow_and_chunked_bodies_lock_nobody_out(world, monkeypatch):
+    """What is announced takes no room; what was read gives it back; what stalls is ended."""
+    w = await world(**{"limits.bodies_mb": 4})
+    w.fault, clients = hold(PAID), []
+
+    async def pieces():
+        body = json.dumps(chat_body(BANANA, "a boat") | {"stream": True}).encode()
+        yield body[:50]
+        yield body[50:]
+
+    async def ask_for_more(request):
+        clients.append(asyncio.create_task(request))
+        before = len(w.jobs.open)
+        await until(lambda: len(w.jobs.open) > before or clients[-1].done())
+
+    lines = ("Transfer-Encoding: chunked", "Content-Length: 60000000")
+    starts = [head_of(w.key, CHAT, *JSON_HEAD, line) + b"9\r\n{" for line in lines]
+    stalled = [asyncio.create_task(exactly(w.url, start, 1)) for start in starts * 4]
+    for _ in range(16):
+        await ask_for_more(w.post(CHAT, data=pieces(), headers={"Content-Type": "text/json"}))
+    large = data_url(PNG + bytes(1_500_000))
+    for number in range(6):
+        await ask_for_more(w.chat(BANANA, f"{number}", [large]))
+    w.fault.release.set()
+    assert [reply.status for reply in await asyncio.gather(*clients)] == [200] * 22
+    for task in stalled:
+        task.cancel()
+    monkeypatch.setattr(flow2api, "BODY_STALL", 0.2)
+    starts.append(starts[0].replace(CHAT.encode(), b"/api/login"))
+    for answer in await asyncio.gather(*(exactly(w.url, start, 1) for start in starts)):
+        assert re.match(rb"HTTP/1.1 408 |\Z", answer), answer
+
+    async def stall():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    reply = await w.post(CHAT, data=stall(), headers={"Content-Type": "text/json"})
+    expect_error(w, reply, "request_timeout")
+
+
+SAYS = '{"role": "user", "content": "make it darker"}'
+LONG = '[{"role": "user", "content": "'
+HOSTILE = {  # name (may: it can be read, too) -> field, and its start, what is repeated, its end
+    "depth": ("x", "", "[", 65, "1" + "]" * 65),
+    "depth of objects": ("x", "", '{"a":', 65, "1" + "}" * 65),
+    "depth without end": ("x", "", "[", 10**6, ""),
+    "lists": ("x", "[", "[],", 3_000_000, "1]"),
+    "objects": ("x", "[", "{},", 3_000_000, "1]"),
+    "numbers": ("x", "[", "1,", 3_000_000, "1]"),
+    "names": ("x", "{", '"a":1,', 1_000_000, '"b":1}'),
+    "text": ("x", '"', "a, b", 3_000_000, '"'),
+    "a name": ("x", '{"', "a, b", 3_000_000, '":1}'),
+    "escapes": ("x", '"', r"\u0041", 5_000_000, '"'),
+    "quotes": ("x", '"', r"\"", 4_000_000, '"'),
+    "half escapes": ("x", '"', r"\ud83d", 5_000_000, '"'),
+    "digits": ("n", "", "9", 5_000_000, ""),
+    "a large number": ("n", "", "1e999", 1, ""),
+    "spaces": ("x", "", " ", 6_000_000, "1"),
+    "no end": ("x", '"', "x", 10**6, ""),
+    "a prompt": ("messages", LONG, "ü", 20_001, '"}]'),
+    "a model": ("model", '"veo_3_1', "-4s", 10**6, '"'),
+    "a size": ("size", '"', "9", 10**6, 'x"'),
+    "may: longest prompt": ("messages", LONG, "ü", 20_000, '"}]'),
+    "may: messages": ("messages", "[", f"{SAYS},", 100_000, f"{SAYS}]"),
+    "may: parts": ("messages", LONG[:-1] + "[", '{"type":"text","text":"a"},', 10**5, "{}]}]"),
+    "may: links": ("messages", LONG.replace("user", "assistant"), "![](", 10**5, f'"}},{SAYS}]'),
+    "may: labels": ("messages", LONG.replace("user", "assistant"), "![", 10**6, f'"}},{SAYS}]'),
+    "may: side prompt": ("messages", LONG + "### Task: ", "tags ", 3_900, '"}]'),
+    "may: system": ("messages", LONG.replace("user", "system"), "a title", 10**5, f'"}},{SAYS}]'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_body_is_read_or_refused_and_what_comes_next_served(world, name):
+    w = await world(image_seconds=0)
+    field, start, repeated, times, end = HOSTILE[name]
+    body = json.dumps(chat_body(BANANA, "a boat") | BOAT | {field: "@"})
+    body = body.replace('"@"', start + repeated * times + end).encode()
+    for path in (CHAT, IMAGES):
+        reply = await w.post(path, data=body, headers={"Content-Type": "application/json"})
+        may = name.startswith("may") or (field in ("messages", "n") and path == IMAGES)
+        good = reply.status == 200 and may
+        assert good or 400 <= reply.status < 500, (path, reply.status, reply.body[:200])
+    part = b'--b\r\nContent-Disposition: form-data; name="a[]"\r\n\r\n1\r\n'
+    request = form([("prompt", "ü" * 20_001), ("image", PNG, FILE)])
+    request["data"] = part * (50_000 * (name == "names")) + request["data"]
+    reply = await w.post(VIDEOS, **request)
+    assert 400 <= reply.status < 500 and (await w.chat(BANANA)).content
+
+
+KEY = "canary-4f9e-secret"
+AT, LOGIN = r" HTTP/1.1\r\nHost: x\r\n", r"POST /api/login HTTP/1.1\r\nHost: x\r\n"
+BAD_HEADS = rf"""GET / HTTP/1.1\r\nAuthorization Bearer {KEY} ;; GET /{KEY} HTTP/9.9 ;; {KEY}
+GET /?key={KEY} HTTP/1.1 {KEY} ;; B@D{KEY} /{AT} ;; GET /{AT}Authorization: Bearer {KEY}\x00
+GET /{AT}Cookie : flow2api_session={KEY} ;; GET /{AT}Cookie: a={KEY}\r\n folded {KEY}
+GET /{AT}X: {KEY * 2000} ;; GET /{KEY * 2000}{AT} ;; GET http://[{KEY}{AT} ;; GET http://{KEY}:x/{AT}
+{LOGIN}Content-Length: {KEY} ;; {LOGIN}Transfer-Encoding: {KEY} ;; GET /{AT}Host: {KEY}é[
+{LOGIN}Transfer-Encoding: chunked\r\n\r\n{KEY} ;; \x16\x03\x01\x02{KEY}\x00\xff
+{LOGIN}Connection: close\r\nContent-Encoding: gzip\r\nContent-Length: 18\r\n\r\n{KEY}
+{LOGIN}Content-Length: 1\r\nContent-Length: 2\r\n\r\n{KEY}"""
+
+
+async def test_a_malformed_request_puts_no_secret_in_the_log_and_few_lines(flow2, tmp_path):
+    """At most a line for each; many of the same are folded. Nor does an answer tell the server."""
+    program, heads = await flow2("--data", tmp_path), re.split(" ;; |\n", BAD_HEADS)
+    for line in [*heads, *[heads[0]] * 100]:
+        before, head = len(program.log), line.encode().decode("unicode_escape").encode("latin-1")
+        answer = await exactly(program.url, head + b"\r\n" * 4)
+        assert b"aiohttp" not in answer.lower() and b" 500 " not in answer[:20], line[:80]
+        await ask(f"{program.url}/health")  # what it logs has come by then
+        assert len(program.log) <= before + 1, (line[:80], program.log[before:])
+        assert KEY not in str(program.log[before:]), (line[:80], program.log[before:])
+    assert len(program.log) < 40, program.log
+
+
+# ---- Lost upscales, deadlines ----
+
+
+@pytest.mark.parametrize("lost", [1, ALWAYS])
+async def test_a_lost_upscale_is_asked_for_once_more_and_given_up_in_minutes(world, clock, lost):
+    w = await world(((ULTRA, 1000),), video_seconds=0, **{"flow.poll_interval": 0.05})
+    w.fault = fault("UpsampleVideo", dropped, times=lost)
+    client = asyncio.create_task(w.chat(f"{FAST}-1080p"))
+    while not client.done() and clock.ahead < 2000:
+        await asyncio.sleep(0.02)
+        clock.ahead += 10
+    reply = await client
+    job = await w.jobs.get(reply.job_id)
+    assert ("this is the original" in reply.content) is (lost > 1)
+    assert job.outputs[0].name.endswith("_upsampled") is (lost == 1)
+    assert job.completed_at - job.submitted_at < 900 and len(w.paid()) == 1
+    assert len(w.fault.seen) + len(w.asked("UpsampleVideo")) == 2
+
+
+OUTAGES = {"503": refusal(503), "dropped": dropped, "hang": lambda request: Hanging()}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_an_outage_longer_than_a_deadline_fails_no_clip(world, impatient, outage):
+    w = await world(video_seconds=0.05)
+    w.live.layers["file"].update({"flow.timeout": 0.1, "generation.video_timeout": 0.3})
+    w.fault = fault("batchCheck", OUTAGES[outage])
+    client = asyncio.create_task(w.chat())
+    (job,) = await w.running()
+    await until(lambda: time.time() > job.submitted_at + 0.7 and len(w.fault.seen) > 2)
+    w.fault = None
+    assert (await client).content and len(w.paid()) == 1
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, restart):
+    w = await world(video_seconds=2000, **{"cache.enabled": True})
+    w.live.layers["file"]["generation.video_timeout"] = 0.3
+    reply = await w.chat()
+    expect_error(w, reply, "generation_timeout")
+    path = f"{VIDEOS}/{reply.job_id}"
+    assert (await w.get(path)).json["status"] == "failed"
+    if restart:
+        await w.restart()
+    clock.ahead = 7200
+    await until(lambda: w.store.job(reply.job_id).state == "completed")
+    video, (medium,) = (await w.get(path)).json, w.flow.media.values()
+    assert (video["status"], video["error"], len(w.paid())) == ("completed", None, 1)
+    assert (await w.get(f"{path}/content")).body == medium.file()
+    assert w.token.video_count == 1 and not w.token.busy.total()
+
+
+# ---- Google's files and addresses ----
+
+HTML, NO_TYPE = b"<html><script>fetch('/api/tokens')</script></html>", "application/octet-stream"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+ODD_FILES = (  # what Google says that it is, what it is, as what it is served
+    *((kind, HTML, NO_TYPE) for kind in ("text/html", "video/mp4", "image/png")),
+    ("image/svg+xml", SVG, NO_TYPE),
+    ("text/javascript", b"alert(1)", NO_TYPE),
+    ("text/html", PNG, "image/png"),
+    ("text/html", CLIP, "video/mp4"),
+)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_googles_files_are_served_as_what_they_are_and_run_nothing(world, kept):
+    w = await world(video_seconds=0.02, **{"cache.enabled": kept, "flow.poll_interval": 0.05})
+    for kind, data, served in ODD_FILES:
+        answer = {"body": data, "content_type": kind}
+        w.fault = fault("^/media/", lambda request, answer=answer: web.Response(**answer))
+        video = (await w.post(VIDEOS, BOAT | {"async_mode": False})).json
+        content = f"{VIDEOS}/{video['id']}/content"
+        urls = (content, video["url"], f"{content}?variant=thumbnail")
+        for url, method, part in itertools.product(urls, ("GET", "HEAD"), ("", "bytes=4-")):
+            reply = await w.call(method, url, headers={"Range": part} if part else {})
+            told, what = reply.headers["Content-Type"], (kind, data[:9], url, method, part, reply)
+            assert reply.status in (200, 206 if part else 200), what
+            assert told == served or (part and told in (NO_TYPE, "video/mp4")), what
+            assert reply.headers["X-Content-Type-Options"] == "nosniff", what
+            assert "sandbox" in reply.headers["Content-Security-Policy"], what
+
+
+INNER = """0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.255 127.0.0.1 127.1.2.3
+ 169.254.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.10
+ 192.0.0.170 192.0.0.255 192.0.2.1 192.168.0.1 192.168.255.255 198.18.0.1 198.19.255.255
+ 198.51.100.1 203.0.113.1 224.0.0.1 224.0.1.1 232.0.0.1 239.255.255.250 240.0.0.1 250.1.2.3
+ 255.255.255.255 :: ::1 ::2 ::7f00:1 ::10.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:10.0.0.1
+ ::ffff:169.254.169.254 ::ffff:192.0.0.9 ::ffff:0.0.0.0 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+ 64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::1 64:ff9b:1::10.0.0.1 64:ff9b:1:ffff::1 100::1
+ 200::1 400::1 800::1 1000::1 2001::1 2001:0:7f00:1::1 2001:2::1 2001:10::1 2001:db8::1
+ 2001:db8:ffff::1 2002::1 2002:7f00:1::1 2002:a00:1::1 2002:c0a8:101::1 2002:808:808::1 3fff::1
+ 4000::1 5f00::1 6000::1 8000::1 a000::1 c000::1 e000::1 f000::1 f800::1 fc00::1 fd00::1
+ fd12:3456:789a::1 fe00::1 fe80::1 fe80::1%lo febf::1 fec0::1 fec0:0:0:ffff::1 feff::1 ff02::1
+ ff05::2 ff0e::1 ff0e::808:808"""
+PUBLIC = """1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.1 100.63.255.255 100.128.0.1 126.255.255.255
+ 128.0.0.1 142.250.1.1 169.253.255.255 169.255.0.1 172.15.255.255 172.32.0.1 192.0.1.1
+ 192.167.255.255 192.169.0.1 198.17.255.255 198.20.0.1 203.0.112.255 203.0.114.1 223.255.255.254
+ ::ffff:8.8.8.8 2003::1 2400:cb00::1 2606:4700:4700::1111 2001:4860:4860::8888 2a00:1450:4001::1
+ 2620:fe::fe 2c0f:fb50::1"""
+
+
+def test_only_public_addresses_are_connected_to(monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *arguments: "a socket")
+    for host in f"{INNER} {PUBLIC}".split():
+        family, rest = (socket.AF_INET6, (80, 0, 0)) if ":" in host else (socket.AF_INET, (80,))
+        passes = None
+        with contextlib.suppress(OSError):
+            passes = flow2api.public_socket((family, socket.SOCK_STREAM, 6, "", (host, *rest)))
+        assert (passes == "a socket") is (host in PUBLIC.split()), host
+
+
+@pytest.mark.parametrize("public", [True, False])
+async def test_a_file_at_an_inner_address_is_fetched_where_flow_is_inner(world, public):
+    w = await world(image_seconds=0)
+    job_id = (await w.chat(BANANA)).job_id
+    w.pool.tokens.clear()  # so that no new address is asked for
+    w.fault = fault("^/media/", dropped)
+    for name in ("labs", "api") if public else ():
+        w.live.put("file", f"flow.{name}_base_url", f"https://{name}.google.com/v1", "test")
+    reply = await w.get(f"{VIDEOS}/{job_id}/content")
+    expect_error(w, reply, "upstream_unreachable")
+    assert bool(w.fault.seen) is not public
+
+
+# ---- Answers, and the login ----
+
+
+async def test_every_answer_has_its_id_and_tells_no_server(world):
+    w = await world()
+    session, ids = await w.admin(), []
+    calls = [call for call in EVERY_CALL if not call[1].endswith("logout")]
+    calls += [("GET", path, "") for path in ("/nothing", "/api/nothing", "/tmp/x.png")]
+    calls += [("DELETE", "/api/stats", ""), ("OPTIONS", CHAT, ""), ("HEAD", "/", "")]
+    for (method, path, _), key in itertools.product(calls, ("none", w.key, session)):
+        headers = (await w.call(method, path, key=key)).headers
+        ids.append(headers["X-Request-Id"])
+        assert "aiohttp" not in headers.get("Server", "").lower(), path
+        assert "/api/" not in path or headers["Cache-Control"] == "no-store", path
+    assert len({*ids}) == len(ids) and all(re.fullmatch(r"[\w-]{8,64}", name) for name in ids)
+
+
+ODD_HOSTS = ("", "a b", "[", "]", ":::", ":", "x:99999999", "a@b", "//", "é", "\udcff", "\x7f")
+ODD_HOSTS += ("x" * 5000, "x:-1", "[::1", "x/y?z#", "%", "ⓧ.com")
+HOST_LINES = [*(f"Host: {host}" for host in ODD_HOSTS), "X: no host", "Host: a\r\nHost: b"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_an_odd_host_gives_an_answer_and_no_error_after_paying(world, kept):
+    w = await world(image_seconds=0, video_seconds=0, **{"cache.enabled": kept})
+    w.live.layers["file"]["flow.poll_interval"] = 0.02
+    orders = {CHAT: chat_body(FAST, "a boat"), VIDEOS: BOAT | {"async_mode": False}}
+    orders[IMAGES] = BOAT | {"response_format": "url"}
+    for line, (path, order) in itertools.product(HOST_LINES, orders.items()):
+        before, body = len(w.paid()), json.dumps(order).encode()
+        head = head_of(w.key, path, line, JSON_HEAD[1], f"Content-Length: {len(body)}")
+        status = int((await exactly(w.url, head + body)).split()[1])
+        paid = len(w.paid()) - before
+        assert (status, paid) == (200, 1) or (400 <= status < 500 and not paid), (line, path)
+    session = await w.admin()
+    for line, path in itertools.product(HOST_LINES, ("/api/cache/config", "/api/state", VIDEOS)):
+        head = head_of(w.key if path == VIDEOS else session, path, line, method="GET")
+        assert int((await exactly(w.url, head)).split()[1]) < 500, (line, path)
+
+
+async def test_guessing_grows_slower_and_shuts_out_nobody_who_has_logged_in(world, clock):
+    """Addresses as a proxy on this machine tells them: the last one counts."""
+    w, delays = await world(accounts=()), []
+
+    async def log(address, password="wrong"):
+        login = {"username": "admin", "password": password}
+        return await w.post("/api/login", login, headers={"X-Forwarded-For": address})
+
+    assert (await log("8.8.8.8", w.password)).status == 200
+    for number in range(60):
+        reply = await log(f"1.1.1.{number}, 9.9.9.9")
+        if reply.status == 429:
+            delays.append(int(reply.headers["Retry-After"]))
+            clock.ahead += delays[-1] * (len(delays) < 5)
+    assert len(delays) > 4 and delays[:5] == sorted(delays[:5]) and delays[4] > delays[0], delays
+    assert (await log("9.9.9.9", w.password)).status == 429
+    for number in range(150):
+        await log(f"10.{number}.0.1, 1.2.3.{number}")
+    assert (await log("4.4.4.4", w.password)).status == 429  # so many are too many in total
+    assert (await log("8.8.8.8", w.password)).status == 200
+    clock.ahead += 86400
+    assert (await log("4.4.4.4", w.password)).status == 200
+
+
+# ---- The database ----
+
+UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
+    "empty": lambda whole: b"",
+    "no header": lambda whole: bytes(100) + whole[100:],
+    "a text": lambda whole: b"not a database\n" * 999,
+    "half": lambda whole: whole[: len(whole) // 8192 * 4096],
+    "half a page": lambda whole: whole[: len(whole) // 2 + 99],
+    "a header": lambda whole: whole[:100],
+    "a page": lambda whole: whole[:4096],
+    "half-migrated": lambda whole: whole[:60] + (1).to_bytes(4) + whole[64:],
+    "newer": lambda whole: whole[:60] + (99).to_bytes(4) + whole[64:],
+    **{f"no {name}": f"DROP TABLE {name}" for name in ("settings", "outputs", "request_keys")},
+    "no column": "ALTER TABLE jobs RENAME COLUMN created_at TO created",
+    "foreign": "PRAGMA user_version=0; DROP TABLE tokens; CREATE TABLE moz_places (id)",
+    "foreign, numbered": "DROP TABLE tokens; CREATE TABLE tokens (name)",
+    "a folder": None,
+    "locked": lambda whole: whole,
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
+    tmp_path, monkeypatch, capsys, name
+):
+    made, real = tmp_path / "made", sqlite3.connect
+    with opened(made) as store:
+        for number in range(100):
+            row = flow2api.Token(number, f"{number}", st="x" * 500).row()
+            store._commit([("INSERT INTO tokens VALUES (:id, :email, :data)", row)])
+    change, file = UNUSABLE[name], made / "flow2api.db"
+    if isinstance(change, str):
+        with contextlib.closing(real(file)) as database:
+            database.executescript(f"PRAGMA journal_mode=DELETE; {change}")
+    data = change(file.read_bytes()) if callable(change) else file.read_bytes()
+    file.write_bytes(data) if change else (file.unlink(), file.mkdir())
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **b: real(*a, **b | {"timeout": 0.1}))
+    monkeypatch.setattr(flow2api, "greet", mock.Mock(side_effect=KeyboardInterrupt))
+    (tmp_path / "setting.toml").write_text("server.host = '127.0.0.1'\nserver.port = 0")
+    with contextlib.closing(real(file if name == "locked" else ":memory:")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        options = ("--data", str(made), "--config", str(tmp_path / "setting.toml"))
+        code, told = flow2api.main(options), capsys.readouterr().err.splitlines()
+    assert code == 2 and len(told) == 1 and re.search("flow2api.db|locked", told[0]), (code, told)
+    assert file.is_dir() or file.read_bytes() == data
+    assert not [part for part in made.glob("flow2api.db-*") if part.stat().st_size]
+
+
+BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
+
+
+@pytest.mark.parametrize("data", BROKEN_ROWS)
+async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
+    """Of an account, a finished and an open job, an output, a setting."""
+    w = await world(((PRO, 1000), (PRO, 1000)), video_seconds=0.02)
+    jobs = [await w.post(VIDEOS, BOAT | {"async_mode": False}) for _ in range(4)]
+    first, second, third, good = (reply.job_id for reply in jobs)
+    await (await log_in(w))("POST admin/debug", enabled=True)
+    await w.stop_gateway()
+    rows = {"tokens": "id = 1", "jobs": f"id IN ('{first}', '{second}')"}
+    rows |= {"outputs": f"job_id = '{third}'", "settings": "name LIKE 'admin page%'"}
+    with contextlib.closing(sqlite3.connect(w.data / "flow2api.db")) as database:
+        for table, where in rows.items():
+            database.execute(f"UPDATE {table} SET data = ? WHERE {where}", [data])
+        database.execute("UPDATE jobs SET state = 'running' WHERE id = ?", [second])
+        database.commit()
+        await w.start_gateway()
+        assert "user2@example.com" in {token.email for token in w.pool.tokens.values()}
+        assert (await w.get(f"{VIDEOS}/{good}/content")).status == 200
+        listed = await w.get(VIDEOS)
+        assert listed.status == 200 and good in listed.body.decode(), listed
+        for job_id in (first, second, third):
+            assert (await w.get(f"{VIDEOS}/{job_id}")).status in (200, 404)
+        owner = await log_in(w)
+        for name in ("tokens", "settings", "jobs", "logs", "state"):
+            await owner(f"GET {name}")
+        assert (await w.chat()).content
+        for table, where in rows.items() if data in ("{", "", "[]") else ():
+            sql = f"SELECT data FROM {table} WHERE {where}"
+            assert {*database.execute(sql)} == {(data,)}, table
+
+
+# ---- Whatever comes, in masses ----
+
+RANDOM = int(os.environ.get("FLOW2API_RANDOM", 300))  # 20000: the long form
+DESIGNED = {status for status, *_ in flow2api.ERROR_TABLE} - {500}
+FIELDS = """model messages prompt stream n size seconds image images input_reference video metadata
+ response_format async_mode remix_target_id orientation aspect_ratio image_size username password
+ session_token st tokens remark is_active proxy_url image_concurrency enabled timeout base_url
+ limits.queue flow.poll_interval chat.video_content cache.timeout old_password new_password"""
+SOME_MODELS = ["", BANANA, FAST, "imagen_4", f"{FAST}-1080p", "veo_3_1-fl", "gpt-image-1", "x"]
+
+
+def random_request(dice, ids):
+    """-> options of World.call"""
+    method, path, _ = dice.choice(EVERY_CALL)
+    path = path.replace("nothing", dice.choice(ids)).replace("999", dice.choice(("1", "999")))
+    if dice.random() < 0.2:
+        name = dice.choice(("limit", "after", "state", "mask", "index", "variant"))
+        path += f"?{name}={dice.choice(('1', *ids, 'x', '-1', '%00', '9' * 99))}"
+    odd = [*ODD_VALUES, *SOME_MODELS, *ids, [DATA], {"url": DATA}, {"id": ids[0]}, True, "url"]
+    body = {name: dice.choice(odd) for name in dice.sample(FIELDS.split(), dice.randint(0, 6))}
+    if dice.random() < 0.7:
+        body = chat_body(dice.choice(SOME_MODELS), "a boat") | BOAT | body
+    texts = [(name, f"{body[name]}"[:99].encode(errors="replace")) for name in body]
+    parts = [*texts, ("image", dice.choice((PNG, b"x", b"")), FILE)]
+    cut = {"data": json.dumps(body)[: dice.randint(0, 999)]}
+    options = dice.choices((form(parts), cut, {"body": body}), (3, 1, 7))[0]
+    return {"method": method, "path": path, **options}
+
+
+def resident():
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+async def test_random_requests_get_no_5xx_but_by_design(world, impatient, endless, monkeypatch):
+    """And leave nothing in memory."""
+    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
+    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.01)
+    seed, ids, before = secrets.randbits(32), ["x"], 0
+    dice = random.Random(seed)
+    for number in range(0, RANDOM, 10):
+        w.live.layers["admin page"].clear()
+        if not w.pool.tokens:
+            await w.account(ULTRA, 10**9)
+        for token in w.pool.tokens.values():
+            token.update(**flow2api.AWAKE, proxy_url="", credits=10**9)
+        keys = dice.choices((w.key, await w.admin(), "none"), (6, 6, 1), k=10)
+        requests = [random_request(dice, ids) | {"key": key} for key in keys]
+        replies = await asyncio.gather(*(w.call(**request) for request in requests))
+        for request, reply in zip(requests, replies, strict=True):
+            by_design = reply.status < 500 or reply.status in DESIGNED
+            assert by_design, (seed, number, str(request)[:900], reply)
+            ids = [*ids, reply.headers.get("X-Job-Id", "x")][-9:]
+        w.flow.calls.clear()
+        before = before or (number > RANDOM // 4 and resident())
+    await until(lambda: not w.jobs.open)
+    assert RANDOM < 5000 or resident() - before < 10 << 20
+    w.live.layers["admin page"].clear()
+    await w.account(ULTRA, 10**6)
+    assert (await w.chat(BANANA, "at last")).content
+
+
+async def test_many_streams_dropped_at_once_harm_nothing(world, endless):
+    count, writers = 100 if RANDOM < 5000 else 1200, []
+    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.1)
+    w.fault = hold(PAID)
+    body = json.dumps(chat_body(FAST, "a boat") | {"stream": True}).encode()
+    head = head_of(w.key, CHAT, *JSON_HEAD, f"Content-Length: {len(body)}")
+    for _ in range(count):
+        writers.append((await connect(w.url))[1])
+        writers[-1].write(head + body)
+    await until(lambda: len(w.jobs.open) == count, 60)
+    for writer in writers:
+        writer.transport.abort()
+    assert (await w.get("/health")).status == 200
+    w.fault.release.set()
+    await until(lambda: not w.jobs.open, 60)
+    states = collections.Counter(job.state for job in w.store.jobs())
+    assert states["completed"] == len(w.flow.media) == len(w.paid())
+    assert states["completed"] + states["cancelled"] == count
+    assert (await w.chat(BANANA)).content and not w.token.busy.total()
+
+
 # ---- Images API, and what is not here ----
 
 RED, BLUE = (flow2api.block_picture(colour, 64, 64) for colour in ("red", "blue"))
@@ -5262,7 +6013,7 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
     new = w.flow.add_account("new@example.com", PRO, 1)
     result = await do("POST tokens/batch-add", tokens=[exported[0]["st"], new])
     assert [row["status"] for row in result["details"]] == ["updated", "added"]
-    again = await do("POST tokens/batch-add", tokens=["dead", new])
+    again = await do("POST tokens/batch-add", tokens=["a-session-that-ended", new])
     failed, updated = again["details"]
     assert (failed["status"], updated["status"]) == ("failed", "updated")
     assert "Sign in to Flow again" in failed["reason"]
@@ -5508,7 +6259,8 @@ async def test_no_masked_answer_holds_a_secret_and_an_edit_asks_google_nothing(w
         assert not [secret for secret in hidden if secret in text], path
     before = in_force(w)
     for path in ("plugin/config", "proxy/config", "admin/config"):
-        fields = (await do(f"GET {path}?mask=1"))["config"]
+        shown = (await do(f"GET {path}?mask=1"))["config"]
+        fields = {name: shown[name] for name in flow2api.CONFIGS[path]}
         assert "…" in str(fields)
         await do(f"POST {path}", **fields)  # as it was shown
     assert in_force(w) == before
@@ -6306,7 +7058,7 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
     ("--host a..b", rf"listen on a\.\.b port .*{ADDRESS}"),
     ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
     ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
-    ("--data {folder}/odd", r"data folder .*/odd: unable to open .*--data"),
+    ("--data {folder}/odd", r"odd/flow2api\.db: unable to open"),
     ("--data {folder}/busy", r"busy/flow2api\.db is used by another Flow2API: .*--data"),
     ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
     ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
@@ -6417,12 +7169,7 @@ CHECKS = (
     ("account", "", 1, "WRONG account somebody@example.com: .*Sign in to Flow again"),
     ("file", "", 1, "WRONG data folder .*file: "),
     ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
-    (
-        "new",
-        "global.admin_password = 'han1234'",
-        1,
-        r"WRONG global.admin_password \(file\) is easy",
-    ),
+    ("new", "global.admin_password = 'abc123'", 1, r"WRONG global.admin_password \(file\) is easy"),
     (
         "new",
         "plugin.connection_token = 'aaaaaaaaaaaaaa'",
