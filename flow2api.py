@@ -6311,7 +6311,8 @@ def error_response(request, error):
         headers["x-should-retry"] = "false"
     body = error.body()
     if request.path.startswith("/api/"):
-        body = {"success": False, "detail": str(error), "message": str(error)}
+        message = str(error)
+        body = {"success": False, "detail": message, "message": message, "code": error.code}
     reason = error.code.replace("_", " ")  # some clients show nothing else
     return web.json_response(body, status=error.status, reason=reason, headers=headers)
 
