@@ -1683,7 +1683,7 @@ CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
 SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
 SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
 SUBMIT_PATHS["references"] = "ReferenceImages"
-MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
+MEDIUM_NAME = re.compile(r"[A-Za-z0-9][ -~]{0,499}")
 
 
 @dataclass(frozen=True)

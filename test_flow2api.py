@@ -5824,7 +5824,7 @@ async def test_switches_take_effect_at_once(world, impatient, monkeypatch, caplo
         await w.chat("nano_banana_pro")
         assert ("batchGenerateImages" in caplog.text) == enabled
     await do("POST token-refresh/enabled", enabled=False)
-    w.token.checked_at = 0
+    w.token.update(checked_at=0, asked_at=0)
     w.flow.calls.clear()
     pauses = []
     sleep = asyncio.sleep
