@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.10"]
+# dependencies = ["aiohttp>=3.12"]
 # ///
 """Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
@@ -92,8 +92,11 @@ try:  # Python 3.8 reads the file, too, and comes as far as this
     from aiohttp.http import HttpProcessingError
     from aiohttp.web import AppKey
     from yarl import URL
+
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 12):
+        raise ImportError(f"this is {aiohttp.__version__}")
 except ImportError as err:
-    needs = f"aiohttp 3.9 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    needs = f"aiohttp 3.12 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
     if err.name == "tomllib":
         needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
     print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)

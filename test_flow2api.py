@@ -6985,7 +6985,7 @@ async def test_the_setup_blocks_of_the_documents_name_what_there_is(run, tmp_pat
     header = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", script)[1]
     assert tomllib.loads(header.replace("# ", "")) == {
         "requires-python": ">=3.11",
-        "dependencies": ["aiohttp>=3.10"],
+        "dependencies": ["aiohttp>=3.12"],
     }
 
 
