@@ -2799,6 +2799,7 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
         ),
         {"images": [PNG]},
     ),
+    (turns("a", ("assistant", text_and_link("b", "")), ("user", "fix it")), {"images": []}),
     (
         turns("a", "![x](http://127.0.0.1:9/x.png)", "fix it"),
         {"images": [], "told": "can't be had"},
@@ -4561,6 +4562,7 @@ def uploads(link):
         ([BLUE, RED, RED, BLUE, RED], {"image": [BLUE_URL, *objects, RED_BASE64]}),
         ([RED, BLUE], {"images": [{"image_url": link}, {"image_url": BLUE_URL}]}),
         ([BLUE, RED], {"input_image": RED_URL, "references": [BLUE_URL]}),
+        ([RED, BLUE], {"image": link, "images": [BLUE_URL]}),
     )
 
 
