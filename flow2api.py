@@ -140,6 +140,15 @@ class Setting:
     high: float | None = None
     choices: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, row):
+        name, default, text, *allowed = row.strip().split(" | ")
+        default = json.loads(default)
+        limits = allowed[0].split() if allowed else ()
+        if isinstance(default, str):
+            return cls(name, default, text, choices=tuple(limits))
+        return cls(name, default, text, *map(float, limits))
+
     def parse(self, raw):
         """The value that `raw` (of TOML, or a text) stands for. Raises ValueError."""
         kind = type(self.default)
@@ -155,56 +164,57 @@ class Setting:
 
     @property
     def allowed(self):
-        bounds = "" if self.low is None else f" from {self.low:g} to {self.high:g}"
+        bounds = "" if self.low is None else f" from {self.low:.10g} to {self.high:.10g}"
         return " | ".join(self.choices) or KINDS[type(self.default)] + bounds
 
 
-SETTING_ROWS = (  # name, default, help, low, high, choices
-    ("global.api_key", "", "Key that API clients send. Empty: made at first start."),
-    ("global.admin_username", "admin", "User name of the admin page."),
-    ("global.admin_password", "", "Admin password. Empty: made at first start."),
-    ("flow.labs_base_url", "https://labs.google/fx/api", "Google's sessions, projects."),
-    ("flow.api_base_url", "https://aisandbox-pa.googleapis.com/v1", "Google's media API."),
-    ("flow.timeout", 120, "Seconds for one call to Google.", 1, 3600),
-    ("flow.poll_interval", 3.0, "Seconds between status calls of an account.", 0.05, 60),
-    ("flow.max_poll_attempts", 500, "Status answers to wait for on a clip.", 1, 100000),
-    ("server.host", "0.0.0.0", "Address to listen on."),
-    ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
-    ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
-    ("server.trusted_proxies", "127.0.0.1, ::1", "Proxies whose X-Forwarded-* count."),
-    ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
-    ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
-    ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
-    ("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
-    ("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
-    ("admin.debug", False, "Log each call to Google, too."),
-    ("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
-    ("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
-    ("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
-    ("cache.base_url", "", "Public address in media links. Empty: what the client used."),
-    ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
-    ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
-    ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
-    ("chat.answer_side_prompts", True, "Answer clients' own prompts at no cost."),
-    ("chat.use_system_prompt", False, "Put the system message before the prompt."),
-    ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
-    ("images.default_model", "nano_banana_pro", "Model where a request names none."),
-    ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
-    ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
-    ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
-    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
-    ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
-    ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
-    ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
-    ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
-    ("plugin.auto_enable_on_update", True, "A new session enables its account."),
-    ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
-    ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
-)
-SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
+# Name, default, help, and what is allowed: from and to, or the choices.
+SETTING_TABLE = """
+    global.api_key | "" | Key that API clients send. Empty: made at first start.
+    global.admin_username | "admin" | User name of the admin page.
+    global.admin_password | "" | Admin password. Empty: made at first start.
+    flow.labs_base_url | "https://labs.google/fx/api" | Google's sessions, projects.
+    flow.api_base_url | "https://aisandbox-pa.googleapis.com/v1" | Google's media API.
+    flow.timeout | 120 | Seconds for one call to Google. | 1 3600
+    flow.poll_interval | 3.0 | Seconds between status calls of an account. | 0.05 60
+    flow.max_poll_attempts | 500 | Status answers to wait for on a clip. | 1 100000
+    server.host | "0.0.0.0" | Address to listen on.
+    server.port | 8000 | Port to listen on (0: any free one). | 0 65535
+    server.data_dir | "" | Data folder. Empty: data/ beside the configuration.
+    server.trusted_proxies | "127.0.0.1, ::1" | Proxies whose X-Forwarded-* count.
+    server.allow_private_urls | false | Fetch picture URLs from private networks, too.
+    proxy.proxy_enabled | false | Send all traffic to Google through proxy_url.
+    proxy.proxy_url | "" | http://, https://, socks5:// or socks4:// address.
+    generation.image_timeout | 300 | Seconds until a picture job gives up. | 1 86400
+    generation.video_timeout | 1500 | Seconds until a clip job gives up. | 1 86400
+    admin.debug | false | Log each call to Google, too.
+    admin.error_ban_threshold | 3 | Account failures in a row that disable it. | 1 1000
+    cache.enabled | false | Keep finished files here and serve them under /tmp/.
+    cache.timeout | 7200 | Seconds a kept file stays (0: for ever). | 0 31536000
+    cache.base_url | "" | Public address in media links. Empty: what the client used.
+    token_refresh.enabled | true | Check the accounts, and renew access tokens early.
+    token_refresh.interval | 3600 | Seconds between checks of an account. | 60 86400
+    chat.video_content | "both" | A clip in an answer. | both html link
+    chat.answer_side_prompts | true | Answer clients' own prompts at no cost.
+    chat.use_system_prompt | false | Put the system message before the prompt.
+    chat.continue_pictures | true | An edit request takes the chat's last picture along.
+    images.default_model | "nano_banana_pro" | Model where a request names none.
+    images.response_format | "b64_json" | Default form. | b64_json url
+    videos.default_model | "veo_3_1-fast" | Model where a request names none.
+    videos.content | "stream" | How /content answers. | stream redirect
+    limits.queue | 200 | Pictures, and clips, that may wait for a turn. | 1 100000
+    limits.jobs_days | 180 | Days that an ended job is kept (0: for ever). | 0 36500
+    limits.requests | 2000 | Requests at once, open streams included. | 1 100000
+    limits.bodies_mb | 512 | Request bodies in memory at once, MB. | 1 65536
+    limits.body_mb | 64 | Largest request body, MB. | 1 1024
+    limits.image_mb | 20 | Largest input picture, MB. | 1 100
+    limits.inputs_mb | 2048 | Input pictures of open jobs together, MB. | 1 1048576
+    plugin.connection_token | "" | Key of the companion extension. Empty: it is made.
+    plugin.auto_enable_on_update | true | A new session enables its account.
+    demo.image_seconds | 2.0 | Seconds a picture takes with --demo. | 0 600
+    demo.video_seconds | 12.0 | Seconds a clip takes with --demo. | 0 3600
+"""
+SETTINGS = tuple(map(Setting.read, SETTING_TABLE.strip().splitlines()))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
 # Of this program's and other programs' examples: they count as unset.
@@ -603,7 +613,8 @@ class ModelId:
         """The mode before pictures are counted."""
         if self.mode == "image":
             return "image"
-        return mode or ("i2v" if "fl" in self.params else self.mode)
+        counted = self.mode == "auto" and "fl" in self.params
+        return mode or ("i2v" if counted else self.mode)
 
 
 LENGTHS = {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
@@ -626,9 +637,15 @@ HEAD_TABLE = """
     gemini-3.1-flash-image       nano_banana_2       landscape  image       all_sizes
     gemini-3.1-flash-lite-image  nano_banana_2_lite  landscape  image       one_size
     imagen-4.0                   imagen_4            landscape  image       one_size
+    veo_3_1_t2v                  veo_3_1             landscape  text        wire
+    veo_3_1_i2v                  veo_3_1             landscape  i2v         wire
+    veo_3_1_interpolation        veo_3_1             landscape  frames      wire
+    veo_3_1_r2v                  veo_3_1             landscape  references  wire
+    veo_3_1_extend               veo_3_1             landscape  extend      wire
 """
 PARAMS = {
     "veo": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k",
+    "wire": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k ultra",
     "omni": "portrait landscape fl 4s 6s 8s 10s 720p",
     "omni_references": "portrait landscape 4s 6s 8s 10s 720p",
     "one_size": "landscape portrait square 4-3 3-4 1K",
@@ -638,14 +655,7 @@ HEADS = {
     head: ModelId(*columns, PARAMS[params].split())
     for head, *columns, params in map(str.split, HEAD_TABLE.strip().splitlines())
 }
-# Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
-WIRE_MODES = {
-    "t2v": "text",
-    "i2v": "i2v",
-    "interpolation": "frames",
-    "r2v": "references",
-    "extend": "extend",
-}
+WIRE_STYLE = "veo_3_1_"  # Google's own ids: veo_3_1_t2v_fast_portrait
 # A mode -> the fewest and most pictures, and what it is with none, one, two, … of them.
 INPUTS = {
     "auto": (0, 3, tuple(MODE_WORDS)),
@@ -658,7 +668,11 @@ OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
 # Other ids of today's models of the same price: a pattern, what it means, and a note.
 OTHER_NAMES = (
     (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
-    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired it; this is Veo 3.1 Lite."),
+    (
+        "^veo_2_1_fast_d_15_(t2v|i2v)",
+        r"veo_3_1_\1_lite",
+        "Google retired it; this is Veo 3.1 Lite.",
+    ),
     ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
     ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
     # Those of Google's public API, as veo-3.1-fast-generate-preview.
@@ -675,6 +689,7 @@ OTHER_NAMES = (
         r"\1",
         "Google retired the first Nano Banana; this is Nano Banana 2.",
     ),
+    (r"^veo_3_1_i2v_s(?=_|\Z)", "veo_3_1_i2v", ""),
     ("-four-three", "-4-3", ""),
     ("-three-four", "-3-4", ""),
 )
@@ -828,27 +843,15 @@ def split_id(model):
         name, times = re.subn(pattern, today, name)
         if times and told:
             note = told
+    if name.startswith(WIRE_STYLE):
+        name = WIRE_STYLE + name.removeprefix(WIRE_STYLE).replace("_", "-")
     for start, head in HEADS.items():
         if f"{name}-".startswith(f"{start}-"):
             words = re.findall(r"-(4-3|3-4|[^-]*)(?=-|\Z)", name.removeprefix(start))
             return head, words, note
-    head, words = split_wire_id(name)
-    if not head:
-        close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
-        hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
-        raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-    return head, words, note
-
-
-def split_wire_id(name):
-    """-> the head of an id in Google's own style, or None; the words that follow."""
-    words = name.removeprefix("veo_3_1_").split("_")
-    modes = [WIRE_MODES[word] for word in words if word in WIRE_MODES]
-    if not name.startswith("veo_3_1_") or len(modes) != 1:
-        return None, []
-    head = ModelId("veo_3_1", "landscape", modes[0], [*HEADS["veo_3_1"].may, "ultra"])
-    rest = (*WIRE_MODES, "s", "fl")
-    return head, [word for word in words if word.lower() not in rest]
+    close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
+    hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
+    raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
 
 
 def products_of(family, overrides):
@@ -3628,8 +3631,8 @@ FIELD_TABLE = """
     inside   inlineData base64 bytesBase64Encoded video_url audio_url
 """
 FIELDS = defaultdict(list)
-for row in FIELD_TABLE.strip().splitlines():
-    FIELDS[row.split()[0]] += row.split()[1:]
+for meaning, *names in map(str.split, FIELD_TABLE.strip().splitlines()):
+    FIELDS[meaning] += names
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
 PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
@@ -3646,6 +3649,10 @@ CARRIED_FILE = re.compile(
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
+MADE_AT = {
+    "video": "clips: POST /v1/videos",
+    "image": "pictures: POST /v1/images/generations, or /edits",
+}
 MAX_PARTS = 1000  # fields of a form
 MAX_PROMPT = 20_000
 BODY_STALL = 30.0  # seconds without a byte that end a request
@@ -3754,9 +3761,8 @@ def read_part(headers, data):
     codings = headers.get_all("Content-Encoding", [])
     codings += headers.get_all("Content-Transfer-Encoding", [])
     if {*map(str.lower, codings)} - {"identity", "7bit", "8bit", "binary"}:
-        message = f"{name} is encoded: send it as it is"
-        raise bad(message, name, "unsupported_encoding")
-    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+        raise bad(f"{name} is encoded: send it plain", name, "unsupported_encoding")
+    kind = headers.get_content_maintype()
     if headers.get_filename() is not None or kind in ("image", "video", "audio"):
         return name, data
     with contextlib.suppress(ValueError):
@@ -3814,9 +3820,13 @@ def read_flag(body, name, default):
     return bool(one_of(body, name, (True, False, 1, 0), default))
 
 
+def unsupported(name, message):
+    return bad(f"{name}: {message}", name, "unsupported_parameter")
+
+
 def refuse(body, names):
     for name in filter(body.get, names):
-        raise bad(f"{name} is Sora's, not Flow's", name, "unsupported_parameter")
+        raise unsupported(name, "it is Sora's, not Flow's")
 
 
 def field_name(name):
@@ -3853,8 +3863,7 @@ def read_field(name, value, fields, counts=True):
         for item in value:
             read_field(name, item, fields, False)
     elif isinstance(value, bytes) or CARRIED_FILE.match(text):
-        message = f"{name}: this file can't be used; send pictures in image"
-        raise bad(message, name, "unsupported_parameter")
+        raise unsupported(name, "this file can't be used; send pictures in image")
 
 
 def read_whole(fields, names, most):
@@ -3888,8 +3897,7 @@ def read_prompt(body):
 
 def check_prompt(prompt, param):
     if len(prompt) > MAX_PROMPT:
-        message = f"A prompt may have {MAX_PROMPT:,} characters; this has {len(prompt):,}"
-        raise bad(message, param)
+        raise bad(f"A prompt may have {MAX_PROMPT:,} characters; it has {len(prompt):,}", param)
     return prompt
 
 
@@ -3903,10 +3911,7 @@ def read_model(body):
 
 def expect_kind(model, kind, expected):
     if expected not in ("", kind):
-        does = "makes clips: POST /v1/videos"
-        if kind == "image":
-            does = "makes pictures: POST /v1/images/generations, or /edits"
-        raise bad(f"{model} {does}", "model")
+        raise bad(f"{model} makes {MADE_AT[kind]}", "model")
 
 
 def read_metadata(body):
@@ -4023,11 +4028,9 @@ async def read_wish(body, settings, kind=""):
 async def read_picture(body, media, edit):
     """POST /v1/images/generations and /v1/images/edits."""
     if body.get("mask"):
-        message = "Flow knows no masks: say what to change"
-        raise bad(message, "mask", "unsupported_parameter")
+        raise unsupported("mask", "Flow knows no masks: say what to change")
     if plain(body.get("output_format")) in ("svg", "gif"):
-        message = "Flow makes PNG or JPEG pictures, no SVG or GIF"
-        raise bad(message, "output_format", "unsupported_parameter")
+        raise unsupported("output_format", "Flow makes PNG or JPEG pictures")
     prompt = read_prompt(body)
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
@@ -4141,8 +4144,7 @@ def read_turn(message, where):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
-    links = [item for name, item in message.items() if field_name(name) in PICTURES]
-    links = [*filter(None, links)]
+    links = [item for name, item in message.items() if item and field_name(name) in PICTURES]
     texts = []
     for part in content:
         kind = dig(part, "type", kind=str)
