@@ -152,15 +152,14 @@ class Setting:
     def parse(self, raw):
         """The value that `raw` (of TOML, or a text) stands for. Raises ValueError."""
         kind = type(self.default)
-        value = raw
         if isinstance(raw, str) and kind is bool:
-            value = TRUTHS.get(raw.strip().lower())
+            raw = TRUTHS.get(raw.strip().lower())
         elif isinstance(raw, str) or (kind is float and type(raw) is int):
-            value = kind(raw)
-        good = type(value) is kind and (not self.choices or value in self.choices)
-        if not good or not (self.low is None or self.low <= value <= self.high):
-            raise ValueError(raw)
-        return value
+            raw = kind(raw)
+        good = type(raw) is kind and (not self.choices or raw in self.choices)
+        if not good or not (self.low is None or self.low <= raw <= self.high):
+            raise ValueError
+        return raw
 
     @property
     def allowed(self):
@@ -271,7 +270,8 @@ class Settings:
             hint = "Docker makes one where the file to mount is missing"
             raise SettingError(f"{path} is a folder, not a file ({hint})") from None
         for section, values in document.items():
-            for key, raw in values.items() if isinstance(values, dict) else [("", values)]:
+            entries = values.items() if isinstance(values, dict) else [("", values)]
+            for key, raw in entries:
                 if section == "models":
                     self.put_model(key, raw, path.name)
                 else:
@@ -324,7 +324,7 @@ class Effect(enum.Enum):
 
 
 # HTTP status, effect, codes. What was paid for is a 400, too: no client repeats that by
-# itself, as many do a 5xx. Waiting cures the 429s, which all clients know; a 503 it does not.
+# itself, as many do a 5xx. Waiting cures a 429, as all clients know; a 503 it does not.
 ERROR_TABLE = """
     400 REQUEST  invalid_request invalid_image unsupported_parameter tier_required
     400 REQUEST  mode_not_available task_not_completed content_policy_violation
@@ -624,7 +624,7 @@ VARIANTS = ("relaxed", "fast", "lite")
 HEAD_TABLE = """
     veo_3_1                      veo_3_1             portrait   auto        veo
     omni_flash                   omni_flash          portrait   auto        omni
-    omni                         omni_flash          landscape  references  omni_references
+    omni                         omni_flash          landscape  references  omni_pictures
     nano_banana                  nano_banana_2       portrait   image       one_size
     nano_banana_2                nano_banana_2       portrait   image       all_sizes
     nano_banana_2_lite           nano_banana_2_lite  portrait   image       one_size
@@ -647,7 +647,7 @@ PARAMS = {
     "veo": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k",
     "wire": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k ultra",
     "omni": "portrait landscape fl 4s 6s 8s 10s 720p",
-    "omni_references": "portrait landscape 4s 6s 8s 10s 720p",
+    "omni_pictures": "portrait landscape 4s 6s 8s 10s 720p",
     "one_size": "landscape portrait square 4-3 3-4 1K",
     "all_sizes": "landscape portrait square 4-3 3-4 1K 2K 4K",
 }
@@ -3897,7 +3897,7 @@ def read_prompt(body):
 
 def check_prompt(prompt, param):
     if len(prompt) > MAX_PROMPT:
-        raise bad(f"A prompt may have {MAX_PROMPT:,} characters; it has {len(prompt):,}", param)
+        raise bad(f"A prompt may have {MAX_PROMPT:,} characters at most", param)
     return prompt
 
 
@@ -4144,7 +4144,8 @@ def read_turn(message, where):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
-    links = [item for name, item in message.items() if item and field_name(name) in PICTURES]
+    fields = message.items()
+    links = [value for name, value in fields if value and field_name(name) in PICTURES]
     texts = []
     for part in content:
         kind = dig(part, "type", kind=str)
@@ -4201,8 +4202,7 @@ async def continued_picture(chat, media, own_picture):
 
 def side_answer(chat):
     """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
-    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
-    """
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else empty texts."""
     client, answer = own_prompt(chat)
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
@@ -4240,7 +4240,7 @@ SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
 
 
 def one_line(text):
-    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put them."""
     ends = f"{text[:8000]} {text[8000:][-8000:]}"
     return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
 
