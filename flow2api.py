@@ -3888,14 +3888,9 @@ def read_shape(fields):
     return next(iter(sizes), ""), next(iter(levels), "")
 
 
-def read_prompt(body):
-    prompt = body.get("prompt")
+def check_prompt(prompt, param="prompt"):
     if not isinstance(prompt, str) or not prompt.strip():
-        raise bad("prompt is missing: say in it what to make", "prompt")
-    return check_prompt(prompt, "prompt")
-
-
-def check_prompt(prompt, param):
+        raise bad("There is no prompt: say what to make", param)
     if len(prompt) > MAX_PROMPT:
         raise bad(f"A prompt may have {MAX_PROMPT:,} characters at most", param)
     return prompt
@@ -4031,7 +4026,7 @@ async def read_picture(body, media, edit):
         raise unsupported("mask", "Flow knows no masks: say what to change")
     if plain(body.get("output_format")) in ("svg", "gif"):
         raise unsupported("output_format", "Flow makes PNG or JPEG pictures")
-    prompt = read_prompt(body)
+    prompt = check_prompt(body.get("prompt"))
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
@@ -4045,7 +4040,7 @@ async def read_clip(body, media, mode="", source=None):
     goes on where that ends."""
     refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
     handle = source_handle(source) if source else {}
-    prompt = read_prompt(body)
+    prompt = check_prompt(body.get("prompt"))
     metadata = read_metadata(body)
     wish = await read_wish(body, media.settings, "video")
     model = wish.model
@@ -4162,9 +4157,7 @@ async def read_chat_generation(chat, media, own_picture=None):
     """What the user's last turn asks for; other turns are no part of the prompt.
     own_picture: finds pictures that were made here, as Api.own_picture."""
     settings = media.settings
-    prompt = chat.last.text
-    if not prompt.strip():
-        raise bad("The user's last message holds no text: there is no prompt", "messages")
+    prompt = check_prompt(chat.last.text, "messages")
     wish = await read_wish(chat.body, settings)
     links = [*read_links(chat.last.links, "messages")]
     if len(links) < len(chat.last.links):
@@ -4176,8 +4169,7 @@ async def read_chat_generation(chat, media, own_picture=None):
         links, told = await continued_picture(chat, media, own_picture)
         wish = dataclasses.replace(wish, links=links)
     if settings["chat.use_system_prompt"] and chat.system:
-        prompt = f"{chat.system}\n\n{prompt}"
-    check_prompt(prompt, "messages")
+        prompt = check_prompt(f"{chat.system}\n\n{prompt}", "messages")
     return await wish.generation(media, plan, prompt, "messages", told)
 
 
