@@ -143,70 +143,80 @@ class Setting:
     high: float | None = None
     choices: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, row):
+        name, default, text, *allowed = row.strip().split(" | ")
+        default = json.loads(default)
+        limits = allowed[0].split() if allowed else ()
+        if isinstance(default, str):
+            return cls(name, default, text, choices=tuple(limits))
+        return cls(name, default, text, *map(float, limits))
+
     def parse(self, raw):
         """The value that `raw` (of TOML, or a text) stands for. Raises ValueError."""
-        kind, value = type(self.default), raw
+        kind = type(self.default)
         if isinstance(raw, str) and kind is bool:
-            value = TRUTHS.get(raw.strip().lower())
+            raw = TRUTHS.get(raw.strip().lower())
         elif isinstance(raw, str) or (kind is float and type(raw) is int):
-            value = kind(raw)
-        good = type(value) is kind and (not self.choices or value in self.choices)
-        if not good or not (self.low is None or self.low <= value <= self.high):
-            raise ValueError(raw)
-        return value
+            raw = kind(raw)
+        good = type(raw) is kind and (not self.choices or raw in self.choices)
+        if not good or not (self.low is None or self.low <= raw <= self.high):
+            raise ValueError
+        return raw
 
     @property
     def allowed(self):
-        bounds = "" if self.low is None else f" from {self.low:g} to {self.high:g}"
+        bounds = "" if self.low is None else f" from {self.low:.10g} to {self.high:.10g}"
         return " | ".join(self.choices) or KINDS[type(self.default)] + bounds
 
 
-SETTING_ROWS = (  # name, default, help, low, high, choices
-    ("global.api_key", "", "Key that API clients send. Empty: made at first start."),
-    ("global.admin_username", "admin", "User name of the admin page."),
-    ("global.admin_password", "", "Admin password. Empty: made at first start."),
-    ("flow.labs_base_url", "https://labs.google/fx/api", "Google's sessions, projects."),
-    ("flow.api_base_url", "https://aisandbox-pa.googleapis.com/v1", "Google's media API."),
-    ("flow.timeout", 120, "Seconds for one call to Google.", 1, 3600),
-    ("flow.poll_interval", 3.0, "Seconds between status calls of an account.", 0.05, 60),
-    ("flow.max_poll_attempts", 500, "Status answers to wait for on a clip.", 1, 100000),
-    ("server.host", "0.0.0.0", "Address to listen on."),
-    ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
-    ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
-    ("server.trusted_proxies", "127.0.0.1, ::1", "Proxies whose X-Forwarded-* count."),
-    ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
-    ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
-    ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
-    ("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
-    ("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
-    ("admin.debug", False, "Log each call to Google, too."),
-    ("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
-    ("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
-    ("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
-    ("cache.base_url", "", "Public address in media links. Empty: what the client used."),
-    ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
-    ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
-    ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
-    ("chat.answer_side_prompts", True, "Answer clients' own prompts at no cost."),
-    ("chat.use_system_prompt", False, "Put the system message before the prompt."),
-    ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
-    ("images.default_model", "nano_banana_pro", "Model where a request names none."),
-    ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
-    ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
-    ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
-    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
-    ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
-    ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
-    ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
-    ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
-    ("plugin.auto_enable_on_update", True, "A new session enables its account."),
-    ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
-    ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
-)
-SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
+# Name, default, help, and what is allowed: from and to, or the choices.
+SETTING_TABLE = """
+    global.api_key | "" | Key that API clients send. Empty: made at first start.
+    global.admin_username | "admin" | User name of the admin page.
+    global.admin_password | "" | Admin password. Empty: made at first start.
+    flow.labs_base_url | "https://labs.google/fx/api" | Google's sessions, projects.
+    flow.api_base_url | "https://aisandbox-pa.googleapis.com/v1" | Google's media API.
+    flow.timeout | 120 | Seconds for one call to Google. | 1 3600
+    flow.poll_interval | 3.0 | Seconds between status calls of an account. | 0.05 60
+    flow.max_poll_attempts | 500 | Status answers to wait for on a clip. | 1 100000
+    server.host | "0.0.0.0" | Address to listen on.
+    server.port | 8000 | Port to listen on (0: any free one). | 0 65535
+    server.data_dir | "" | Data folder. Empty: data/ beside the configuration.
+    server.trusted_proxies | "127.0.0.1, ::1" | Proxies whose X-Forwarded-* count.
+    server.allow_private_urls | false | Fetch picture URLs from private networks, too.
+    proxy.proxy_enabled | false | Send all traffic to Google through proxy_url.
+    proxy.proxy_url | "" | http://, https://, socks5:// or socks4:// address.
+    generation.image_timeout | 300 | Seconds until a picture job gives up. | 1 86400
+    generation.video_timeout | 1500 | Seconds until a clip job gives up. | 1 86400
+    admin.debug | false | Log each call to Google, too.
+    admin.error_ban_threshold | 3 | Account failures in a row that disable it. | 1 1000
+    cache.enabled | false | Keep finished files here and serve them under /tmp/.
+    cache.timeout | 7200 | Seconds a kept file stays (0: for ever). | 0 31536000
+    cache.base_url | "" | Public address in media links. Empty: what the client used.
+    token_refresh.enabled | true | Check the accounts, and renew access tokens early.
+    token_refresh.interval | 3600 | Seconds between checks of an account. | 60 86400
+    chat.video_content | "both" | A clip in an answer. | both html link
+    chat.answer_side_prompts | true | Answer clients' own prompts at no cost.
+    chat.use_system_prompt | false | Put the system message before the prompt.
+    chat.continue_pictures | true | An edit request takes the chat's last picture along.
+    images.default_model | "nano_banana_pro" | Model where a request names none.
+    images.response_format | "b64_json" | Default form. | b64_json url
+    videos.default_model | "veo_3_1-fast" | Model where a request names none.
+    videos.content | "stream" | How /content answers. | stream redirect
+    limits.queue | 200 | Pictures, and clips, that may wait for a turn. | 1 100000
+    limits.jobs_days | 180 | Days that an ended job is kept (0: for ever). | 0 36500
+    limits.requests | 2000 | Requests at once, open streams included. | 1 100000
+    limits.bodies_mb | 512 | Request bodies in memory at once, MB. | 1 65536
+    limits.body_mb | 64 | Largest request body, MB. | 1 1024
+    limits.image_mb | 20 | Largest input picture, MB. | 1 100
+    limits.inputs_mb | 2048 | Input pictures of open jobs together, MB. | 1 1048576
+    plugin.connection_token | "" | Key of the companion extension. Empty: it is made.
+    plugin.auto_enable_on_update | true | A new session enables its account.
+    demo.image_seconds | 2.0 | Seconds a picture takes with --demo. | 0 600
+    demo.video_seconds | 12.0 | Seconds a clip takes with --demo. | 0 3600
+"""
+SETTINGS = tuple(map(Setting.read, SETTING_TABLE.strip().splitlines()))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
 # Of this program's and other programs' examples: they count as unset.
@@ -219,22 +229,23 @@ class Settings:
     """Layers of values. `settings["server.port"]` is the value in force, read anew."""
 
     # The strongest first.
-    LAYERS = ("command line", "environment", "admin page", "file", "generated")
+    LAYERS = ("command line", "environment", "admin page", "file", "generated", "default")
 
     def __init__(self):
         self.layers = {name: {} for name in self.LAYERS}
+        self.layers["default"] = {setting.name: setting.default for setting in SETTINGS}
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path.cwd()
         self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
-        return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
+        return self.layers[self.source(name)][name]
 
     def source(self, name):
-        """The layer that the value in force comes from, or "default"."""
-        setting_it = (layer for layer in self.LAYERS if name in self.layers[layer])
-        return next(setting_it, "default")
+        """The layer that the value in force comes from; of an unknown name, "default"."""
+        layers = (layer for layer in self.LAYERS if name in self.layers[layer])
+        return next(layers, "default")
 
     def put(self, layer, name, raw, origin):
         """Raises SettingError; an unknown name warns; a placeholder sets nothing."""
@@ -256,23 +267,28 @@ class Settings:
         self.folder = path.parent
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        except ValueError as err:  # of its TOML or its UTF-8
             raise SettingError(f"{path}: {err}") from None
         except IsADirectoryError:
             hint = "Docker makes one where the file to mount is missing"
             raise SettingError(f"{path} is a folder, not a file ({hint})") from None
-        models = document.pop("models", {})
-        for name, key in models.items() if isinstance(models, dict) else [("", models)]:
-            try:
-                key.format(P="", O="", U="", D=0)
-            except (AttributeError, LookupError, ValueError):
-                allowed = "a text, at most with {P} {O} {U} {D}"
-                told = f"{path.name}: [models] {name} can't be {key!r}; allowed: {allowed}"
-                raise SettingError(told) from None
-            self.models[name] = key
         for section, values in document.items():
-            for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
-                self.put("file", f"{section}.{key}", raw, path.name)
+            entries = values.items() if isinstance(values, dict) else [("", values)]
+            for key, raw in entries:
+                if section == "models":
+                    self.put_model(key, raw, path.name)
+                else:
+                    self.put("file", f"{section}.{key}", raw, path.name)
+
+    def put_model(self, name, key, origin):
+        """Raises SettingError."""
+        try:
+            key.format(P="", O="", U="", D=0)
+        except (AttributeError, LookupError, ValueError):
+            allowed = "a text, at most with {P} {O} {U} {D}"
+            message = f"{origin}: [models] {name} can't be {key!r}; allowed: {allowed}"
+            raise SettingError(message) from None
+        self.models[name] = key
 
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
@@ -310,36 +326,39 @@ class Effect(enum.Enum):
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
-ERROR_TABLE = (  # HTTP status, effect, codes
-    (400, Effect.REQUEST, "invalid_request invalid_image unsupported_parameter"),
-    (400, Effect.REQUEST, "tier_required mode_not_available task_not_completed"),
-    (400, Effect.REQUEST, "content_policy_violation"),
-    # What was paid for is a 400, too: no client repeats that by itself, as many do a 5xx.
-    (400, Effect.FINAL, "generation_failed generation_timeout interrupted"),
-    (400, Effect.UNKNOWN, "submit_unknown"),
-    (401, Effect.REQUEST, "invalid_api_key"),
-    (404, Effect.REQUEST, "not_found model_not_found task_not_found content_not_found"),
-    (405, Effect.REQUEST, "method_not_allowed"),
-    (409, Effect.REQUEST, "conflict cancelled idempotency_conflict"),
-    (408, Effect.REQUEST, "request_timeout"),
-    (413, Effect.REQUEST, "request_too_large"),
-    (415, Effect.REQUEST, "unsupported_encoding"),
-    (429, Effect.FINAL, "queue_full too_many_logins"),
-    # Waiting cures these, which all clients know of a 429; of a 503 it does not.
-    (429, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
-    (500, Effect.FINAL, "internal_error"),
-    (501, Effect.REQUEST, "not_implemented"),
-    (502, Effect.RETRY, "upstream_error upstream_unreachable"),
-    (502, Effect.FINAL, "upstream_changed model_unavailable proxy_unavailable"),
-    (502, Effect.SESSION, "upstream_retired"),
-    (503, Effect.RETRY, "upstream_busy"),
-    (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
-    (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
-    (503, Effect.BAN, "account_refused"),
-    (503, Effect.SESSION, "account_session_ended"),
-    (507, Effect.FINAL, "disk_full"),
-)
-ERRORS = {code: row[:2] for row in ERROR_TABLE for code in row[2].split()}
+# HTTP status, effect, codes. What was paid for is a 400, too: no client repeats that by
+# itself, as many do a 5xx. Waiting cures a 429, as all clients know; a 503 it does not.
+ERROR_TABLE = """
+    400 REQUEST  invalid_request invalid_image unsupported_parameter tier_required
+    400 REQUEST  mode_not_available task_not_completed content_policy_violation
+    400 FINAL    generation_failed generation_timeout interrupted
+    400 UNKNOWN  submit_unknown
+    401 REQUEST  invalid_api_key
+    404 REQUEST  not_found model_not_found task_not_found content_not_found
+    405 REQUEST  method_not_allowed
+    408 REQUEST  request_timeout
+    409 REQUEST  conflict cancelled idempotency_conflict
+    413 REQUEST  request_too_large
+    415 REQUEST  unsupported_encoding
+    429 FINAL    queue_full too_many_logins
+    429 ACCOUNT  account_throttled account_busy account_daily_quota
+    500 FINAL    internal_error
+    501 REQUEST  not_implemented
+    502 RETRY    upstream_error upstream_unreachable
+    502 FINAL    upstream_changed model_unavailable proxy_unavailable
+    502 SESSION  upstream_retired
+    503 RETRY    upstream_busy
+    503 FINAL    no_accounts no_credits shutting_down
+    503 ACCOUNT  account_no_credits captcha_required model_not_for_account
+    503 BAN      account_refused
+    503 SESSION  account_session_ended
+    507 FINAL    disk_full
+"""
+ERRORS = {  # code -> HTTP status, effect
+    code: (int(status), Effect[effect])
+    for status, effect, *codes in map(str.split, ERROR_TABLE.strip().splitlines())
+    for code in codes
+}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -561,7 +580,6 @@ class Product:
 
 
 PRODUCTS = tuple(Product.read(PRODUCT_TABLE))
-PICTURE_FAMILIES = {product.family for product in PRODUCTS if product.mode == "image"}
 
 
 @dataclass(frozen=True)
@@ -569,11 +587,11 @@ class ModelId:
     """What a model id stands for."""
 
     family: str
-    may: tuple[str, ...]  # the parameters that it may have
-    ratio: str = "portrait"  # the shape, if no parameter tells it
-    mode: str = "auto"
-    note: str = ""
+    ratio: str  # the shape, if no parameter tells it
+    mode: str
+    may: Iterable[str]  # the parameters that it may have
     text: str = ""
+    note: str = ""
     params: Iterable[str] = ()
 
     def first(self, group):
@@ -583,59 +601,64 @@ class ModelId:
     def choose_ratio(self, size):
         """The shape: a parameter, else the nearest to `size`, else the head's own. Raises
         invalid_request where they contradict each other."""
-        named = self.first(SHAPES)
+        named = self.first(RATIOS)
         default = named or self.ratio
         if not size or size == "auto":
             return default
-        shapes = [shape for shape in SHAPES if shape in self.may]
-        far = {shape: distance(size, shape) for shape in (default, *shapes)}
-        nearest = min(far, key=far.get)  # at a tie the default: a clip is no square
+        shapes = [default, *(param for param in self.may if param in RATIOS)]
+        # At a tie the default: a clip is no square.
+        nearest = min(shapes, key=functools.partial(distance, size))
         if named and WIDER[named] != WIDER[nearest]:
             raise bad(f"size {size} contradicts {named!r} in {self.text}", "size")
         return named or nearest
 
-    def choose_family(self, mode):
-        """The family, variant included, and the mode before pictures are counted."""
-        variant = self.first(VARIANTS)
-        family = f"{self.family}_{variant}" if variant else self.family
-        if family in PICTURE_FAMILIES:
-            return family, "image"
-        return family, mode or ("i2v" if "fl" in self.params else self.mode)
+    def choose_mode(self, mode):
+        """The mode before pictures are counted."""
+        if self.mode == "image":
+            return "image"
+        counted = self.mode == "auto" and "fl" in self.params
+        return mode or ("i2v" if counted else self.mode)
 
 
-SHAPES, SIDES = tuple(RATIOS), ("portrait", "landscape")
-SIZES, LENGTHS = ("1K", "2K", "4K"), {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
+LENGTHS = {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
 VARIANTS = ("relaxed", "fast", "lite")
-VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "720p", "1080p", "4k")
-BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
-ONE_SIZE = (*SHAPES, "1K")
-ALL_SIZES = (*SHAPES, *SIZES)
-OMNI_PARAMS = (*SIDES, "fl", *LENGTHS, "720p")
+# How ids begin: the beginning, its family, the shape and the mode if nothing tells them,
+# and which of PARAMS may follow.
+HEAD_TABLE = """
+    veo_3_1                      veo_3_1             portrait   auto        veo
+    omni_flash                   omni_flash          portrait   auto        omni
+    omni                         omni_flash          landscape  references  omni_pictures
+    nano_banana                  nano_banana_2       portrait   image       one_size
+    nano_banana_2                nano_banana_2       portrait   image       all_sizes
+    nano_banana_2_lite           nano_banana_2_lite  portrait   image       one_size
+    nano_banana_pro              nano_banana_pro     portrait   image       all_sizes
+    imagen_4                     imagen_4            portrait   image       one_size
+    veo-3.1                      veo_3_1             landscape  auto        veo
+    gemini-omni-flash            omni_flash          landscape  auto        omni
+    gemini-2.5-flash-image       nano_banana_2       landscape  image       one_size
+    gemini-3.0-pro-image         nano_banana_pro     landscape  image       all_sizes
+    gemini-3.1-flash-image       nano_banana_2       landscape  image       all_sizes
+    gemini-3.1-flash-lite-image  nano_banana_2_lite  landscape  image       one_size
+    imagen-4.0                   imagen_4            landscape  image       one_size
+    veo_3_1_t2v                  veo_3_1             landscape  text        wire
+    veo_3_1_i2v                  veo_3_1             landscape  i2v         wire
+    veo_3_1_interpolation        veo_3_1             landscape  frames      wire
+    veo_3_1_r2v                  veo_3_1             landscape  references  wire
+    veo_3_1_extend               veo_3_1             landscape  extend      wire
+"""
+PARAMS = {
+    "veo": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k",
+    "wire": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k ultra",
+    "omni": "portrait landscape fl 4s 6s 8s 10s 720p",
+    "omni_pictures": "portrait landscape 4s 6s 8s 10s 720p",
+    "one_size": "landscape portrait square 4-3 3-4 1K",
+    "all_sizes": "landscape portrait square 4-3 3-4 1K 2K 4K",
+}
 HEADS = {
-    "veo_3_1": ModelId("veo_3_1", VEO_PARAMS),
-    "omni_flash": ModelId("omni_flash", OMNI_PARAMS),
-    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS, "720p"), "landscape", "references"),
-    "nano_banana": ModelId("nano_banana_2", ONE_SIZE, note=BANANA),
-    "nano_banana_2": ModelId("nano_banana_2", ALL_SIZES),
-    "nano_banana_2_lite": ModelId("nano_banana_2_lite", ONE_SIZE),
-    "nano_banana_pro": ModelId("nano_banana_pro", ALL_SIZES),
-    "imagen_4": ModelId("imagen_4", ONE_SIZE),
-    "veo-3.1": ModelId("veo_3_1", VEO_PARAMS, "landscape"),
-    "gemini-omni-flash": ModelId("omni_flash", OMNI_PARAMS, "landscape"),
-    "gemini-2.5-flash-image": ModelId("nano_banana_2", ONE_SIZE, "landscape", note=BANANA),
-    "gemini-3.0-pro-image": ModelId("nano_banana_pro", ALL_SIZES, "landscape"),
-    "gemini-3.1-flash-image": ModelId("nano_banana_2", ALL_SIZES, "landscape"),
-    "gemini-3.1-flash-lite-image": ModelId("nano_banana_2_lite", ONE_SIZE, "landscape"),
-    "imagen-4.0": ModelId("imagen_4", ONE_SIZE, "landscape"),
+    head: ModelId(*columns, PARAMS[params].split())
+    for head, *columns, params in map(str.split, HEAD_TABLE.strip().splitlines())
 }
-# Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
-WIRE_MODES = {
-    "t2v": "text",
-    "i2v": "i2v",
-    "interpolation": "frames",
-    "r2v": "references",
-    "extend": "extend",
-}
+WIRE_STYLE = "veo_3_1_"  # Google's own ids: veo_3_1_t2v_fast_portrait
 # A mode -> the fewest and most pictures, and what it is with none, one, two, … of them.
 INPUTS = {
     "auto": (0, 3, tuple(MODE_WORDS)),
@@ -648,7 +671,11 @@ OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
 # Other ids of today's models of the same price: a pattern, what it means, and a note.
 OTHER_NAMES = (
     (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
-    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired it; this is Veo 3.1 Lite."),
+    (
+        "^veo_2_1_fast_d_15_(t2v|i2v)",
+        r"veo_3_1_\1_lite",
+        "Google retired it; this is Veo 3.1 Lite.",
+    ),
     ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
     ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
     # Those of Google's public API, as veo-3.1-fast-generate-preview.
@@ -660,14 +687,22 @@ OTHER_NAMES = (
     (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
     (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
     (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
+    (
+        r"^(nano_banana|gemini-2.5-flash-image)(?=-|\Z)",
+        r"\1",
+        "Google retired the first Nano Banana; this is Nano Banana 2.",
+    ),
+    (r"^veo_3_1_i2v_s(?=_|\Z)", "veo_3_1_i2v", ""),
+    ("-four-three", "-4-3", ""),
+    ("-three-four", "-3-4", ""),
 )
 # Ids of OpenAI's families: what they make, by the default model of that.
 OPENAI_IDS = (
     ("image", "(openai/)?((chat)?gpt-image|dall-e|sora.*image)"),
     ("video", "(openai/)?sora"),
 )
-EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"))
-EXCLUSIVE += (("720p", "1080p", "4k"),)
+EXCLUSIVE = "lite fast, lite relaxed, 720p 1080p 4k, 1K 2K 4K, 4s 6s 8s 10s"
+EXCLUSIVE = [group.split() for group in EXCLUSIVE.split(",")] + [[*RATIOS]]
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
@@ -741,11 +776,10 @@ class Plan:
 
 def read_aspect(size):
     """1280x720 or 16:9 -> width by height. Raises invalid_request."""
-    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*:]\s*(\d{1,6})\s*", str(size))
-    width, height = map(int, match.groups()) if match else (0, 0)
-    if not width or not height:
-        raise bad(f"size must be like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
-    return width / height
+    match = re.fullmatch(r"\s*0*([1-9]\d{0,5})\s*[xX×*:]\s*0*([1-9]\d{0,5})\s*", size)
+    if not match:
+        raise bad(f"size must be like 1280x720 or 16:9, not {size[:40]!r}", "size")
+    return int(match[1]) / int(match[2])
 
 
 def distance(size, ratio):
@@ -762,7 +796,8 @@ def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", over
     model_id = parse_id(model, resolution)
     ratio = model_id.choose_ratio(size)
     upscale = model_id.first(UPSCALES)
-    family, mode = model_id.choose_family(mode)
+    family = "_".join(filter(None, (model_id.family, model_id.first(VARIANTS))))
+    mode = model_id.choose_mode(mode)
     least, most, modes = INPUTS.get(mode, (0, 0, (mode,)))
     mode = modes[min(images, len(modes) - 1)]
     product = find_product(model_id, family, mode, seconds, overrides)
@@ -788,9 +823,10 @@ def foreign_kind(model):
 
 def parse_id(model, resolution=""):
     """resolution: as if the id ended in it. Raises model_not_found, invalid_request."""
-    head, words = split_id(model)
-    words += [resolution] if resolution else []
-    may = {param.lower().replace("-", ":"): param for param in head.may}
+    head, words, note = split_id(model)
+    if resolution:
+        words.append(resolution)
+    may = {param.lower(): param for param in head.may}
     for word in words:
         if word.lower() not in may:
             can = ", ".join(head.may)
@@ -800,73 +836,50 @@ def parse_id(model, resolution=""):
         both = [param for param in group if param in params]
         if len(both) > 1:
             raise bad(f"{model}: {' and '.join(both)} exclude each other", "model")
-    return dataclasses.replace(head, text=model, params=params)
+    return dataclasses.replace(head, text=model, note=note, params=params)
 
 
 def split_id(model):
-    """The head of an id, and the words that follow. Raises model_not_found."""
+    """-> the head of an id, the words that follow, and a note. Raises model_not_found."""
     name, note = model, ""
     for pattern, today, told in OTHER_NAMES:
-        if re.search(pattern, name):
-            name = re.sub(pattern, today, name)
-            note = told or note
+        name, times = re.subn(pattern, today, name)
+        if times and told:
+            note = told
+    if name.startswith(WIRE_STYLE):
+        name = WIRE_STYLE + name.removeprefix(WIRE_STYLE).replace("_", "-")
     for start, head in HEADS.items():
         if f"{name}-".startswith(f"{start}-"):
-            tail = re.sub("-four-three|-4-3", "-4:3", name.removeprefix(start))
-            words = re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
-            return dataclasses.replace(head, note=note or head.note), words
-    return split_wire_id(model, name, note)
-
-
-def split_wire_id(model, name, note):
-    """As split_id, for an id in Google's own style."""
-    words = name.removeprefix("veo_3_1_").split("_")
-    modes = [WIRE_MODES[word] for word in words if word in WIRE_MODES]
-    if not name.startswith("veo_3_1_") or len(modes) != 1:
-        close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
-        hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
-        raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-    head = ModelId("veo_3_1", (*VEO_PARAMS, "ultra"), "landscape", modes[0], note)
-    rest = (*WIRE_MODES, "s", "fl")
-    return head, [word for word in words if word.lower() not in rest]
+            words = re.findall(r"-(4-3|3-4|[^-]*)(?=-|\Z)", name.removeprefix(start))
+            return head, words, note
+    close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
+    hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
+    raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
 
 
 def products_of(family, overrides):
     """The products of a family, and Omni's in the lengths that [models] adds, at the
     price of Omni 1.2: 3 credits a second, and 6 from the eleventh on."""
     own = [product for product in PRODUCTS if product.family == family]
-    lengths = re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))
-    return own + [
-        dataclasses.replace(product, seconds=seconds, credits=[price] * 3)
-        for seconds in map(int, lengths)
-        for price in [max(3 * seconds, 6 * seconds - 30)]
-        for product in own
-        if "{D}" in product.key
-    ]
-
-
-def lengths_of(family, mode, overrides, everywhere=False):
-    """The seconds that a family has in this mode, or in any but editing. everywhere: on
-    accounts of each tier."""
-    own = products_of(family, overrides)
-    own = [product for product in own if (product.mode == "edit") == (mode == "edit")]
-    if everywhere:
-        own = [product for product in own if None not in product.credits]
-    return sorted({product.seconds for product in own})
+    longer = [product for product in own if "{D}" in product.key]
+    for seconds in map(int, re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))):
+        prices = [max(3 * seconds, 6 * seconds - 30)] * 3
+        own += [dataclasses.replace(p, seconds=seconds, credits=prices) for p in longer]
+    return own
 
 
 def find_product(model_id, family, mode, seconds, overrides):
     """What makes it: as long as the id or the request says, else 8 s."""
     model = model_id.text
     length = LENGTHS.get(model_id.first(LENGTHS), seconds or 8)
-    possible = lengths_of(family, mode, overrides)
+    own = products_of(family, overrides)
+    lengths = sorted({product.seconds for product in own})
     if mode == "image":
         length = 0
-    elif length not in possible or seconds not in (0, length):
-        can = ", ".join(map(str, possible))
+    elif length not in lengths or seconds not in (0, length):
+        can = ", ".join(map(str, lengths))
         wish = seconds or length
         raise bad(f"{model} can't be {wish} s long; {family} can: {can}", "seconds")
-    own = products_of(family, overrides)
     for product in own:
         if (product.mode, product.seconds) == (mode, length):
             return product
@@ -3601,9 +3614,8 @@ EDIT_WORDS = re.compile(
 PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
-PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data"
-PICTURE_KEYS += " inlineData base64 bytesBase64Encoded video_url audio_url"
-# What clients call the same; the pictures of `first` come before the others.
+# What clients call the same; the pictures of `first` come before the others; `inside` are
+# the keys of an object that is a picture.
 FIELD_TABLE = """
     first    first_frame first_frame_image start_frame start_image init_image image_start
     picture  input_reference image photo picture img reference input_image reference_image
@@ -3616,10 +3628,12 @@ FIELD_TABLE = """
     options  extra_body google image_config video_config generation_config config
     options  parameters input options
     text     prompt messages tools functions response_format
+    inside   image_url url data b64_json file_data source image file inline_data
+    inside   inlineData base64 bytesBase64Encoded video_url audio_url
 """
 FIELDS = defaultdict(list)
-for row in FIELD_TABLE.strip().splitlines():
-    FIELDS[row.split()[0]] += row.split()[1:]
+for meaning, *names in map(str.split, FIELD_TABLE.strip().splitlines()):
+    FIELDS[meaning] += names
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
 PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
@@ -3636,6 +3650,10 @@ CARRIED_FILE = re.compile(
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
+MADE_AT = {
+    "video": "clips: POST /v1/videos",
+    "image": "pictures: POST /v1/images/generations, or /edits",
+}
 MAX_PARTS = 1000  # fields of a form
 MAX_PROMPT = 20_000
 BODY_STALL = 30.0  # seconds without a byte that end a request
@@ -3681,13 +3699,13 @@ class Bodies:
 BODIES = AppKey("bodies", Bodies)
 
 
-async def read_json(request, most=0):
+async def read_json(request, most=0, parse=parse_json):
     """The JSON object in a request. Raises invalid_request, and as Bodies.read."""
     async with request.app[BODIES].read(request, most or request.client_max_size) as raw:
         try:
-            body = await asyncio.to_thread(parse_json, raw)
+            body = await asyncio.to_thread(parse, raw)
         except ValueError as err:
-            raise bad(f"The body is not JSON: {str(err)[:120]}") from None
+            raise bad(f"The body can't be read: {str(err)[:120]}") from None
     if not isinstance(body, dict):
         raise bad("The body must be a JSON object")
     return body
@@ -3699,26 +3717,21 @@ async def read_body(request):
     kind = request.content_type
     if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
         return await read_json(request)
-    async with request.app[BODIES].read(request, request.client_max_size) as raw:
-        if kind.startswith("application/") and raw.startswith(b"{"):  # curl -d, no header
-            parse = parse_json
-        else:
-            parse = functools.partial(parse_form, request.headers["Content-Type"])
-        try:
-            return await asyncio.to_thread(parse, raw)
-        except ValueError as err:
-            raise bad(f"The form can't be read: {str(err)[:120]}") from None
+    parse = functools.partial(parse_form, request.headers["Content-Type"])
+    return await read_json(request, parse=parse)
 
 
 def parse_form(content_type, raw):
     """Raises ValueError; unsupported_encoding."""
     fields = defaultdict(list)
-    if content_type.startswith("application/"):
-        if len(raw) > MAX_TEXT:
-            raise ValueError("send large files as multipart/form-data")
-        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS)
-    else:
+    if content_type.lower().startswith("multipart/"):
         pairs = parse_multipart(content_type, raw)
+    elif raw.startswith(b"{"):  # curl -d, no header
+        return parse_json(raw)
+    elif len(raw) > MAX_TEXT:
+        raise ValueError("send large files as multipart/form-data")
+    else:
+        pairs = parse_qsl(raw.decode(), max_num_fields=MAX_PARTS)
     for name, value in pairs:
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
         if value:
@@ -3748,10 +3761,9 @@ def read_part(headers, data):
         raise ValueError("a part has no name")
     codings = headers.get_all("Content-Encoding", [])
     codings += headers.get_all("Content-Transfer-Encoding", [])
-    if {coding.lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
-        message = f"{name} is encoded: send it as it is"
-        raise bad(message, name, "unsupported_encoding")
-    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+    if {*map(str.lower, codings)} - {"identity", "7bit", "8bit", "binary"}:
+        raise bad(f"{name} is encoded: send it plain", name, "unsupported_encoding")
+    kind = headers.get_content_maintype()
     if headers.get_filename() is not None or kind in ("image", "video", "audio"):
         return name, data
     with contextlib.suppress(ValueError):
@@ -3769,24 +3781,19 @@ def join_values(values):
     return values if len(values) > 1 else values[0]
 
 
-def read_links(values, param):
-    """The pictures in these values, in order: each a URL, data URL, base64 or bytes,
+def read_links(value, param):
+    """Yields the pictures in a value, in order: each a URL, data URL, base64 or bytes,
     alone, in a list, or in an object like {url} or {image_url: {url}}."""
-    links = []
-    waiting = [*reversed(values)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, dict):
-            names = {*PICTURE_KEYS.split(), str(value.get("type"))}.difference(TEXT_PARTS)
-            inside = [item for key, item in value.items() if key in names]
-            if not inside:
-                raise bad("A picture is a file, URL or base64", param, "invalid_image")
-            waiting.extend(reversed(inside))
-        elif value not in (None, "", b""):
-            links.append(value)
-    return links
+    if isinstance(value, dict):
+        names = {*FIELDS["inside"], str(value.get("type"))}.difference(TEXT_PARTS)
+        value = [item for key, item in value.items() if key in names]
+        if not value:
+            raise bad("A picture is a file, URL or base64", param, "invalid_image")
+    if isinstance(value, list):
+        for item in value:
+            yield from read_links(item, param)
+    elif value not in (None, "", b""):
+        yield value
 
 
 def plain(value):
@@ -3814,9 +3821,13 @@ def read_flag(body, name, default):
     return bool(one_of(body, name, (True, False, 1, 0), default))
 
 
+def unsupported(name, message):
+    return bad(f"{name}: {message}", name, "unsupported_parameter")
+
+
 def refuse(body, names):
     for name in filter(body.get, names):
-        raise bad(f"{name} is Sora's, not Flow's", name, "unsupported_parameter")
+        raise unsupported(name, "it is Sora's, not Flow's")
 
 
 def field_name(name):
@@ -3832,24 +3843,28 @@ def read_fields(body):
     unsupported_parameter where one that is not read holds a file: nothing is left out in
     silence."""
     fields = defaultdict(list)
-    waiting = [(*item, True) for item in body.items() if item[0] not in FIELDS["text"]]
-    while waiting:
-        name, value, counts = waiting.pop()
-        field = field_name(name)
-        if counts and value not in (None, ""):
-            fields[field].append(value)
-        if counts and field in PICTURES:
-            continue
-        text = f"{field} {value[:4000]}" if isinstance(value, str) else ""
-        if isinstance(value, dict):
-            inside = counts and field in FIELDS["options"]
-            waiting.extend((*item, inside) for item in value.items())
-        elif isinstance(value, list):
-            waiting.extend((name, item, False) for item in value)
-        elif isinstance(value, bytes) or CARRIED_FILE.match(text):
-            message = f"{field}: this file can't be used; send pictures in image"
-            raise bad(message, field, "unsupported_parameter")
+    for name, value in body.items():
+        if name not in FIELDS["text"]:
+            read_field(name, value, fields)
     return fields
+
+
+def read_field(name, value, fields, counts=True):
+    """Puts a value that counts into `fields`, and looks into it for files."""
+    name = field_name(name)
+    if counts and value not in (None, ""):
+        fields[name].append(value)
+    if counts and name in PICTURES:
+        return
+    text = f"{name} {value[:4000]}" if isinstance(value, str) else ""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            read_field(key, item, fields, counts and name in FIELDS["options"])
+    elif isinstance(value, list):
+        for item in value:
+            read_field(name, item, fields, False)
+    elif isinstance(value, bytes) or CARRIED_FILE.match(text):
+        raise unsupported(name, "this file can't be used; send pictures in image")
 
 
 def read_whole(fields, names, most):
@@ -3859,34 +3874,26 @@ def read_whole(fields, names, most):
     if len(said) > 1:
         told = " and ".join(name for name in names if fields[name])
         raise bad(f"{told} contradict each other", names[0])
-    return next(iter(said), 0)
+    return max(said, default=0)
 
 
 def read_shape(fields):
     """-> the size, such as "1280x720" or "16:9", and the resolution, such as "2k"."""
-    texts = [text for name in FIELDS["shape"] for text in fields[name]]
-    if not all(isinstance(text, str) for text in texts):
-        raise bad("size must be a text like 1280x720 or 16:9", "size")
-    texts = [SIDE_SIZES.get(text, text) for text in map(str.lower, texts)]
-    levels = [text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)]
-    sizes = [text for text in texts if text not in (*levels, "auto")]
+    texts = [plain(value) for name in FIELDS["shape"] for value in fields[name]]
+    texts = [SIDE_SIZES.get(text, text) for text in texts]
+    levels = {text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)}
+    sizes = [text for text in texts if text not in {*levels, "auto"}]
     wide = {aspect > 1 for aspect in map(read_aspect, sizes) if aspect != 1}
-    if len(wide) > 1 or len({*levels}) > 1:
+    if len(wide) > 1 or len(levels) > 1:
         raise bad(f"{' and '.join(texts)} contradict each other", "size")
     return next(iter(sizes), ""), next(iter(levels), "")
 
 
-def read_prompt(body):
-    prompt = body.get("prompt")
+def check_prompt(prompt, param="prompt"):
     if not isinstance(prompt, str) or not prompt.strip():
-        raise bad("prompt is missing: say in it what to make", "prompt")
-    return check_prompt(prompt, "prompt")
-
-
-def check_prompt(prompt, param):
+        raise bad("There is no prompt: say what to make", param)
     if len(prompt) > MAX_PROMPT:
-        message = f"A prompt may have {MAX_PROMPT:,} characters; this has {len(prompt):,}"
-        raise bad(message, param)
+        raise bad(f"A prompt may have {MAX_PROMPT:,} characters at most", param)
     return prompt
 
 
@@ -3900,10 +3907,7 @@ def read_model(body):
 
 def expect_kind(model, kind, expected):
     if expected not in ("", kind):
-        does = "makes clips: POST /v1/videos"
-        if kind == "image":
-            does = "makes pictures: POST /v1/images/generations, or /edits"
-        raise bad(f"{model} {does}", "model")
+        raise bad(f"{model} makes {MADE_AT[kind]}", "model")
 
 
 def read_metadata(body):
@@ -3971,17 +3975,18 @@ class Wish:
             raise bad(f"What is made from a clip has its shape, {shape}", "size")
         if mode == "edit":
             return dataclasses.replace(plan, seconds=source.plan.seconds)
-        if self.ours or not self.seconds or plan.kind == "image":
+        if self.ours or not self.seconds:
             return plan
         return plan_of(seconds=self.nearest_length(plan, settings.models))
 
     def nearest_length(self, plan, overrides):
         """For a client of Sora, which names Sora's models or none, and knows only Sora's
         lengths: the nearest that accounts of each tier make."""
-        possible = lengths_of(plan.family, "", overrides, everywhere=True)
-        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in possible:
+        own = products_of(plan.family, overrides)
+        lengths = {product.seconds for product in own if None not in product.credits}
+        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in lengths:
             return plan.seconds
-        return min(possible, key=lambda length: abs(length - self.seconds))
+        return min(sorted(lengths), key=lambda length: abs(length - self.seconds))
 
     def notes(self, plan):
         """What the client should know of its plan."""
@@ -4001,7 +4006,7 @@ class Wish:
             raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
         if re.search(";base64,[A-Za-z0-9+/]{60}", prompt):
             raise bad("The prompt holds a file as text: send pictures in image", "prompt")
-        if plan.mode == "text" and most == 0 and links:
+        if plan.mode == "text" and links:
             notes.append(f"{plan.model} takes no pictures; they were left out.")
             links = []
         elif not least <= len(links) <= most:
@@ -4019,12 +4024,10 @@ async def read_wish(body, settings, kind=""):
 async def read_picture(body, media, edit):
     """POST /v1/images/generations and /v1/images/edits."""
     if body.get("mask"):
-        message = "Flow knows no masks: say what to change"
-        raise bad(message, "mask", "unsupported_parameter")
+        raise unsupported("mask", "Flow knows no masks: say what to change")
     if plain(body.get("output_format")) in ("svg", "gif"):
-        message = "Flow makes PNG or JPEG pictures, no SVG or GIF"
-        raise bad(message, "output_format", "unsupported_parameter")
-    prompt = read_prompt(body)
+        raise unsupported("output_format", "Flow makes PNG or JPEG pictures")
+    prompt = check_prompt(body.get("prompt"))
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
@@ -4032,33 +4035,25 @@ async def read_picture(body, media, edit):
     return await wish.generation(media, plan, prompt)
 
 
-async def read_clip(body, media):
-    """POST /v1/videos."""
-    refuse(body, SORA_ONLY)
-    prompt, metadata = read_prompt(body), read_metadata(body)
+async def read_clip(body, media, mode="", source=None):
+    """POST /v1/videos; or a new clip from the source. Mode "edit" (POST /v1/videos/edits
+    and /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it
+    goes on where that ends."""
+    refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
+    handle = source_handle(source) if source else {}
+    prompt = check_prompt(body.get("prompt"))
+    metadata = read_metadata(body)
     wish = await read_wish(body, media.settings, "video")
-    plan = wish.plan(media.settings)
-    return await wish.generation(media, plan, prompt, metadata=metadata)
-
-
-async def read_derived(mode, body, media, source):
-    """A new clip from the source. Mode "edit" (POST /v1/videos/edits and
-    /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it goes
-    on where that ends."""
-    refuse(body, SORA_ONLY[2:])
-    more = {"source": source_handle(source), "metadata": read_metadata(body)}
-    prompt = read_prompt(body)
-    wish = await read_wish(body, media.settings, "video")
-    model = source.plan.family.replace("3_1_", "3_1-")
-    if wish.ours:
-        model = wish.model
-        expect_kind(model, resolve(model).kind, "video")
+    model = wish.model
+    if source and not wish.ours:
+        model = source.plan.family.replace("3_1_", "3_1-")
     if mode == "edit":  # whatever model of clips is named
+        expect_kind(model, resolve(model).kind, "video")
         model = EDITOR
     plan = wish.plan(media.settings, model, mode, source)
     if wish.ours and wish.seconds not in (0, plan.seconds):
         raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
-    return await wish.generation(media, plan, prompt, **more)
+    return await wish.generation(media, plan, prompt, source=handle, metadata=metadata)
 
 
 def source_handle(source):
@@ -4100,12 +4095,12 @@ class ChatRequest:
 
 def read_chat(body):
     """Raises invalid_request."""
-    model = body.get("model")
-    messages = body.get("messages")
     refuse(body, SORA_ONLY)
-    if not isinstance(model, str) or not 0 < len(model) <= 200:
-        raise bad("model is missing, or not one; GET /v1/models lists them", "model")
-    if not isinstance(messages, list) or not messages:
+    model = read_model(body)
+    if not model:
+        raise bad("model is missing; GET /v1/models lists what there is", "model")
+    messages = dig(body, "messages", kind=list)
+    if not messages:
         raise bad("messages must be a list of at least one message", "messages")
     turns = [read_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
     last = last_turn(turns)
@@ -4137,20 +4132,21 @@ def last_turn(turns):
 
 
 def read_turn(message, where):
-    role = dig(message, "role")
-    content = dig(message, "content", default=None)
-    if not isinstance(role, str) or not role:
+    role = dig(message, "role", kind=str)
+    if not role:
         raise bad(f"{where} must be an object with a role", "messages")
-    links = [item for name, item in message.items() if item and field_name(name) in PICTURES]
-    if isinstance(content, str) or (content is None and role != "user"):
-        return Turn(role, content or "", links)
+    content = dig(message, "content", default=None if role == "user" else [])
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
+    fields = message.items()
+    links = [value for name, value in fields if value and field_name(name) in PICTURES]
     texts = []
     for part in content:
-        kind = dig(part, "type")
+        kind = dig(part, "type", kind=str)
         text = dig(part, "text")
-        if not kind or not isinstance(kind, str) or not isinstance(text, str):
+        if not kind or not isinstance(text, str):
             raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
         if kind not in TEXT_PARTS:
             links.append(part)
@@ -4162,11 +4158,9 @@ async def read_chat_generation(chat, media, own_picture=None):
     """What the user's last turn asks for; other turns are no part of the prompt.
     own_picture: finds pictures that were made here, as Api.own_picture."""
     settings = media.settings
-    prompt = chat.last.text
-    if not prompt.strip():
-        raise bad("The user's last message holds no text: there is no prompt", "messages")
+    prompt = check_prompt(chat.last.text, "messages")
     wish = await read_wish(chat.body, settings)
-    links = read_links(chat.last.links, "messages")
+    links = [*read_links(chat.last.links, "messages")]
     if len(links) < len(chat.last.links):
         raise bad("A part of the last message is empty", "messages", "invalid_image")
     wish = dataclasses.replace(wish, links=links + wish.links)
@@ -4176,8 +4170,7 @@ async def read_chat_generation(chat, media, own_picture=None):
         links, told = await continued_picture(chat, media, own_picture)
         wish = dataclasses.replace(wish, links=links)
     if settings["chat.use_system_prompt"] and chat.system:
-        prompt = f"{chat.system}\n\n{prompt}"
-    check_prompt(prompt, "messages")
+        prompt = check_prompt(f"{chat.system}\n\n{prompt}", "messages")
     return await wish.generation(media, plan, prompt, "messages", told)
 
 
@@ -4187,12 +4180,14 @@ async def continued_picture(chat, media, own_picture):
     answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
     pictures = ([*PICTURE_LINK.findall(turn.text), *turn.links] for turn in answers)
     last = next(filter(None, pictures), [])
-    if not last or not EDIT_WORDS.search(chat.last.text[:8000]):
+    if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
     try:
-        link = read_links(last[-1:], "messages")[-1]
-        data = own_picture and await own_picture(link)
-        data = data or await media.input_image(link, "messages")
+        links = [*read_links(last[-1:], "messages")]
+        if not links:
+            return [], []
+        data = own_picture and await own_picture(links[-1])
+        data = data or await media.input_image(links[-1], "messages")
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
         return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
@@ -4200,8 +4195,7 @@ async def continued_picture(chat, media, own_picture):
 
 def side_answer(chat):
     """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
-    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
-    """
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else empty texts."""
     client, answer = own_prompt(chat)
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
@@ -4222,8 +4216,7 @@ def own_prompt(chat):
     tools = system if chat.body.get("tools") else ""
     texts = {"user": user, "system": system, "either": user + system, "tools": tools}
     for client, where, answer, parts in SIDE_RULES:
-        text = texts[where]
-        if all(part in text for part in parts):
+        if all(part in texts[where] for part in parts):
             return client, answer
     return "", ""
 
@@ -4240,7 +4233,7 @@ SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
 
 
 def one_line(text):
-    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put them."""
     ends = f"{text[:8000]} {text[8000:][-8000:]}"
     return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
 
@@ -4863,7 +4856,7 @@ class VideosApi(Api):
             raise bad('video must be {"id": …} of a clip made here; no files', "video")
         source = await self.find_job(job_id)
         self.expect_done(source)
-        read = functools.partial(read_derived, mode, body, self.media, source)
+        read = functools.partial(read_clip, body, self.media, mode, source)
         return await self._make(request, body, read)
 
     async def _make(self, request, body, read):

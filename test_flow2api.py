@@ -2800,6 +2800,7 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
         ),
         {"images": [PNG]},
     ),
+    (turns("a", ("assistant", text_and_link("b", "")), ("user", "fix it")), {"images": []}),
     (
         turns("a", "![x](http://127.0.0.1:9/x.png)", "fix it"),
         {"images": [], "told": "can't be had"},
@@ -4399,7 +4400,7 @@ async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
 # ---- Whatever comes, in masses ----
 
 RANDOM = int(os.environ.get("FLOW2API_RANDOM", 300))  # 20000: the long form
-DESIGNED = {status for status, *_ in flow2api.ERROR_TABLE} - {500}
+DESIGNED = {status for status, _ in flow2api.ERRORS.values()} - {500}
 FIELDS = """model messages prompt stream n size seconds image images input_reference video metadata
  response_format async_mode remix_target_id orientation aspect_ratio image_size username password
  session_token st tokens remark is_active proxy_url image_concurrency enabled timeout base_url
@@ -4562,6 +4563,7 @@ def uploads(link):
         ([BLUE, RED, RED, BLUE, RED], {"image": [BLUE_URL, *objects, RED_BASE64]}),
         ([RED, BLUE], {"images": [{"image_url": link}, {"image_url": BLUE_URL}]}),
         ([BLUE, RED], {"input_image": RED_URL, "references": [BLUE_URL]}),
+        ([RED, BLUE], {"image": link, "images": [BLUE_URL]}),
     )
 
 
@@ -6706,7 +6708,8 @@ def test_the_readme_is_short_and_the_api_document_has_all_errors_and_models():
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| \S", table, re.MULTILINE)
     errors = {code: str(status) for code, (status, _) in flow2api.ERRORS.items()}
     assert sorted(rows) == sorted(errors.items())
-    assert all(f"| `{head}`" in API for head in ("omni_flash", *flow2api.PICTURE_FAMILIES))
+    heads = {"omni_flash", *(p.family for p in flow2api.PRODUCTS if p.mode == "image")}
+    assert all(f"| `{head}`" in API for head in heads)
 
 
 def test_the_chinese_readme_holds_the_same():
