@@ -396,6 +396,15 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
+def endless(monkeypatch):
+    """The process does not end itself."""
+    signals = []
+    monkeypatch.setattr("signal.raise_signal", signals.append)
+    yield
+    assert not signals
+
+
+@pytest.fixture
 def looks(monkeypatch):
     """Lost submits are looked for at once."""
     monkeypatch.setattr(flow2api.Jobs, "FIRST_LOOK", 0.01)
@@ -634,6 +643,8 @@ async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
     w.token.paused_until = flow2api.now() + 30
     clients = [asyncio.create_task(w.chat()) for _ in range(8)]
     await until(lambda: sum(client.done() for client in clients) == 6)
+    picture = asyncio.create_task(w.chat("nano_banana_pro"))  # these have a queue of their own
+    await until(lambda: len(w.pool.queue) == 3)
     reply = await w.chat()
     expect_error(w, reply, "queue_full")
     assert int(reply.headers["Retry-After"]) > 0
@@ -643,7 +654,7 @@ async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
     replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.status)
     expect_error(w, replies[1], "cancelled")
     assert [reply.status for reply in replies] == [200, 409] + [429] * 6
-    assert job.state == "cancelled" and len(w.paid()) == 1
+    assert (await picture).content and job.state == "cancelled" and len(w.paid()) == 2
 
 
 # ---- A request that is repeated makes one job ----
@@ -999,8 +1010,6 @@ async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world
     with contextlib.closing(sqlite3.connect(w.store.path)) as database:
         database.execute("DROP TRIGGER \"NEW.state = 'failed'\"")
     await until(lambda: not w.token.busy.total() and not w.pool.leases)
-    refuse_rows(w, "jobs", "NEW.state = 'queued'")
-    expect_error(w, await w.chat(), "disk_full")
     refuse_rows(w, "tokens", "TRUE")
     w.token.checked_at = 0
     await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
@@ -1008,7 +1017,7 @@ async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world
 
 
 async def test_more_or_larger_requests_than_are_set_are_refused_and_harm_nobody(world):
-    """A body that is too large or too deep is not called busy, which clients would repeat."""
+    """A body that is too large is not called busy, which clients would repeat."""
     w = await world(**{"limits.requests": 3, "limits.bodies_mb": 1})
     w.fault = hold(PAID)
     streams = [asyncio.create_task(w.stream()) for _ in range(3)]
@@ -1036,11 +1045,6 @@ async def test_more_or_larger_requests_than_are_set_are_refused_and_harm_nobody(
         assert status in await reader.readline()
         assert (await w.chat("nano_banana_pro")).content
         writer.close()
-    nests = ("[", "]"), ('{"a":', "}")
-    for depth, (opening, end) in itertools.product((300, 600, 700, 900, 5000), nests):
-        data = f'{{"prompt": "a boat", "x": {opening * depth}1{end * depth}}}'
-        reply = await w.post(IMAGES, data=data.encode())
-        assert reply.status == 400 or (reply.status == 200 and depth < 5000), reply
 
 
 # ---- Accounts, sessions and settings stay what they are ----
@@ -1070,8 +1074,8 @@ async def test_a_deleted_account_never_comes_back_and_nobody_gets_its_jobs(world
     assert (await owner("GET", f"/api/jobs/{job.id}")).json["job"]["account"] == ""
 
 
-async def test_a_session_counts_for_our_own_page_alone_and_over_restarts(world, clock):
-    """Its cookie also behind Basic auth; while it is in use it lasts longer than seven days."""
+async def test_a_session_counts_for_our_own_page_alone(world):
+    """Its cookie also behind Basic auth."""
     w = await world()
     session = await w.admin()
     expect_error(w, await w.get("/v1/models", key=session), "invalid_api_key")
@@ -1093,9 +1097,6 @@ async def test_a_session_counts_for_our_own_page_alone_and_over_restarts(world, 
         reply = await w.call(*call.split(), headers=headers, data="{}")
         assert reply.status == status
         assert w.token.is_active is (call != disable or status == 401)
-    for clock.ahead in (5 * 86400, 10 * 86400, 15 * 86400):
-        assert (await w.get("/api/stats", key=session)).status == 200
-        await w.restart()
 
 
 async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, impatient):
@@ -1905,18 +1906,6 @@ async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(wo
     assert [token.video_count for token in tokens] == [2, 2, 4]
 
 
-async def test_pictures_and_clips_wait_in_queues_of_their_own(world):
-    w = await world(**{"limits.queue": 1})
-    w.token.paused_until = flow2api.now() + 30
-    models = ("veo_3_1-fast", "nano_banana_pro")
-    waiting = [asyncio.create_task(w.chat(model)) for model in models]
-    await until(lambda: len(w.pool.queue) == 2)
-    for model in models:
-        expect_error(w, await w.chat(model), "queue_full")
-    await w.pool.update(w.token, paused_until=0)
-    assert all(reply.content for reply in await asyncio.gather(*waiting))
-
-
 async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, monkeypatch):
     """It waits for those of its own account; another account takes it at once."""
     start = time.time()  # with a clock that runs twenty times as fast
@@ -2697,27 +2686,6 @@ async def test_a_database_of_the_first_version_is_taken_over(tmp_path, monkeypat
             assert [store.job_of_key(key, 0) for key in keys].count(("r", "j")) == left
 
 
-async def test_a_database_that_can_not_be_used_is_left_as_it_was(tmp_path, monkeypatch):
-    """One whose migration fails, one of a newer version, those that are corrupt."""
-    path = tmp_path / "flow2api.db"
-    with opened(tmp_path) as store:
-        await store.put(*(flow2api.Token(i, f"{i}", st="x" * 500) for i in range(100)))
-    whole = path.read_bytes()
-    scripts = (*flow2api.MIGRATIONS, "CREATE TABLE later (x); NOT SQL;")
-    newer = whole[:60] + (99).to_bytes(4) + whole[64:]  # user_version
-    corrupt = [whole[:sound].ljust(len(whole), b"\xff") for sound in (0, 4096)]
-    for data in (whole, newer, *corrupt):
-        path.write_bytes(data)
-        told = {whole: "NOT", newer: "newer Flow2API"}.get(data, re.escape(str(path)))
-        with monkeypatch.context() as broken, pytest.raises(flow2api.StoreError, match=told):
-            broken.setattr(flow2api, "MIGRATIONS", scripts if data is whole else scripts[:-1])
-            opened(tmp_path)
-        assert path.read_bytes() == data
-    path.write_bytes(whole)
-    with opened(tmp_path) as store:  # it was let go
-        assert len(store.tokens()) == 100
-
-
 async def test_a_backup_is_whole_and_for_its_owner_only(world, run, tmp_path):
     w = await world()
     job_id = (await w.chat()).job_id
@@ -2775,6 +2743,8 @@ PICTURE_PARTS = (  # a picture in a chat, as it comes from elsewhere
     {"type": "video_url", "video_url": {"url": DATA}},
 )
 UNUSED = "temperature max_tokens tools stop seed user metadata stream_options modalities"
+WIDE_PICTURE = {"ratio": "landscape", "kind": "image"}
+BOAT_AND_PICTURE = {"prompt": "a boat", "images": [PNG]}
 CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is read
     ({}, {"prompt": "a boat", "n": 1, "images": []}),
     (turns(text_and_link("two", DATA) * 2), {"prompt": "two\ntwo", "images": [PNG, PNG]}),
@@ -2791,37 +2761,22 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
     (turns(*HISTORY, "b", f"![x]({data_url(JPEG)})", "add it"), {"images": [JPEG]}),
     (turns(*HISTORY, "a paper boat at sea"), {"images": [], "notes": []}),
     (turns("a", "![](" * 99 + HISTORY[1] + "![" * 99, "crop it"), {"images": [PNG]}),
-    (
-        turns(
-            "a",
-            ("assistant", [{"type": "image_url", "image_url": {"url": DATA}}]),
-            ("user", "fix it"),
-        ),
-        {"images": [PNG]},
-    ),
-    (
-        turns("a", "![x](http://127.0.0.1:9/x.png)", "fix it"),
-        {"images": [], "told": "can't be had"},
-    ),
+    (turns("a", ("assistant", text_and_link("", DATA)), ("user", "fix it")), {"images": [PNG]}),
+    (turns("a", "![](http://127.1:9/x.png)", "fix it"), {"images": [], "told": "can't be had"}),
     *(
-        (turns([{"type": "text", "text": "a boat"}, part]), {"images": [PNG], "prompt": "a boat"})
+        (turns([{"type": "text", "text": "a boat"}, part]), BOAT_AND_PICTURE)
         for part in PICTURE_PARTS
     ),
     (turns(("user", [PICTURE_PARTS[0]]), ("user", "a boat")), {"images": [PNG]}),
-    (
-        turns(("user", "a boat"), ("user", [PICTURE_PARTS[0]])),
-        {"prompt": "a boat", "images": [PNG]},
-    ),
+    (turns(("user", "a boat"), ("user", [PICTURE_PARTS[0]])), BOAT_AND_PICTURE),
     (turns("a car", "x", ("user", "a boat")) | {"first_frame": DATA}, {"images": [PNG]}),
     ({"messages": [{"role": "user", "content": "a boat", "images": [BASE64]}]}, {"images": [PNG]}),
     (
         {"image_config": {"aspect_ratio": "16:9", "image_size": "2K"}},
-        {"ratio": "landscape", "upscale": "2K"},
+        WIDE_PICTURE | {"upscale": "2K"},
     ),
-    *(
-        ({"model": model}, {"ratio": "landscape", "kind": "image"})
-        for model in ("sora-image-landscape", "gemini-3-pro-image-preview")
-    ),
+    ({"model": "sora-image-landscape"}, WIDE_PICTURE),
+    ({"model": "gemini-3-pro-image-preview"}, WIDE_PICTURE),
     ({"model": "sora-2-landscape-15s"}, {"ratio": "landscape", "seconds": 8, "told": "not 15"}),
     ({"model": OMNI, "duration": 4}, {"seconds": 4}),
     (turns(*HISTORY, text_and_link("make it dark", data_url(JPEG))), {"images": [JPEG]}),
@@ -2922,6 +2877,7 @@ SIDE_PROMPTS = (
     ("LibreChat", turns(CONCISE), "a paper boat"),
     ("LibreChat", turns(LANGUAGE) | schema(**SCHEMA), LEAST),
     ("Open WebUI", turns(TASK.format("Generate a concise, 3-5 word title")), {"title": "a boat"}),
+    ("Open WebUI", turns(TASK.format("Give it a title \ud83d")), {"title": "a boat"}),
     ("Open WebUI", turns(TASK.format("Generate 1-3 broad tags categorizing")), {"tags": []}),
     ("Open WebUI", turns(TASK.format("3-5 relevant follow-up questions")), {"follow_ups": []}),
     ("Open WebUI", turns(TASK.format("generating search queries")), {"queries": []}),
@@ -2964,9 +2920,11 @@ async def test_a_clients_own_prompt_is_answered_without_generating(world, caplog
     w.live.put("file", "chat.answer_side_prompts", False, "test")
     for on in (False, True):
         w.live.put("file", "chat.use_system_prompt", on, "test")
-        assert (await w.chat(BANANA, **turns(("system", "In oil."), TASK))).content
+        asked = turns(("system", "In oil."), f"{TASK} \ud83d")  # half an emoji
+        for reply in (await w.chat(BANANA, **asked), await w.stream(BANANA, **asked)):
+            assert links_in(reply.content)
     prompts = [made.prompt for made in w.flow.media.values()]
-    assert prompts == [TASK, f"In oil.\n\n{TASK}"]
+    assert prompts == [f"{TASK} ?"] * 2 + [f"In oil.\n\n{TASK} ?"] * 2
 
 
 def side_client(*contents, **fields):
@@ -3105,14 +3063,6 @@ def test_a_clients_own_prompts_are_told_from_real_ones():
     assert not side_client(("system", "You film what you are told. " * 9), text_and_link("a", DATA))
 
 
-async def test_a_prompt_that_only_has_a_clients_words_in_it_is_made(world):
-    w = await world(video_seconds=0.02)
-    prompts = [REAL_PROMPTS.splitlines()[1], "hi, a cat waves at the camera"]
-    for prompt in prompts:
-        assert (await w.chat(text=prompt, max_tokens=4096)).job_id
-    assert [made.prompt for made in w.flow.media.values()] == prompts
-
-
 def test_a_long_prompt_and_a_deep_schema_are_looked_at_with_a_bound():
     deep, wide = TEXT, {f"title{i}": TEXT for i in range(5000)}
     for _ in range(200):
@@ -3240,11 +3190,9 @@ async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside
 
 async def send_raw(w, method, path, header="X-Nothing: x"):
     """A request exactly as it is written here -> Reply."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", w.url.split(":")[2])
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0"
-    writer.write(f"{head}\r\n{header}\r\n\r\n".encode("utf-8", "surrogateescape"))
-    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-    writer.close()
+    lines = f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 0"
+    data = "\r\n".join((*lines, header, "", "")).encode("utf-8", "surrogateescape")
+    head, _, body = (await exactly(w.url, data)).partition(b"\r\n\r\n")
     return Reply(int(head.split()[1]), {}, body)
 
 
@@ -3336,12 +3284,7 @@ ODD_NAMES = """model messages stream n size image modalities stream_options aspe
 
 
 async def test_whatever_the_shape_of_a_body_the_answer_is_never_a_500(world):
-    """Clients that cut a text in the middle of an emoji send half a surrogate pair."""
     w, dice = await world(image_seconds=0), random.Random(2)
-    texts = ("half an emoji \ud83d", TASK.format("title \ud83d"))
-    for text, stream in itertools.product(texts, (False, True)):
-        reply = await w.chat(BANANA, text, stream=stream)
-        assert reply.status == 200 and b'"error"' not in reply.body
     for path in [CHAT, CHAT, IMAGES, EDITS] * 150:
         content = text_and_link("boat", {"url": DATA})
         body = {"prompt": "boat", "model": BANANA, "image": DATA} | turns(("system", "s"), content)
@@ -3358,10 +3301,8 @@ TRAVERSALS = """../flow2api.db ..%2fflow2api.db %2e%2e/flow2api.db %2e%2e%2fflow
  ..%2finputs%2fsecret {part}.png%0a %F0%9F {part}.png; ~ {part}.png/"""
 
 
-async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient, monkeypatch):
+async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient, endless):
     """One that somebody else removes at the same time does not end that."""
-    stopped = []
-    monkeypatch.setattr("signal.raise_signal", stopped.append)
     w = await world(**{"cache.enabled": True})
     part = "a" * 32
     for path in ("tmp/other.txt", f"tmp/{part}.part", f"tmp/{part}.png", "inputs/secret"):
@@ -3382,9 +3323,8 @@ async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient,
     for link, expected in zip(links, ([404, 200], [404, 404]), strict=True):
         file = w.data / "tmp" / link.rpartition("/")[2]
         os.utime(file, (0, time.time() - 7300))
-        await until(lambda file=file: stopped or not file.exists())
+        await until(lambda file=file: not file.exists())
         assert [(await w.fetch(link)).status for link in links] == expected
-    assert not stopped
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -3711,25 +3651,6 @@ async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
     assert "proxy" in expect_error(w, reply, "invalid_image")["message"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_the_same_body_again_joins_the_job_of_a_client_that_left(world, stream):
-    """Nobody's key is needed. Who is still there wants another clip."""
-    w = await world(video_seconds=0.3)
-    w.fault = held = hold(PAID)
-    ask = w.stream if stream else w.chat
-    for number in range(3):
-        client = asyncio.create_task(ask())
-        await (held.seen.wait() if number == 0 else asyncio.sleep(0))
-        await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
-        await leave(w, client)
-    client = asyncio.create_task(ask())
-    await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
-    held.release.set()
-    assert links_in((await client).content) and len(w.paid()) == 1
-    both = await asyncio.gather(ask(), ask())
-    assert all(reply.content for reply in both) and len(w.paid()) == 3
-
-
 # ---- The process never ends by itself: broken proxies, bad replies ----
 
 NOUGHTS, PLAIN = bytes(6), b"HTTP/1.1 200 OK\r\n"
@@ -3758,15 +3679,6 @@ async def break_off(way, manner, reader, writer):
             writer.write(b"\x99garbage\r\n\r\n" * 9 if manner == "garbage" else answer)
             await writer.drain()
     writer.close()
-
-
-@pytest.fixture
-def endless(monkeypatch):
-    """The process does not end itself."""
-    signals = []
-    monkeypatch.setattr("signal.raise_signal", signals.append)
-    yield
-    assert not signals
 
 
 @pytest.mark.parametrize(("way", "manner"), [*itertools.product(HANDSHAKES, MANNERS)])
@@ -4289,30 +4201,6 @@ async def test_an_odd_host_gives_an_answer_and_no_error_after_paying(world, kept
         assert int((await exactly(w.url, head)).split()[1]) < 500, (line, path)
 
 
-async def test_guessing_grows_slower_and_shuts_out_nobody_who_has_logged_in(world, clock):
-    """Addresses as a proxy on this machine tells them: the last one counts."""
-    w, delays = await world(accounts=()), []
-
-    async def log(address, password="wrong"):
-        login = {"username": "admin", "password": password}
-        return await w.post("/api/login", login, headers={"X-Forwarded-For": address})
-
-    assert (await log("8.8.8.8", w.password)).status == 200
-    for number in range(60):
-        reply = await log(f"1.1.1.{number}, 9.9.9.9")
-        if reply.status == 429:
-            delays.append(int(reply.headers["Retry-After"]))
-            clock.ahead += delays[-1] * (len(delays) < 5)
-    assert len(delays) > 4 and delays[:5] == sorted(delays[:5]) and delays[4] > delays[0], delays
-    assert (await log("9.9.9.9", w.password)).status == 429
-    for number in range(150):
-        await log(f"10.{number}.0.1, 1.2.3.{number}")
-    assert (await log("4.4.4.4", w.password)).status == 429  # so many are too many in total
-    assert (await log("8.8.8.8", w.password)).status == 200
-    clock.ahead += 86400
-    assert (await log("4.4.4.4", w.password)).status == 200
-
-
 # ---- The database ----
 
 UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
@@ -4323,6 +4211,7 @@ UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
     "half a page": lambda whole: whole[: len(whole) // 2 + 99],
     "a header": lambda whole: whole[:100],
     "a page": lambda whole: whole[:4096],
+    "overwritten": lambda whole: whole[:4096].ljust(len(whole), b"\xff"),
     "half-migrated": lambda whole: whole[:60] + (1).to_bytes(4) + whole[64:],
     "newer": lambda whole: whole[:60] + (99).to_bytes(4) + whole[64:],
     **{f"no {name}": f"DROP TABLE {name}" for name in ("settings", "outputs", "request_keys")},
@@ -4330,7 +4219,7 @@ UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
     "foreign": "PRAGMA user_version=0; DROP TABLE tokens; CREATE TABLE moz_places (id)",
     "foreign, numbered": "DROP TABLE tokens; CREATE TABLE tokens (name)",
     "a folder": None,
-    "locked": lambda whole: whole,
+    **dict.fromkeys(("locked", "whose migration fails"), lambda whole: whole),
 }
 
 
@@ -4347,18 +4236,28 @@ def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
     if isinstance(change, str):
         with contextlib.closing(real(file)) as database:
             database.executescript(f"PRAGMA journal_mode=DELETE; {change}")
-    data = change(file.read_bytes()) if callable(change) else file.read_bytes()
+    whole = file.read_bytes()
+    data = change(whole) if callable(change) else whole
     file.write_bytes(data) if change else (file.unlink(), file.mkdir())
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **b: real(*a, **b | {"timeout": 0.1}))
+    if name == "whose migration fails":
+        scripts = (*flow2api.MIGRATIONS, "CREATE TABLE later (x); NOT SQL;")
+        monkeypatch.setattr(flow2api, "MIGRATIONS", scripts)
     monkeypatch.setattr(flow2api, "greet", mock.Mock(side_effect=KeyboardInterrupt))
     (tmp_path / "setting.toml").write_text("server.host = '127.0.0.1'\nserver.port = 0")
     with contextlib.closing(real(file if name == "locked" else ":memory:")) as other:
         other.execute("BEGIN EXCLUSIVE")
         options = ("--data", str(made), "--config", str(tmp_path / "setting.toml"))
         code, told = flow2api.main(options), capsys.readouterr().err.splitlines()
-    assert code == 2 and len(told) == 1 and re.search("flow2api.db|locked", told[0]), (code, told)
+    assert code == 2 and re.search("flow2api.db|locked", told[0]), (code, told)
+    assert len(told) <= 1 + (name == "overwritten"), told  # SQLite's own word of it has two lines
+    assert ("newer Flow2API" in told[0]) is (name == "newer")
     assert file.is_dir() or file.read_bytes() == data
     assert not [part for part in made.glob("flow2api.db-*") if part.stat().st_size]
+    monkeypatch.undo()
+    if callable(change) and data == whole:
+        with opened(made) as store:  # it was let go
+            assert len(store.tokens()) == 100
 
 
 BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
@@ -5109,14 +5008,9 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("veo_3_1 8 landscape", each("model", "veo-3.1-generate-preview", "google/veo-3.1")),
 )
 HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may hold
-    (
-        UNSUPPORTED,
-        each("metadata", {"image": DATA}, {"a": [BASE64]}, {"ref": "https://x/a.mp4?b=c"}),
-    ),
-    (
-        UNSUPPORTED,
-        each("video_url", "https://x/1", [DATA]) + each("anything", DATA, PNG, "JPEg/9" * 200),
-    ),
+    (UNSUPPORTED, each("metadata", {"image": DATA}, {"a": [BASE64]}, {"r": "https://x/a.mp4?b"})),
+    (UNSUPPORTED, each("anything", DATA, PNG, "JPEg/9" * 200)),
+    (UNSUPPORTED, each("video_url", "https://x/1", [DATA])),
     (UNSUPPORTED, each("input_audio", {"data": "UklGR" + "A" * 50}) + each("mask", DATA, PNG)),
     (UNSUPPORTED, each("file_id", "file-1") + each("imageFileIds", ["file-1"])),
     ("", each("user", "u" * 2000) + each("callback_url", "https://x/done")),
@@ -5578,6 +5472,7 @@ async def test_a_session_is_for_those_who_know_the_password_and_ends_unused(worl
     two = await log_in(w)
     for clock.ahead in (6 * 86400, 12 * 86400, 18 * 86400):
         await one("GET stats")
+        await w.restart()
     await two("GET stats", 401)  # unused for seven days
     for path in ("logout", "admin/logout"):
         leaver = await log_in(w)
@@ -5598,7 +5493,16 @@ async def test_a_session_is_for_those_who_know_the_password_and_ends_unused(worl
 
 
 async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
-    w = await world()
+    """Addresses as a proxy on this machine tells them: the last one counts. Who has logged in
+    from an address before is never shut out there."""
+    w, delays = await world(), []
+
+    async def log(address, password="wrong"):
+        login = {"username": "admin", "password": password}
+        reply = await w.post("/api/login", login, headers={"X-Forwarded-For": address})
+        return reply.status, int(reply.headers.get("Retry-After", 0))
+
+    assert await log("8.8.8.8", w.password) == (200, 0)
     for _ in range(9):
         expect_detail(await send_login(w, password="x"), 401)
     do = await log_in(w)  # a login that succeeds forgets the failures before it
@@ -5606,22 +5510,23 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
     for _ in range(10):
         await do("POST admin/password", 400, **change)
     await do("POST admin/password", 429, **change | {"old_password": w.password})
-    reply = await send_login(w, "/api/admin/login")
-    assert expect_detail(reply, 429) and reply.headers["Retry-After"] == "1"
+    expect_detail(await send_login(w, "/api/admin/login"), 429)
     await do("GET stats")
-    for clock.ahead in (2, 5, 10):  # each wait is longer than the one before
-        expect_detail(await send_login(w, password="x"), 401)
-        expect_detail(await send_login(w), 429)
     clock.ahead = 901
-    assert (await send_login(w)).status == 200
-    sessions = w.app[flow2api.SESSIONS]
-    sessions.guesses = {f"10.0.0.{number}": (1, flow2api.now()) for number in range(100)}
-    assert (await send_login(w)).status == 200  # from here somebody has logged in before
-    sessions.friends.clear()
-    expect_detail(await send_login(w), 429)
-    clock.ahead *= 2
     replies = await asyncio.gather(*(send_login(w, password="x") for _ in range(20)))
     assert sorted(reply.status for reply in replies) == [401] * 10 + [429] * 10
+    for number in range(60):
+        status, delay = await log(f"1.1.1.{number}, 9.9.9.9")
+        delays += [delay] if status == 429 else []
+        clock.ahead += delay * (len(delays) < 5)
+    assert len(delays) > 4 and delays[0] == 1 and delays[:5] == sorted({*delays[:5]}), delays
+    assert (await log("9.9.9.9", w.password))[0] == 429
+    for number in range(150):
+        await log(f"10.{number}.0.1, 1.2.3.{number}")
+    assert (await log("4.4.4.4", w.password))[0] == 429  # so many are too many in total
+    assert await log("8.8.8.8", w.password) == (200, 0)
+    clock.ahead += 86400
+    assert await log("4.4.4.4", w.password) == (200, 0)
 
 
 def paths_of(pattern):
@@ -5906,19 +5811,10 @@ PASTED = (
     f"NAME.0={SESSION[:9]}; _ga=1; NAME.1={SESSION[9:]}",
 )
 NO_SESSIONS = {  # what is told, and of what
-    "access token": (
-        "ya29.a0AfB",
-        "Bearer ya29.a0AfB",
-        '{"token": "ya29.a0AfB"}',
-        "NAME=ya29.abcde",
-    ),
+    "access token": ("ya29.a0A", "Bearer ya29.a0A", '{"token": "ya29.a0A"}', "NAME=ya29.abcde"),
     "e-mail": ("somebody@example.com",),
     "cookie is not in this": (
-        *(
-            "SID=g.a000-abcdef",
-            "__Host-next-auth.csrf-token: abcdef",
-            "Cookie: SID=a; HSID=bcdefghi",
-        ),
+        *("SID=g.a000-abcdef", "__Host-next-auth.csrf-token: abcdef", "Cookie: SID=a; HSID=bcdefg"),
         *(json.dumps(EXPORT[:1]), ".g\tTRUE\t/\tTRUE\t1\tSID\tabcdefgh", "https://labs.google/fx"),
         *("[" * 99999, '{"name":' * 9999),
     ),
@@ -7169,12 +7065,7 @@ CHECKS = (
     ("file", "", 1, "WRONG data folder .*file: "),
     ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
     ("new", "global.admin_password = 'abc123'", 1, r"WRONG global.admin_password \(file\) is easy"),
-    (
-        "new",
-        "plugin.connection_token = 'aaaaaaaaaaaaaa'",
-        1,
-        "WRONG plugin.connection_token .*easy",
-    ),
+    ("new", "plugin.connection_token = 'aaaaaaaaaaaaaa'", 1, "WRONG plugin.connection_t.*easy"),
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
