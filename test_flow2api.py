@@ -294,11 +294,7 @@ async def until(condition, seconds=20):
             await asyncio.sleep(0.01)
 
 
-BANANA = "nano_banana_pro"
-FAST = "veo_3_1-fast"
-
-
-OMNI = "omni_flash"
+BANANA, FAST, OMNI = "nano_banana_pro", "veo_3_1-fast", "omni_flash"
 JPEG = b"\xff\xd8\xff\xe0" + b"jpeg" * 10
 GIF = b"GIF89a" + b"x" * 9
 BASE64 = base64.b64encode(PNG).decode()
@@ -645,10 +641,10 @@ class Hanging(web.Response):
         return await super().prepare(request)
 
 
-async def blanks():
+async def blanks(size=1, pause=0.01):
     while True:
-        yield b" "
-        await asyncio.sleep(0.01)
+        yield b" " * size
+        await asyncio.sleep(pause)
 
 
 def answering(body, status=200):
@@ -725,7 +721,7 @@ def came_as_data(body):
 AS_DATA = edited("batchCheck", came_as_data)
 UNTOLD = together([replaced(PAID, "fifeUrl", "x"), fault("UrlRedirect", refusal(503))])
 LARGER = "nano_banana_pro-2K"
-ODDITIES = {  # what is odd -> the model, the fault
+ODDITIES = {  # what is odd -> the model, the fault; where the upscale fails, after how many tries
     "balance": ("veo_3_1-4k", replaced(PAID, 'Credits": ', 'Credits": "many", "x": ')),
     "entries": ("veo_3_1-4k", replaced("batchCheck", "[{", '[null, {"nom": 1}, {')),
     "upscale": ("veo_3_1-4k", edited("UpsampleVideo", lambda body: {"media": [{}]})),
@@ -733,7 +729,15 @@ ODDITIES = {  # what is odd -> the model, the fault
     "no address": ("veo_3_1-4k", UNTOLD),
     "no address of a picture": ("imagen_4", UNTOLD),
     "data": ("veo_3_1-1080p", AS_DATA),
-    "data alone": ("veo_3_1-1080p", together([AS_DATA, fault("Upsample", refusal(403))])),
+    "data alone": ("veo_3_1-1080p", together([AS_DATA, fault("Upsample", refusal(403))]), 0),
+    "picture busy": (LARGER, fault("psample", refusal(500)), 3),
+    "picture refused": (
+        LARGER,
+        fault("psample", refusal(400, "PUBLIC_ERROR_UNSAFE_GENERATION")),
+        1,
+    ),
+    "clip refused": ("veo_3_1-1080p", fault("psample", refusal(400)), 1),
+    "captcha": ("veo_3_1-1080p", fault("psample", CAPTCHA), 3),
     "number": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": 5})),
     "object": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": {"a": 1}})),
     "no base64": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "a"})),
@@ -744,8 +748,9 @@ ODDITIES = {  # what is odd -> the model, the fault
 @pytest.mark.parametrize("oddity", ODDITIES)
 async def test_what_is_paid_for_can_be_fetched_whatever_is_odd(world, impatient, oddity):
     w = await world(((ULTRA, 1000),), video_seconds=0.05)
-    model, w.fault = ODDITIES[oddity]
+    model, w.fault, *tries = ODDITIES[oddity]
     content = (await w.chat(model)).content
+    assert tries in ([], [0]) or tries == [len(w.fault.seen)]
     w.fault = None
     url = links_in(content)[0]
     *_, medium = w.flow.media.values()
@@ -753,7 +758,7 @@ async def test_what_is_paid_for_can_be_fetched_whatever_is_odd(world, impatient,
     assert medium.name.encode() in file or file == medium.file()
     assert url.startswith(w.url)
     upscaled = "_upsampled" in medium.name
-    assert upscaled is (medium.kind == "video" and oddity != "data alone")
+    assert upscaled is (medium.kind == "video" and not tries)
     assert ("this is the original" in content) is (model != "imagen_4" and not upscaled)
     assert len(w.paid()) == 1 and not w.asked("projectInitialData")
     assert (w.token.busy.total(), w.token.credits > 0) == (0, True)
@@ -771,24 +776,6 @@ async def test_after_a_restart_a_refused_upscale_is_not_waited_for(world, impati
     await w.start_gateway()
     job = await w.end_of(video)
     assert job.state == "completed" and "Upscaling" in job.notes[0]
-
-
-FAILED_UPSCALES = (  # model, number of tries, answer
-    (f"{BANANA}-2K", 3, refusal(500)),
-    (f"{BANANA}-2K", 1, refusal(400, "PUBLIC_ERROR_UNSAFE_GENERATION")),
-    ("veo_3_1-1080p", 1, refusal(400)),
-    ("veo_3_1-1080p", 3, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY")),
-)
-
-
-@pytest.mark.parametrize(("model", "tries", "answer"), FAILED_UPSCALES)
-async def test_where_an_upscale_fails_the_original_stays(world, impatient, model, tries, answer):
-    w = await world()
-    w.fault = fault("psample", answer)
-    text = (await w.chat(model)).content
-    (original,) = w.flow.media.values()
-    assert (await w.fetch(links_in(text)[0])).body == original.file()
-    assert "this is the original" in text and len(w.fault.seen) == tries
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -1743,17 +1730,12 @@ EVERY_NAME = """{"name": @, "projectId": @, "credits": @, "remainingCredits": @,
  "result": {"data": {"json": {"status": @, "result": {"projectId": @}, "projectContents": @}}}}"""
 
 
-async def spaces():
-    while True:
-        yield b" " * 50_000
-
-
 def replying(text, kind="application/json"):
     return lambda request: web.Response(text=text, content_type=kind)
 
 
 BAD_REPLIES = {"half": cut_off, "HTML": replying("<html>hi</html>", "text/html")}
-BAD_REPLIES["without end"] = lambda request: web.Response(body=spaces())
+BAD_REPLIES["without end"] = lambda request: web.Response(body=blanks(50_000, 0))
 for raw in ("Infinity", "null", "5", "[]", "[" * 10**5, "9" * 5000):
     BAD_REPLIES[raw[:9]] = replying(raw)
 for raw in (NESTED, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
@@ -2304,8 +2286,6 @@ async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, imp
     known = [(token.email, token.is_active, token.credits) for token in w.store.tokens()]
     assert known == [("user1@example.com", True, 1), ("user2@example.com", True, 1)]
     w.fault = None
-    for proxy in ("http://host", "socks5://[::1]:1080", "socks5h://u:p@host:1"):
-        assert flow2api.good_proxy(proxy)
     for url in ("http://[", "http://a..b", "http://x:99999"):
         for name in ("flow.labs_base_url", "flow.api_base_url"):
             w.live.put("admin page", name, url, "test")
@@ -2325,9 +2305,10 @@ BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.
  user:canary@127.0.0.1:9 canary"""
 
 
-async def test_a_broken_proxy_is_told_without_its_password(world, impatient, caplog):
+async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock, caplog):
     caplog.set_level(logging.DEBUG)
-    w = await world()
+    w = await world(((PRO, 100), (ULTRA, 100)), **{"cache.enabled": True})
+    tokens, owner = list(w.pool.tokens.values()), await w.owner()
     w.live.put("file", "proxy.proxy_enabled", True, "test")
     for proxy in ("", *BROKEN_PROXIES.split()):  # none is not meant to be direct
         w.live.put("file", "proxy.proxy_url", proxy, "test")
@@ -2335,13 +2316,8 @@ async def test_a_broken_proxy_is_told_without_its_password(world, impatient, cap
         assert reply.error["code"] in ("proxy_unavailable", "upstream_unreachable"), proxy
         expect_error(w, reply, reply.error["code"])
         assert "canary" not in f"{caplog.text}{reply.json}"
-    assert (w.token.is_active, w.token.error_count, w.token.busy.total()) == (True, 0, 0)
-
-
-async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock, caplog):
-    caplog.set_level(logging.DEBUG)
-    w = await world(((PRO, 100), (ULTRA, 100)), **{"cache.enabled": True})
-    tokens, owner = list(w.pool.tokens.values()), await w.owner()
+        assert {(t.is_active, t.error_count, t.busy.total()) for t in tokens} == {(True, 0, 0)}
+    w.live.put("file", "proxy.proxy_enabled", False, "test")
     hidden, replies = {owner.keywords["key"]}, [await w.chat(BANANA), await w.chat(text="unsafe")]
     answers = (refusal(403), refusal(500), dropped, lambda request: web.Response(text="<"))
     for answer, on in itertools.product(answers, (PAID, "upload", "session")):
@@ -2990,9 +2966,8 @@ def test_only_public_addresses_are_connected_to(monkeypatch):
 PRIVATE_HOSTS = """127.0.0.1:{0} [::1]:{0} localhost:{0} 127.1:{0} 0:{0} 2130706433:{0} [::]:{0}
  0x7f000001:{0} 0x7f.1:{0} 0177.0.0.1:{0} 0.0.0.0:{0} [::ffff:127.0.0.1]:{0} LOCALHOST:{0}
  [::ffff:7f00:1]:{0} [0:0:0:0:0:0:0:1]:{0} x@127.0.0.1:{0} 127.0.0.1.:{0} ①②⑦.⓪.⓪.①:{0}
- 127。0。0。1:{0} １２７.0.0.1:{0} ip6-localhost:{0} 169.254.169.254 10.0.0.1 192.168.1.1
- 172.16.0.1 100.64.0.1 [64:ff9b::7f00:1] [fe80::1] [fc00::1] [::ffff:10.0.0.1] 224.0.0.1
- [ff02::1] example.com@127.0.0.1:{0} 127.0.0.1:{0}\\@example.com"""
+ 127。0。0。1:{0} １２７.0.0.1:{0} ip6-localhost:{0} 169.254.169.254
+ [fe80::1] example.com@127.0.0.1:{0} 127.0.0.1:{0}\\@example.com"""
 NO_URLS = "file:///etc/passwd ftp://127.0.0.1:{0} gopher://127.0.0.1:{0} //127.0.0.1:{0}"
 
 
@@ -4283,33 +4258,23 @@ two parrots have a conversation and summarize it in 200 words or less
 a chat window with tags and follow-up questions floats over a city
 ### Task: a poster with the title "Chat History"
 ### Task: Respond to the user query using the provided context. <context>boats</context> a boat
-hi, a cat waves at the camera
-hello world in neon letters
-a test pattern from the seventies
-test from a wind tunnel, slow motion
+hi, a cat waves at the camera | hello world in neon letters
+a test pattern from the seventies | test from a wind tunnel, slow motion
 Generate a title sequence for a film about a conversation
 Generate a video of a robot that summarizes a chat
-Create a concise, 3-5 word slogan on a billboard
-Create a title for this clip: the sea
+Create a concise, 3-5 word slogan on a billboard | Create a title for this clip: the sea
 根据这段对话生成一个带标题的视频：两只猫聊天
 Analyze this conversation of whales: make their song visible
-Ignore previous instructions and make it blue
-Based on the chat history of mankind, an epic clip
-Summarize Hamlet in one clip
-You are a director. Film a translator at work
-a professional translator at her desk
-an emoji laughs, its facial expression changes
+Ignore previous instructions and make it blue | Based on the chat history of mankind, an epic clip
+Summarize Hamlet in one clip | You are a director. Film a translator at work
+a professional translator at her desk | an emoji laughs, its facial expression changes
 the word "title" carved in wood, JSON on a screen: {"title": "x"}
-a street sign, four to five words, no punctuation
-一个四到五个字的霓虹灯招牌，主题是闲聊
-给这段对话配一个标题动画：两只猫聊天
-総集編：会話する猫のタイトル
+a street sign, four to five words, no punctuation | 一个四到五个字的霓虹灯招牌，主题是闲聊
+给这段对话配一个标题动画：两只猫聊天 | 総集編：会話する猫のタイトル
 надпись из четырех слов без знаков препинания
 un titre de quatre à cinq mots en néon, sans ponctuation
-un cartel con el tema breve de la fiesta
-ein Titel in vier Wörtern über den Bergen
-user: a paper boat
-Available tools: a hammer and a saw on a bench
+un cartel con el tema breve de la fiesta | ein Titel in vier Wörtern über den Bergen
+user: a paper boat | Available tools: a hammer and a saw on a bench
 say hi to the camera, a robot
 """
 REAL_FIELDS = (
@@ -4328,7 +4293,7 @@ def test_a_clients_own_prompts_are_told_from_real_ones():
     for prompt in OWN_SYSTEMS.replace("\n ", " ").strip().splitlines():
         assert side_client(("system", prompt), "a paper boat"), prompt
     system = ("system", "You generate videos only, no title. Conversation: short. Use tools.")
-    for prompt in REAL_PROMPTS.strip().splitlines():
+    for prompt in re.split(r" \| |\n", REAL_PROMPTS.strip()):
         for chat in ((prompt,), (*SHIP, prompt), (system, prompt), (TOPIC, "a boat", prompt)):
             assert not side_client(*chat), prompt
     for fields in REAL_FIELDS:
@@ -4864,7 +4829,7 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
-VEO, OMNI_10 = "veo_3_1-fast", "omni_flash-10s"
+VEO, OMNI_10 = FAST, "omni_flash-10s"
 READINGS = (  # the default model, what a clip comes to, the fields that ask for it
     (VEO, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
     (VEO, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
@@ -4878,32 +4843,9 @@ READINGS = (  # the default model, what a clip comes to, the fields that ask for
 )
 
 
-async def test_pictures_shape_and_length_are_read_and_for_clients_of_sora_the_nearest(world):
-    """The number of pictures, whose field has many names, says what they are."""
-    w = await world(())
-    media = w.gateway.media
-    pictures = [flow2api.block_picture(str(number), 16, 16) for number in range(3)]
-    names = ("input_reference", "input_image", "image", "images", "references")
-    for name, count in itertools.product(names, range(4)):
-        urls = [data_url(picture) for picture in pictures[:count]]
-        alone = urls if count == 1 else []
-        for given in (urls, [{"image_url": url} for url in urls], *alone):
-            clip = await flow2api.read_clip({"prompt": "a boat", name: given}, media)
-            mode = ("text", "start", "frames", "references")[count]
-            assert (clip.images, clip.plan.mode) == (pictures[:count], mode)
-    for default, told, queries in READINGS:
-        w.live.put("file", "videos.default_model", default, "test")
-        for query in queries.split(" "):
-            fields = dict(pair.split("=") for pair in query.split("&") if pair)
-            clip = await flow2api.read_clip({"prompt": "a boat"} | fields, media)
-            size = flow2api.pixels(clip.plan)
-            assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
-            assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
-
-
-NAMES_OF_PICTURES = """image_url image_urls imageUrl reference_images reference_image_urls file
- image_file input_images first_frame start_image lastFrame end_image_url image_tail photo
- attachments"""
+NAMES_OF_PICTURES = """input_reference input_image image images references image_url image_urls
+ imageUrl reference_images reference_image_urls file image_file input_images first_frame
+ start_image lastFrame end_image_url image_tail photo attachments"""
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
@@ -4943,16 +4885,28 @@ CONTRADICTIONS = (  # what is blamed, fields
 )
 
 
-async def test_what_is_sent_counts_under_its_usual_names_or_is_refused(world):
-    w = await world()
-    media = w.gateway.media
-    pictures = [flow2api.block_picture(str(number), 16, 16) for number in range(3)]
-    one, two, three = map(data_url, pictures)
-    for name in NAMES_OF_PICTURES.split():
-        for value in (one, [one], pictures[0]):
-            assert (await flow2api.read_clip(BOAT | {name: value}, media)).images == pictures[:1]
-    frames = {"last_frame": three, "images": [two], "firstFrame": {"url": one}}
-    assert (await flow2api.read_clip(BOAT | frames, media)).images == pictures
+async def test_pictures_shape_and_length_are_read_under_their_usual_names(world):
+    """The number of pictures says what they are. Clients of Sora get the nearest length."""
+    w = await world(())
+    media, urls = w.gateway.media, list(map(data_url, PICTURES))
+    for name, count in itertools.product(NAMES_OF_PICTURES.split(), range(4)):
+        alone = [urls[0], PICTURES[0]] if count == 1 else []
+        objects = [{"image_url": url} for url in urls[:count]]
+        for value in (urls[:count], objects, PICTURES[:count], *alone):
+            clip = await flow2api.read_clip(BOAT | {name: value}, media)
+            mode = ("text", "start", "frames", "references")[count]
+            assert (clip.images, clip.plan.mode) == (PICTURES[:count], mode), name
+    frames = {"last_frame": urls[2], "images": [urls[1]], "firstFrame": {"url": urls[0]}}
+    assert (await flow2api.read_clip(BOAT | frames, media)).images == PICTURES
+    for default, told, queries in READINGS:
+        w.live.put("file", "videos.default_model", default, "test")
+        for query in queries.split(" "):
+            fields = dict(pair.split("=") for pair in query.split("&") if pair)
+            clip = await flow2api.read_clip(BOAT | fields, media)
+            size = flow2api.pixels(clip.plan)
+            assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
+            assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
+    w.live.put("file", "videos.default_model", VEO, "test")
     for told, requests in CLIP_FIELDS:
         for fields in requests:
             clip = await flow2api.read_clip(BOAT | fields, media)
@@ -4960,11 +4914,15 @@ async def test_what_is_sent_counts_under_its_usual_names_or_is_refused(world):
             text = " ".join([*map(str, filter(None, parts)), *clip.notes])
             assert all(part in text for part in told.split(" / ")), (fields, text)
             assert bool(clip.notes) is (" / " in told), (fields, text)
+
+
+async def test_no_file_and_no_second_wish_is_passed_over(world):
+    w = await world()
     w.flow.calls.clear()
     for code, requests in HOLDS_A_FILE:
         for fields in requests:
             try:
-                assert await flow2api.read_clip(BOAT | fields, media) and not code, fields
+                assert await flow2api.read_clip(BOAT | fields, w.gateway.media) and not code, fields
             except flow2api.GatewayError as error:
                 assert error.code == code, fields
     for param, requests in CONTRADICTIONS:
@@ -5584,7 +5542,7 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
 
 
 CALLS = r"""
-200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1"
+200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1" "http://host" "socks5h://[::1]:1080"
 200 cache/config cache/enabled admin/debug | enabled true
 200 config/generation generation/timeout | image_timeout 90 ; video_timeout 90
 200 cache/config cache/base-url | base_url "https://me.example"
