@@ -324,18 +324,6 @@ def cut_off(request):
     return reply
 
 
-LOST = {  # answers to a submit that don't say whether it was accepted
-    "connection dropped": dropped,
-    "500": refusal(500, message="Internal error encountered."),
-    "503 in HTML": lambda request: web.Response(text="<html>no</html>", status=503),
-    "HTML": lambda request: web.Response(text="<html>hi</html>", content_type="text/html"),
-    "empty object": lambda request: web.json_response({}),
-    "nothing": lambda request: web.Response(),
-    "a list": lambda request: web.json_response([]),
-    "odd shape": lambda request: web.json_response({"media": [{"nom": 1}]}),
-}
-
-
 def fault(on, answer, through=False, times=ALWAYS):
     """Answers calls whose path matches `on`, listed in `seen`; `through`: Flow does them, too."""
 
@@ -652,7 +640,15 @@ def answering(body, status=200):
 
 
 ODD_IMAGE = {"name": "x", "image": {"generatedImage": {"fifeUrl": "http://["}}}
-SILENT = LOST | {  # answers that do not say whether Flow has done what it was asked
+SILENT = {  # answers that do not say whether Flow has done what it was asked
+    "connection dropped": dropped,
+    "500": refusal(500, message="Internal error encountered."),
+    "503 in HTML": lambda request: web.Response(text="<html>no</html>", status=503),
+    "HTML": lambda request: web.Response(text="<html>hi</html>", content_type="text/html"),
+    "empty object": lambda request: web.json_response({}),
+    "nothing": lambda request: web.Response(),
+    "a list": lambda request: web.json_response([]),
+    "odd shape": lambda request: web.json_response({"media": [{"nom": 1}]}),
     "nothing at all": lambda request: Hanging(),
     "a slow drip": lambda request: web.Response(body=blanks()),
     "an odd error": answering({"error": {"code": "x", "message": [], "details": 5}}, 500),
@@ -4183,7 +4179,6 @@ def side_client(*contents, **fields):
 # NextChat's titles in its other languages, then what other versions and clients send.
 OWN_PROMPTS = """
 Please generate a four to five word title summarizing our conversation without any lead-in
-直接返回这句话的简要主题，不要解释，如果没有主题，请直接返回“闲聊”
 Use the language used by the user to generate a title (at most 6 words) summarizing our conversation
 この文の簡潔なテーマを四から五文字で返してください。説明、句読点は不要です
 4～5文字でこの文章の簡潔な主題を返してください。説明、句読点は無しで
@@ -4198,7 +4193,6 @@ Por favor, gere um título de quatro a cinco palavras resumindo nossa conversa s
 Si prega di generare un titolo di quattro o cinque parole che riassuma la nostra conversazione
 Riporta il tema di questa frase in modo conciso con quattro o cinque parole, senza spiegazioni
 Пожалуйста, создайте заголовок из четырех или пяти слов, который кратко описывает нашу беседу
-Пожалуйста, сгенерируйте заголовок из четырех-пяти слов, суммирующий наш разговор
 Укажите краткую тему этого сообщения в четырех-пяти словах, без объяснений
 konuşmamızı özetleyen dört ila beş kelimelik bir başlık oluşturun
 Bu cümlenin dört ila beş kelimelik kısa başlığını doğrudan verin, açıklama yapmayın
@@ -4217,7 +4211,6 @@ Create a concise, 3-5 word phrase as a header for the following query
 Here is the query: a boat. Create a concise, 3-5 word phrase as a title for the previous query
 You have been provided with a set of responses from various models to the latest user query
 请总结上述对话为10个字以内的标题，不需要包含标点符号
-你是一名擅长会话的助理，我会给你一些对话内容在content内，你需要将用户的会话总结为 10 个字以内的标题
 Name the conversation based on the chat records. Please provide a concise name
 Write an extremely concise title for this conversation in the given language. Title in 5 Words
 Progressively summarize the lines of conversation provided, adding onto the previous summary
@@ -5420,22 +5413,6 @@ async def test_openais_client_raises_the_right_error_of_what_it_sends_once(sdk, 
         async for _ in await chat(**unsafe, stream=True):
             pass
     assert len(w.paid()) == 3
-
-
-needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="NOT TESTED: install curl")
-# Of the documents that Flow2API was made from; forms by curl: the lines of the README.
-OLD_CURL_LINE = r"""curl --location --request POST 'HOST/flow/v1/chat/completions' \
---header 'Content-Type: application/json' --header 'Authorization: KEY' --data-raw '{"messages":
-    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'"""
-
-
-@needs_curl
-async def test_an_old_curl_line_works_as_it_stands(world, run):
-    w = await world(video_seconds=0.05)
-    line = OLD_CURL_LINE.replace("HOST", w.url).replace("KEY", w.key)
-    curl = await run("bash", "-ec", rf"{line} -s -w '\n%{{http_code}}'")
-    assert (await curl.end(), curl.out[-1]) == (0, "200"), curl.out
-    assert "data: [DONE]" in curl.out
 
 
 # ---- Admin API ----
@@ -6756,9 +6733,18 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
     assert len(set(pixels)) > 100
 
 
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="NOT TESTED: install curl")
+# Of the documents that Flow2API was made from: the key stands alone, and the path is another.
+OLD_CURL_LINE = r"""curl --location --request POST \
+'http://127.0.0.1:8000/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: demo' --data-raw '{"messages":
+    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'"""
+
+
 @needs_curl
 async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_path):
-    """Each alone, as -u proves, but for first.png, which the first one makes."""
+    """Each alone, as -u proves, but for first.png, which the first one makes; and the line of
+    the documents before ours."""
     program = await flow2("--demo", **QUICK_DEMO)
     options = {"cwd": tmp_path, "env": environment(KEY="")}
 
@@ -6771,11 +6757,11 @@ async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_
         out = "\n".join(shell.out)
         return out, await kept_files(out)
 
-    first, *others = [*blocks(API, "bash"), *blocks(README, "bash")]
+    first, *others = [*blocks(API, "bash"), *blocks(README, "bash"), OLD_CURL_LINE]
     await paste(first)
     answers = await asyncio.gather(*map(paste, others))
     counts = [len(files) for _, files in answers]
-    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1], answers
+    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1, 2], answers
     for block, (out, files) in zip(others, answers, strict=True):
         clip = flow2api.LANDSCAPE_CLIP if "landscape" in block else flow2api.PORTRAIT_CLIP
         start = PNG[:4] if "banana" in block else clip
