@@ -512,6 +512,18 @@ def each(name, *values, **others):
     return [others | {name: value} for value in values]
 
 
+def requests_in(table):
+    """Each line: what is expected, paths (or a param) | a field and its values ; another one …
+    -> (what is expected, path, a body of one field) for each value."""
+    for line in table.strip().splitlines():
+        head, _, fields = line.partition(" | ")
+        expected, *paths = head.split()
+        rows = [field.split() for field in fields.split(" ; ") if field]
+        bodies = [{name: json.loads(value)} for name, *values in rows for value in values]
+        for path, body in itertools.product(paths, bodies or [{}]):
+            yield expected, path, body
+
+
 def refused(call, *arguments, **options):
     """The error that a call ends with."""
     with pytest.raises(flow2api.GatewayError) as caught:
@@ -1634,7 +1646,15 @@ def test_every_error_code_is_produced_by_a_test():
 async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
     w = await world(**{"limits.queue": 2})
     w.token.paused_until = flow2api.now() + 30
-    clients = [asyncio.create_task(w.chat()) for _ in range(8)]
+    put_rows, burst = w.store.put_rows, asyncio.Barrier(8)
+
+    async def write(*rows):  # there was room for each of them, when it was let in
+        await burst.wait()
+        w.store.put_rows = put_rows
+        await put_rows(*rows)
+
+    w.store.put_rows = lambda *rows: asyncio.ensure_future(write(*rows))
+    clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(8)]
     await until(lambda: sum(client.done() for client in clients) == 6)
     picture = asyncio.create_task(w.chat("nano_banana_pro"))  # these have a queue of their own
     await until(lambda: len(w.pool.queue) == 3)
@@ -4418,17 +4438,18 @@ async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside
 
 NO_REQUESTS = ("", "{", "[]", "null", '"text"', b"\xff\xfe{}", "[" * 100_000, "model=veo_3_1&n=1")
 NO_REQUESTS += ('{"model": ' + "9" * 5000 + "}", '{"model": "veo_3_1", "messages": NaN}')
-CHAT_FAULTS = r"""invalid_request n n 0 5 -1 1.5 "two" true [] {} 1000000000000000000000000
-invalid_request size size "huge" 720 {"a":1}
-invalid_request model model null ["veo_3_1"]
-invalid_request messages messages [] [{}] ["a"] {"role":"user","content":"a"}
-invalid_request messages messages [{"role":"assistant","content":"a"}] [{"role":["user"]}]
-invalid_request messages content "" "\u0020" null 5 [] ["a"] [{"type":"text"}]
-invalid_request messages content [{"type":"text","text":["a"]}]
-invalid_request stream stream "yes" 2 {} "streamed"
-invalid_image messages image {"url":5} 5 "****" "data:image/png;base64,!!!" "data:;base64,YWFh"
-invalid_image messages image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
-invalid_image messages image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
+CHAT_FAULTS = r"""
+invalid_request n | n 0 5 -1 1.5 "two" true [] {} 1000000000000000000000000
+invalid_request size | size "huge" 720 {"a":1}
+invalid_request model | model null ["veo_3_1"]
+invalid_request messages | messages [] [{}] ["a"] {"role":"user","content":"a"} [{"role":["user"]}]
+invalid_request messages | messages [{"role":"assistant","content":"a"}]
+invalid_request messages | content "" "\u0020" null 5 [] ["a"] [{"type":"text"}]
+invalid_request messages | content [{"type":"text","text":["a"]}]
+invalid_request stream | stream "yes" 2 {} "streamed"
+invalid_image messages | image {"url":5} 5 "****" "data:image/png;base64,!!!" "data:;base64,YWFh"
+invalid_image messages | image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
+invalid_image messages | image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
 """
 PARTS_AT_FAULT = json.loads("""[{"type": "input_audio", "input_audio": {"data": "UklGRg=="}},
  {"type": "file", "file": {"file_id": "file-1"}}, {"type": "document", "document": {"a": "b"}},
@@ -4442,11 +4463,9 @@ def chats_at_fault(huge_url):
     """(error code, its param, what its message names, what stands in the request)"""
     for part in (*PARTS_AT_FAULT, {"type": "video_url", "video_url": {"url": data_url(CLIP)}}):
         yield "invalid_image", "messages", "", turns([{"type": "text", "text": "a boat"}, part])
-    for line in CHAT_FAULTS.strip().splitlines():
-        code, param, field, *values = line.split()
-        for value in map(json.loads, values):
-            fields = turns(value) if field == "content" else {field: value}
-            yield code, param, field if field == param else "", fields
+    for code, param, body in requests_in(CHAT_FAULTS):
+        fields = turns(*body.values()) if "content" in body else body
+        yield code, param, param if param in body else "", fields
     for name in ("video", "remix_target_id", "style_id", "character_options"):
         yield "unsupported_parameter", name, name, {name: "x"}
     for model, count in WRONG_COUNTS.items():
@@ -4781,18 +4800,6 @@ async def download(w, video_id, query="", method="GET", **headers):
 def file_of(w, video_id):
     """The bytes that Flow has for a clip."""
     return w.flow.media[w.store.job(video_id).outputs[0].name].file()
-
-
-def requests_in(table):
-    """Each line: what is expected, paths | a field and its values ; another one …
-    -> (what is expected, path, a body of one field) for each value."""
-    for line in table.strip().splitlines():
-        head, _, fields = line.partition(" | ")
-        expected, *paths = head.split()
-        rows = [field.split() for field in fields.split(" ; ") if field]
-        bodies = [{name: json.loads(value)} for name, *values in rows for value in values]
-        for path, body in itertools.product(paths, bodies or [{}]):
-            yield expected, path, body
 
 
 async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, clock, looks):
