@@ -49,8 +49,11 @@ import flow2api
 
 FREE, PRO, ULTRA = flow2api.TIERS
 PNG = flow2api.block_picture("an input", 64, 64)
+JPEG, GIF = b"\xff\xd8\xff\xe0" + b"jpeg" * 10, b"GIF89a" + b"x" * 9
+BASE64 = base64.b64encode(PNG).decode()
+DATA = f"data:image/png;base64,{BASE64}"
+BANANA, FAST, OMNI = "nano_banana_pro", "veo_3_1-fast", "omni_flash"
 BOAT = {"prompt": "a boat"}
-DATA = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 CLIP = flow2api.PORTRAIT_CLIP  # what clips of the default shape begin with
 CHAT = "/v1/chat/completions"
 IMAGES = "/v1/images/generations"
@@ -292,12 +295,6 @@ async def until(condition, seconds=20):
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
-
-
-BANANA, FAST, OMNI = "nano_banana_pro", "veo_3_1-fast", "omni_flash"
-JPEG = b"\xff\xd8\xff\xe0" + b"jpeg" * 10
-GIF = b"GIF89a" + b"x" * 9
-BASE64 = base64.b64encode(PNG).decode()
 
 
 # ---- Tools: faults of Flow ----
@@ -4829,14 +4826,14 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
-VEO, OMNI_10 = FAST, "omni_flash-10s"
+OMNI_10 = f"{OMNI}-10s"
 READINGS = (  # the default model, what a clip comes to, the fields that ask for it
-    (VEO, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
-    (VEO, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
-    (VEO, "1080x1920 8", "model=veo_3_1-fast-1080p"),
-    (VEO, "720x1280 6", "model=omni_flash&seconds=6"),
-    (VEO, "720x1280 10", "model=omni_flash-10s&seconds=10"),
-    (VEO, f"720x1280 8 {VEO} makes 8 s, not 4.", "seconds=4 model=sora-2&seconds=4"),
+    (FAST, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
+    (FAST, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
+    (FAST, "1080x1920 8", "model=veo_3_1-fast-1080p"),
+    (FAST, "720x1280 6", "model=omni_flash&seconds=6"),
+    (FAST, "720x1280 10", "model=omni_flash-10s&seconds=10"),
+    (FAST, f"720x1280 8 {FAST} makes 8 s, not 4.", "seconds=4 model=sora-2&seconds=4"),
     (OMNI, f"720x1280 4 {OMNI} makes 4 s, not 3.", "seconds=3"),
     (OMNI, f"720x1280 10 {OMNI} makes 10 s, not 15.", "seconds=15 model=&seconds=15"),
     (OMNI_10, f"720x1280 10 {OMNI_10} makes 10 s, not 4.", "model=sora-2-pro&seconds=4"),
@@ -4851,8 +4848,8 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
     ("omni_flash 4", each("seconds", 4, model=OMNI, duration=4.0)),
     ("veo_3_1_fast 8", each("seconds", 8.0, "8.0", n=1.0) + each("resolution", "720p")),
-    ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=VEO)),
-    ("veo_3_1_fast 8 4k", each("resolution", "4K", model=VEO + "-4k")),
+    ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=FAST)),
+    ("veo_3_1_fast 8 4k", each("resolution", "4K", model=FAST + "-4k")),
     ("veo_3_1_fast 8 1080p", each("size", "1080p", model="veo_3_1_t2v_fast_landscape")),
     ("veo_3_1_fast 8 landscape", each("aspectRatio", "16:9") + each("ratio", "16:9")),
     ("veo_3_1_fast 8 landscape", each("config", {"aspect_ratio": "16:9"}, size="1024x1024")),
@@ -4876,7 +4873,7 @@ CONTRADICTIONS = (  # what is blamed, fields
     ("size", each("size", "720x1280", aspect_ratio="16:9")),
     ("size", each("size", "720x1280", model="sora-video-landscape-10s")),
     ("seconds", each("seconds", 4, model="sora-video-landscape-10s")),
-    ("model", each("resolution", "720p", model=VEO + "-1080p")),
+    ("model", each("resolution", "720p", model=FAST + "-1080p")),
     ("model", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
     ("num_images", each("num_images", 2)),
     ("n", each("n", 2.0, 1e308)),
@@ -4906,7 +4903,7 @@ async def test_pictures_shape_and_length_are_read_under_their_usual_names(world)
             size = flow2api.pixels(clip.plan)
             assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
             assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
-    w.live.put("file", "videos.default_model", VEO, "test")
+    w.live.put("file", "videos.default_model", FAST, "test")
     for told, requests in CLIP_FIELDS:
         for fields in requests:
             clip = await flow2api.read_clip(BOAT | fields, media)
@@ -6042,7 +6039,7 @@ async def test_state_statistics_and_metrics_tell_of_accounts_and_open_jobs(world
     w, do = await owner_of(world, (PRO, 1000), (FREE, 50))
     await do("POST tokens/2/disable")
     await w.chat("nano_banana_pro", n=2)
-    w.fault = fault(PAID, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY"))
+    w.fault = fault(PAID, CAPTCHA)
     await w.chat()
     w.pool.tokens[1].paused_until = 0
     w.fault = hold("batchCheck")
