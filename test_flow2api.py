@@ -1887,7 +1887,7 @@ async def test_a_picture_ends_by_its_timeout_and_speaks_of_no_credits(world, on)
     else:
         code = "submit_unknown" if "Generate" in on else "generation_timeout"
         assert "credit" not in expect_error(w, reply, code)["message"]
-    assert (w.token.busy.total(), w.jobs.open) == (0, {})
+    await until(lambda: not (w.token.busy.total() or w.jobs.open))
 
 
 async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(world):
@@ -4156,6 +4156,16 @@ async def test_an_outage_longer_than_a_deadline_fails_no_clip(world, impatient, 
     await until(lambda: time.time() > job.submitted_at + 0.7 and len(w.fault.seen) > 2)
     w.fault = None
     assert (await client).content and len(w.paid()) == 1
+
+
+async def test_a_clip_of_which_nothing_can_be_learnt_ends_after_a_day(world, impatient, clock):
+    w = await world(video_seconds=10**6)
+    w.fault = fault("batchCheck", refusal(503))
+    client = asyncio.create_task(w.chat())
+    await w.running()
+    clock.ahead = 2 * 86400
+    expect_error(w, await client, "generation_timeout")
+    assert not w.token.busy.total()
 
 
 @pytest.mark.parametrize("restart", [False, True])
