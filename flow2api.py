@@ -2225,8 +2225,8 @@ class Pool:
             raise bad(message, "st") from err
 
     async def add(self, st, wakes=lambda token: True, **fields):
-        """The account of a session token -> (token, is it new). wakes: whether that enables
-        a token. Raises as sign_in."""
+        """The account of a session token -> (token, is it new). wakes: whether that
+        enables a token. Raises as sign_in."""
         draft = Token(st=clean_session_token(st), created_at=now())
         draft.update(**fields)
         account = await self.sign_in(draft)
@@ -2258,7 +2258,8 @@ class Pool:
     def disable(self, token, err):
         """Because of this error; `ask` wakes it once Google answers well again."""
         reason = f"{err} ({err.code})"
-        token.update(is_active=False, reason=reason, reason_code=err.code, checked_at=now())
+        token.update(is_active=False, reason=reason, reason_code=err.code)
+        token.checked_at = now()
         log.warning("%s is disabled: %s", token.email, token.reason)
 
     async def remove(self, token):
@@ -2372,7 +2373,7 @@ class Pool:
         seconds = min(seconds, most)
         return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
-    def able(self, job, tried=()):
+    def able(self, job, tried):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
         none, or why all pause for more than a minute."""
         tokens = [token for token in self.tokens.values() if token.id not in tried]
@@ -2890,7 +2891,8 @@ class Jobs:
         reason = "no address"
         for anew in (False, True):  # an address that has died is asked for anew
             if url := await self.link(job, output, anew, thumbnail):
-                async with self.media.wire.stream(url, headers=headers, **options) as reply:
+                stream = self.media.wire.stream(url, headers=headers, **options)
+                async with stream as reply:
                     if reply.status < 400 or reply.status == 416:
                         yield reply
                         return
@@ -3265,8 +3267,8 @@ class Jobs:
         output.state = status.state
 
     async def _await(self, job, outputs):
-        """Until Google has said its last word on them, or does not know an upscale, or the
-        deadline fails them."""
+        """Until Google has said its last word on them, or does not know an upscale, or
+        the deadline fails them."""
         while pending := unfinished(outputs):
             changed = job.changed
             if any(output.is_lost() for output in pending):
@@ -3287,8 +3289,8 @@ class Jobs:
                 await self._wait(changed, rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
-        """Only Google's word after the deadline makes a clip late. A picture, or a clip that
-        nobody can ask for, is late by the clock, and so is any after a day."""
+        """Only Google's word after the deadline makes a clip late. A picture, or a clip
+        that nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.plan.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
