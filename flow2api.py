@@ -2182,14 +2182,16 @@ class RestFlow:
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
-AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
-AWAKE.update(reason_code="", suspicions=())
+AWAKE = {
+    "is_active": True,
+    "reason": "",
+    "reason_code": "",
+    "failures": 0,
+    "paused_until": 0.0,
+    "suspicions": (),
+}
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
-ENDED_ALREADY = (
-    "Google says that this session has ended. Sign in to Flow again in your browser, and"
-    " paste the new value of its cookie"
-)
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -2212,7 +2214,9 @@ class Pool:
     """The accounts: in memory, written on change. Leases, step-back, who goes next."""
 
     def __init__(self, settings, store, adapters):
-        self.settings, self.store, self.adapters = settings, store, adapters
+        self.settings = settings
+        self.store = store
+        self.adapters = adapters
         self.tokens = {token.id: token for token in store.tokens()}
         self.last_id = max([*self.tokens, store.last_owner()])  # never given twice
         self.leases = {}  # job id -> the token that has a slot taken for it
@@ -2231,11 +2235,15 @@ class Pool:
         except GatewayError as err:
             if err.effect is not Effect.SESSION:
                 raise
-            raise bad(ENDED_ALREADY, "st") from err
+            message = (
+                "Google says that this session has ended. Sign in to Flow again in your"
+                " browser, and paste the new value of its cookie"
+            )
+            raise bad(message, "st") from err
 
     async def add(self, st, wakes=lambda token: True, **fields):
-        """The account of a session token -> (token, is it new). wakes: whether that enables
-        a token. Raises as sign_in."""
+        """The account of a session token -> (token, is it new). wakes: whether that
+        enables a token. Raises as sign_in."""
         draft = Token(st=clean_session_token(st), created_at=now())
         draft.update(**fields)
         account = await self.sign_in(draft)
@@ -2266,7 +2274,8 @@ class Pool:
 
     def disable(self, token, err):
         """Because of this error; `ask` wakes it once Google answers well again."""
-        token.update(is_active=False, reason=f"{err} ({err.code})", reason_code=err.code)
+        reason = f"{err} ({err.code})"
+        token.update(is_active=False, reason=reason, reason_code=err.code)
         token.checked_at = now()
         log.warning("%s is disabled: %s", token.email, token.reason)
 
@@ -2319,19 +2328,16 @@ class Pool:
                 token.suspicions = ()
             except (GatewayError, StoreError) as err:  # a full disk ends no loop
                 log.warning("check of %s: %s", token.email, err)
-                if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
-                    self.blame(token, err)
+                self.suspect(token, err)
 
     async def keep_fresh(self):
         """For ever: asks about the accounts that are due, begun one after the other."""
         while True:
-            due = filter(self.is_due, list(self.tokens.values()))
-            await asyncio.gather(*map(self._ask_in_turn, due, itertools.count()))
+            async with asyncio.TaskGroup() as group:
+                for token in filter(self.is_due, list(self.tokens.values())):
+                    group.create_task(self.ask(token, now()))
+                    await asyncio.sleep(1 / 4)
             await asyncio.sleep(30)
-
-    async def _ask_in_turn(self, token, number):
-        await asyncio.sleep(number / 4)
-        await self.ask(token, now())
 
     def is_due(self, token):
         """By `token_refresh.interval` and its expiry, where that is on; a suspect after
@@ -2343,8 +2349,13 @@ class Pool:
             return token.pauses.get("", Pause()).until <= now()
         soon = self.adapter_for(token).expires_soon(token)
         rest = 60 if soon else self.settings["token_refresh.interval"]
-        due = age > rest and now() - token.asked_at > 60
-        return due and self.settings["token_refresh.enabled"]
+        enabled = self.settings["token_refresh.enabled"]
+        return enabled and age > rest and now() - token.asked_at > 60
+
+    def suspect(self, token, err):
+        """Blames it for an error of a call of our own, where that is of its session."""
+        if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
+            self.blame(token, err)
 
     def blame(self, token, err, plan=None):
         """It steps back for all, or for the kind or the model of the plan; where its
@@ -2363,8 +2374,8 @@ class Pool:
         if err.code == "account_no_credits":
             token.credits = 0
         token.count("error", 1)
-        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
-        if token.is_dead() or too_many:
+        most = self.settings["admin.error_ban_threshold"]
+        if token.is_dead() or token.failures >= most:
             self.disable(token, err)
         if not token.removed:
             self.store.put(token)
@@ -2373,11 +2384,13 @@ class Pool:
     def _next_pause(self, pause, err):
         """Each time in a row for twice as long."""
         most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
-        again = pause.error is not None and pause.error.code == err.code
-        seconds = min(pause.seconds * 2 if again else err.pause, most)
+        seconds = err.pause
+        if pause.error and pause.error.code == err.code:
+            seconds = pause.seconds * 2
+        seconds = min(seconds, most)
         return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
-    def able(self, job, tried=()):
+    def able(self, job, tried):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
         none, or why all pause for more than a minute."""
         tokens = [token for token in self.tokens.values() if token.id not in tried]
@@ -2388,21 +2401,17 @@ class Pool:
         if not tokens:
             raise GatewayError("no_accounts", nobody)
         for code, message, fits in self._conditions(job.plan, job.n):
-            before, tokens = tokens, list(filter(fits, tokens))
-            if not tokens:
-                reasons = {token.reason for token in before if not token.is_active} - {""}
-                raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
-        self._expect_awake(tokens, job.plan)
-        return tokens
-
-    @staticmethod
-    def _expect_awake(tokens, plan):
-        """Raises why all of them pause for more than a minute."""
-        pauses = [token.pause_for(plan) for token in tokens]
+            fitting = list(filter(fits, tokens))
+            if not fitting:
+                reasons = sorted({token.reason for token in tokens} - {""})
+                raise GatewayError(code, "; ".join([message, *reasons]))
+            tokens = fitting
+        pauses = [token.pause_for(job.plan) for token in tokens]
         pause = min(pauses, key=lambda pause: pause.until)
         wait = int(pause.until - now())
         if wait > 60 and (err := pause.error):
             raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        return tokens
 
     async def expect_able(self, job, tried=()):
         """Raises as `able`; no credits only where no balance is older than a minute."""
@@ -2417,15 +2426,10 @@ class Pool:
         await asyncio.gather(*(self.ask(token, since) for token in stale))
         return self.able(job, tried)
 
-    def crowded(self, kind):
-        """Whether as many jobs of this kind wait as may."""
+    def expect_room(self, kind):
+        """Raises queue_full where as many jobs of this kind wait as may."""
         waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
-        return waiting >= self.settings["limits.queue"]
-
-    async def expect_room(self, generation):
-        """Raises as `expect_able`, or queue_full."""
-        await self.expect_able(generation)
-        if self.crowded(generation.plan.kind):
+        if waiting >= self.settings["limits.queue"]:
             raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
@@ -2433,8 +2437,9 @@ class Pool:
         """What a token must be like, step by step, and what it means where none is so."""
 
         def affords(token):
-            cost, credits = plan.cost(token.tier) * n, token.credits
-            return not cost or credits is None or cost <= credits - token.reserved
+            cost = plan.cost(token.tier) * n
+            unknown = token.credits is None
+            return not cost or unknown or cost <= token.credits - token.reserved
 
         needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
         kinds = {"image": "pictures", "video": "clips"}[plan.kind]
@@ -2449,21 +2454,26 @@ class Pool:
         credits, then the least recently used; those that the job shuns come last."""
 
         def load(token):
-            costs = job.plan.cost(token.tier)
-            credits = token.reserved - (token.credits or 0) if costs else 0
+            credits = 0
+            if plan.cost(token.tier):
+                credits = token.reserved - (token.credits or 0)
             shunned = token.id in job.shunned
             return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-        able, plan = self.able(job, tried), job.plan
-        awake = [token for token in able if token.pause_for(plan).until <= now()]
-        free = [token for token in awake if token.has_slot(plan.kind)]
+        plan = job.plan
+        free = [
+            token
+            for token in self.able(job, tried)
+            if token.pause_for(plan).until <= now() and token.has_slot(plan.kind)
+        ]
         return min(free, key=load, default=None)
 
     def take(self, token, job):
         """Leases without a question: also for a job that is found running at start."""
         self.leases[job.id] = token
-        self.reserved[job.id] = (job.plan.cost(token.tier) or 0) * job.n
-        token.reserved += self.reserved[job.id]
+        credits = (job.plan.cost(token.tier) or 0) * job.n
+        self.reserved[job.id] = credits
+        token.reserved += credits
         token.busy[job.plan.kind] += 1
 
     def spent(self, job, balance=None):
@@ -2480,22 +2490,21 @@ class Pool:
             token.busy[job.plan.kind] -= 1
             self.wake()
 
-    async def lease(self, job, tried):
-        """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
+    async def lease(self, job, tried, first=False):
+        """Waits in a fair queue for a free token. Raises as `able`; queue_full, where it
+        is the first one of this job."""
         await self.expect_able(job, tried)
+        if first:
+            self.expect_room(job.plan.kind)
         turn = asyncio.get_running_loop().create_future()
-        crowded = self.crowded(job.plan.kind)
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
         try:
-            if crowded and not tried and not turn.done():
-                raise GatewayError("queue_full", "The queue is full", retry_after=30)
             return await turn
         except asyncio.CancelledError:
-            self.release(job)
+            self.release(job)  # its turn may have come in this very moment
+            self.wake()
             raise
-        finally:
-            self.queue = [waiting for waiting in self.queue if waiting.turn is not turn]
 
     def wake(self):
         """Serves who waits, the first first; one who can't be served holds up nobody who
@@ -2507,13 +2516,15 @@ class Pool:
             if turn.done() or wish in unserved:
                 continue
             try:
-                if token := self._choose(job, tried):
-                    self.take(token, job)
-                    turn.set_result(token)
-                else:
-                    unserved.append(wish)
+                token = self._choose(job, tried)
             except GatewayError as err:
                 turn.set_exception(err)
+                continue
+            if token:
+                self.take(token, job)
+                turn.set_result(token)
+            else:
+                unserved.append(wish)
         self.queue = [waiting for waiting in self.queue if not waiting.turn.done()]
         if self._alarm:
             self._alarm.cancel()
@@ -2661,17 +2672,15 @@ class Media:
 # ---- 9. Jobs ---------------------------------------------------------------------------
 HEARTBEAT = 10.0  # seconds between signs of life to whoever watches a job
 STEPS = {  # state -> the states that may follow; anything else is a bug and raises
-    "queued": ("submitting", "failed", "cancelled"),
-    "submitting": ("queued", "running", "settling", "completed", "unknown"),
-    "unknown": ("running", "settling", "completed", "failed"),
-    "running": ("settling", "failed"),
-    "settling": ("completed",),
-    "failed": ("settling",),  # of generation_timeout alone: Google was late
+    "queued": "submitting failed cancelled",
+    "submitting": "queued running settling unknown",
+    "unknown": "running settling failed",
+    "running": "settling failed",
+    "settling": "completed",
+    "failed": "settling",  # of generation_timeout alone: Google was late
 }
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
-
-
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
 
 
@@ -2694,8 +2703,10 @@ class Jobs:
     KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
     def __init__(self, store, pool, media):
-        self.settings, self.store = pool.settings, store
-        self.pool, self.media = pool, media
+        self.settings = pool.settings
+        self.store = store
+        self.pool = pool
+        self.media = media
         self.open = {}  # job id -> Job
         self.late = {}  # the same, of those that ran out of time in the last day
         self.refused = {}  # id -> a request that made no job, as one that has failed
@@ -2707,53 +2718,58 @@ class Jobs:
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
         for job in store.jobs(states=("failed",), limit=500):
-            if timed_out(job) and job.completed_at > now() - LATE_SECONDS:
+            if timed_out(job):
                 self.late[job.id] = job
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
         Raises as Pool.able, or queue_full."""
+        fields = vars(generation).copy()
+        images = fields.pop("images")
         kind = generation.plan.kind
-        try:
-            await self.pool.expect_room(generation)
-        except GatewayError as err:
-            self._note_refused(generation, origin, err)
-            raise
-        fields = {**vars(generation), "origin": origin, "detached": detached}
-        images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
-        job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
-        if images:
-            job.inputs = await asyncio.to_thread(self.media.save_inputs, job_id, images)
-        key_row = {**vars(key), "job_id": job_id, "created_at": now()}
-        writing = self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
-        try:
-            await asyncio.shield(writing)
-        except StoreError:
-            self.media.drop_inputs(job.inputs)
-            raise
-        except asyncio.CancelledError:  # the client left in this very moment
-            await writing
-            job.detached = detached and key.explicit  # else it never learnt the id
-            await self.abandon(self._start(job))
-            raise
-        return self._start(job)
-
-    def _note_refused(self, generation, origin, err):
-        """For the owner: a request that made no job, as one that is not stored."""
         job = Job(
-            id=f"{generation.plan.kind}_{secrets.token_hex(12)}",
-            state="failed",
+            id=f"{kind}_{secrets.token_hex(12)}",
             created_at=now(),
-            completed_at=now(),
-            plan=generation.plan,
-            prompt=generation.prompt[:1000],
-            n=generation.n,
+            deadline=self._deadline(kind),
             origin=origin,
-            error=err.record(),
+            detached=detached,
+            **fields,
         )
+        try:
+            await self.pool.expect_able(job)
+            self.pool.expect_room(kind)
+        except GatewayError as err:
+            self._note_refused(job, err)
+            raise
+        accepting = asyncio.create_task(self._accept(job, images, key))
+        try:
+            await asyncio.shield(accepting)
+        except asyncio.CancelledError:  # the client left in this very moment
+            await accepting
+            job.detached = detached and key.explicit  # else it never learnt the id
+            await self.abandon(job)
+            raise
+        return job
+
+    def _note_refused(self, job, err):
+        """For the owner: a request that made no job, as one that is not stored."""
+        job.update(state="failed", completed_at=now(), error=err.record())
+        job.prompt = job.prompt[:1000]
         self.refused[job.id] = job
         if len(self.refused) > self.MOST_REFUSED:
             del self.refused[next(iter(self.refused))]
+
+    async def _accept(self, job, images, key):
+        """Its pictures go to disk, then it and its key; all or nothing."""
+        if images:
+            job.inputs = await asyncio.to_thread(self.media.save_inputs, job.id, images)
+        key_row = {**vars(key), "job_id": job.id, "created_at": now()}
+        try:
+            await self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
+        except StoreError:
+            self.media.drop_inputs(job.inputs)
+            raise
+        self._start(job)
 
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
@@ -2761,10 +2777,11 @@ class Jobs:
         row = await asyncio.to_thread(self.store.job_of_key, key, since)
         if not row:
             return None
-        if row[0] != key.request:
+        request, job_id = row
+        if request != key.request:
             message = "A new request needs a new Idempotency-Key"
             raise bad(message, code="idempotency_conflict")
-        job = await self.get(row[1])
+        job = await self.get(job_id)
         if job and (key.explicit or job.state != "cancelled"):
             return job
         if key.explicit:
@@ -2784,14 +2801,16 @@ class Jobs:
     async def owners_page(self, limit, state="", after=None, **filters):
         """As page, the newest first, and with what was refused before it made a job."""
         jobs = await self.page(states=[state], after=after, limit=limit, **filters)
+        text = filters.get("q", "").lower()
+        wishes = {filters.get("model"), filters.get("kind")} - {"", None}
         if state in ("", "failed") and not filters.get("token_id"):
-            refused = self.refused.values()
-            text = filters.get("q", "").lower()
-            wish = {filters.get("model"), filters.get("kind")} - {"", None}
-            refused = [job for job in refused if wish <= {job.plan.model, job.plan.kind}]
-            jobs += [job for job in refused if text in job.prompt.lower()]
-        if after:
-            jobs = [job for job in jobs if job.place < after.place]
+            jobs += [
+                job
+                for job in self.refused.values()
+                if wishes <= {job.plan.model, job.plan.kind}
+                and text in job.prompt.lower()
+                and (not after or job.place < after.place)
+            ]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
 
     async def cancel(self, job):
@@ -2877,19 +2896,20 @@ class Jobs:
         link = await self.pool.adapter_for(token).resolve(token, output, thumbnail)
         if not thumbnail:
             output.update(url=link.url, url_expires=link.expires)
-            await self.store.put(output)
+            self.store.put(output)  # on a full disk it is asked for again
         return link.url
 
     @contextlib.asynccontextmanager
     async def fetch(self, job, output, thumbnail=False, **headers):
         """A GET of a file. Raises content_not_found, upstream_unreachable, as link."""
-        token, reason = self.token_of(job), "no address"
-        proxy = token.proxy_url if token else ""
+        proxy = (self.token_of(job) or Token()).proxy_url
         options = {"proxy": proxy, "timeout": FILE_TIMEOUT, "public": True}
-        options["headers"] = {**headers, "Accept-Encoding": "identity"}
+        headers["Accept-Encoding"] = "identity"
+        reason = "no address"
         for anew in (False, True):  # an address that has died is asked for anew
             if url := await self.link(job, output, anew, thumbnail):
-                async with self.media.wire.stream(url, **options) as reply:
+                stream = self.media.wire.stream(url, headers=headers, **options)
+                async with stream as reply:
                     if reply.status < 400 or reply.status == 416:
                         yield reply
                         return
@@ -2905,8 +2925,6 @@ class Jobs:
             await self.abandon(job)
             if job.ended:
                 continue
-            if job.state == "submitting":
-                await self._step(job, "unknown")
             if job.state != "queued" and (token := self.token_of(job)):
                 self.pool.take(token, job)
                 self.pool.spent(job)
@@ -2937,12 +2955,9 @@ class Jobs:
                 try:
                     return await self._advance(job)
                 except GatewayError as err:
-                    fields = {"error": err.record(), "completed_at": now()}
-                    return await self._step(job, "failed", **fields)
+                    return await self._end(job, "failed", error=err.record())
                 except Exception:
                     log.exception("%s: %s failed; again in %d s", job.id, job.state, pause)
-                    if job.state == "submitting":  # it may have been sent
-                        await self._step(job, "unknown")
                     if job.state == "queued":
                         self.pool.release(job)
                     await asyncio.sleep(pause)
@@ -2954,38 +2969,41 @@ class Jobs:
         """From whatever state it is in to its end. Raises why it failed."""
         if job.state == "queued":
             await self._submit(job)
+        elif job.state == "submitting":  # cut short: it may have been sent
+            await self._step(job, "unknown")
         if job.state == "unknown":
             await self._look_for(job)
         if job.state == "failed":  # Google has finished it after its deadline
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
             await self._await(job, job.outputs)
-            if token := self.token_of(job):
-                token.count("error", sum(out.state == "failed" for out in job.outputs))
-                await self.store.put(token)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
+            settling = [self._settle(job, output) for output in job.outputs]
             try:
                 async with self._time_left(job):
-                    settling = [self._settle(job, output) for output in job.outputs]
                     await asyncio.gather(*settling)
             except TimeoutError:
                 job.notes.append("generation.image_timeout is over: this is the original")
-        await self._complete(job)
-
-    async def _complete(self, job):
-        """Its outputs and the counters of its account go to disk with it."""
-        if token := self.token_of(job):
-            token.trust(job.plan)
-            token.count(job.plan.kind, len(job.done()))
-        await self._step(job, "completed", *job.outputs, token, completed_at=now())
+        await self._end(job, "completed")
         self._learn(job)
+
+    async def _end(self, job, state, **changes):
+        """Its outputs and the counters of its account go to disk with it."""
+        done = len(job.done())
+        token = self.token_of(job)
+        if token:
+            token.count(job.plan.kind, done)
+            token.count("error", len(job.outputs) - done)
+            if done:
+                token.trust(job.plan)
+        await self._step(job, state, *job.outputs, token, completed_at=now(), **changes)
 
     async def _step(self, job, state, *records, **changes):
         """The one place that changes a job's state; returns when that is on disk."""
-        if state not in STEPS.get(job.state, ()):
+        if state not in STEPS.get(job.state, "").split():
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
         await self._save(job, *filter(None, records))
@@ -2993,13 +3011,18 @@ class Jobs:
             self.open.pop(job.id, None)
             if timed_out(job):
                 self.late[job.id] = job
-            self.pool.release(job)
             self.media.drop_inputs(job.inputs)
             token = self.token_of(job) or Token()
-            about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
-            message = job.error.get("message", "")
-            form = "%s %s: %s %s %d s %d credits %s"
-            log.info(form, job.id, job.state, *about, message)
+            log.info(
+                "%s %s: %s %s %d s %d credits %s",
+                job.id,
+                job.state,
+                job.plan.model,
+                token.email,
+                now() - job.created_at,
+                job.spent(token),
+                job.error.get("message", ""),
+            )
         self._tell(job)
 
     async def _save(self, *records):
@@ -3011,10 +3034,10 @@ class Jobs:
             except StoreError:
                 if self.stopping:
                     raise
-                for job in records:
-                    if isinstance(job, Job):
-                        self._tell(job, "Waiting for room on the disk")
-                await asyncio.sleep(min(pause, 10))
+            for job in records:
+                if isinstance(job, Job):
+                    self._tell(job, "Waiting for room on the disk")
+            await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -3028,8 +3051,10 @@ class Jobs:
     async def _submit(self, job):
         """Until an account takes it, or may have. What raises has spent nothing. What is
         refused everywhere speaks against the job: two accounts at most step back."""
-        tried, blamed = set(), set()
-        refusal, pauses = None, backoff(times=self.RETRIES)
+        tried = set()
+        blamed = set()
+        refusal = None
+        pauses = backoff(times=self.RETRIES)
         while True:
             token = await self._lease(job, tried, refusal)
             try:
@@ -3068,7 +3093,7 @@ class Jobs:
         self._tell(job, "Waiting for an account")
         try:
             async with asyncio.timeout(job.deadline - now()):
-                return await self.pool.lease(job, tried)
+                return await self.pool.lease(job, tried, first=not refusal)
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
@@ -3076,24 +3101,26 @@ class Jobs:
 
     async def _submit_on(self, job, token):
         """Where the account's project is gone at Flow, once more in a new one."""
-        gone, key, reply = "", job.plan.template, None
-        while not reply:
-            try:
-                reply = await self._send(job, token, gone)
-            except GatewayError as err:
-                if err.code != "model_unavailable" or job.source:
-                    raise
-                lately = now() - self.absent.get(key, 0) < 3600
-                if gone:
-                    self.absent[key] = now()
-                if gone or lately:
-                    raise
-                gone = job.project
-                log.warning("%s: is project %s gone? %s", job.id, gone, err)
-                await self._take_back(job)
+        try:
+            reply = await self._send(job, token)
+        except GatewayError as err:
+            lately = now() - self.absent.get(job.plan.template, 0) < 3600
+            if err.code != "model_unavailable" or job.source or lately:
+                raise
+            log.warning("%s: is project %s gone? %s", job.id, job.project, err)
+            await self._take_back(job)
+            reply = await self._send_anew(job, token)
         await self._accepted(job, reply)
         if reply.credits is None and job.plan.cost(token.tier):
             await self.pool.ask(token, now())  # Google leaves a balance of zero out
+
+    async def _send_anew(self, job, token):
+        try:
+            return await self._send(job, token, gone=job.project)
+        except GatewayError as err:
+            if err.code == "model_unavailable":  # so it is the key that Flow lacks
+                self.absent[job.plan.template] = now()
+            raise
 
     async def _send(self, job, token, gone=""):
         """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
@@ -3115,7 +3142,8 @@ class Jobs:
 
     async def _upload(self, job, token):
         """-> the names that its input pictures have at Google."""
-        upstream, media = self.pool.adapter_for(token), []
+        upstream = self.pool.adapter_for(token)
+        media = []
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
@@ -3124,11 +3152,12 @@ class Jobs:
 
     def _time_left(self, job):
         """A picture ends by its deadline, whatever Google does; not so a paid clip."""
-        left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
+        left = job.deadline - now() if job.plan.kind == "image" else None
         return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
+        job.outputs = []
         for number, status in enumerate(reply.statuses):
             output = Output(job.id, number, status.name, status.project or job.project)
             job.outputs.append(output)
@@ -3136,34 +3165,26 @@ class Jobs:
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]
-        token = self.token_of(job)
-        done = job.done()
-        if not done or unfinished(job.outputs):
-            self._give_time(job)
-            await self._step(job, "running", *job.outputs, token)
-        elif job.plan.upscale or not all(map(self._at_hand, done)):
-            await self._step(job, "settling", *job.outputs, token)
+        state = "settling"
+        if not job.done() or unfinished(job.outputs):
+            state = "running"
+            if job.plan.kind == "video":  # whose time is counted from the submit
+                job.deadline = self._deadline("video")
+        await self._step(job, state, *job.outputs, self.token_of(job))
         self.media.drop_inputs(job.inputs)
-
-    def _give_time(self, job):
-        """A clip's time is counted from the submit."""
-        if job.plan.kind == "video":
-            job.deadline = self._deadline("video")
-
-    def _at_hand(self, output):
-        return output.file or (output.url and not self.settings["cache.enabled"])
 
     def _deadline(self, kind):
         return now() + self.settings[f"generation.{kind}_timeout"]
 
     async def _look_for(self, job):
         """A submit whose answer was lost is not sent again: Google is asked for it."""
-        token, statuses, looks = self.token_of(job), [], 0
-        pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
-        if job.plan.kind == "image":
-            until = job.deadline
+        token = self.token_of(job)
+        statuses = []
+        looks = 0
+        pauses = backoff(self.FIRST_LOOK)
+        until = job.deadline if job.plan.kind == "image" else self._deadline("video")
+        self._tell(job, "The answer of Flow was lost; looking for what it has made")
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
-            self._tell(job, "The answer of Flow was lost; looking for what it has made")
             try:
                 async with self._time_left(job):
                     await asyncio.sleep(next(pauses))
@@ -3173,8 +3194,7 @@ class Jobs:
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
         if not statuses:
-            spends = any(job.plan.costs)
-            risk = "credits may be spent" if spends else "it may have been made"
+            risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
@@ -3186,22 +3206,25 @@ class Jobs:
             await asyncio.sleep(self.settings["flow.poll_interval"])
             pending = self._pending()
             for token in self.pool.tokens.values():
-                poll, outputs = polls.get(token.id), pending[token.id]
+                poll = polls.get(token.id)
+                outputs = pending[token.id]
                 if outputs and (not poll or poll.done()):
                     polls[token.id] = asyncio.create_task(self._poll(token, outputs))
 
     def _pending(self):
         """token id -> {output to ask for: its job}; what is late ever more rarely."""
         pending = defaultdict(dict)
-        for job in self.open.values():
-            pending[job.token_id].update(dict.fromkeys(unfinished(job.outputs), job))
+        jobs = list(self.open.values())
         for job in list(self.late.values()):
             age = now() - job.completed_at
             if age > LATE_SECONDS:
                 del self.late[job.id]
             elif now() >= job.look_at:
                 job.look_at = now() + min(max(age, 60), 3600)
-                pending[job.token_id].update(dict.fromkeys(timed_out(job), job))
+                jobs.append(job)
+        for job in jobs:
+            outputs = timed_out(job) or unfinished(job.outputs)
+            pending[job.token_id].update(dict.fromkeys(outputs, job))
         return pending
 
     async def _poll(self, token, outputs):
@@ -3218,16 +3241,16 @@ class Jobs:
         except Exception as err:
             odd = not isinstance(err, GatewayError | StoreError)
             log.warning("status call for %s: %s", token.email, err, exc_info=odd)
-            if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
-                self.pool.blame(token, err)
+            self.pool.suspect(token, err)
             await asyncio.sleep(next(self._pauses[token.id]))
             for job in set(outputs.values()):
-                job.deadline += now() - start
+                if now() < job.submitted_at + LATE_SECONDS:  # an end comes, all the same
+                    job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
         """Notes an answer; the jobs that it moves hear of it when it is on disk."""
         told = {status.name: status for status in statuses}
-        moved = []
+        moved = {}  # as outputs
         for output, job in outputs.items():
             status = told.get(output.name)
             if not status or (job.ended and status.state != "done"):
@@ -3238,12 +3261,12 @@ class Jobs:
             if not output.missing:
                 await self._note(output, status)
             if output.missing or output.state != "pending" or self._is_late(job, output):
-                moved.append(output)
+                moved[output] = job
         try:
             if moved:
                 await self.store.put(*moved)
         finally:  # on a full disk, too: nobody else would wake the jobs
-            for job in {outputs[output] for output in moved}:
+            for job in set(moved.values()):
                 if self.late.pop(job.id, None):
                     self._start(job)
                 self._tell(job, job.stage)
@@ -3261,17 +3284,19 @@ class Jobs:
         output.state = status.state
 
     async def _await(self, job, outputs):
-        """Until Google has said its last word on them, or does not know an upscale, or the
-        deadline fails them."""
+        """Until Google has said its last word on them, or does not know an upscale, or
+        the deadline fails them."""
         while pending := unfinished(outputs):
             changed = job.changed
             if any(output.is_lost() for output in pending):
                 return
             late = [output for output in pending if self._is_late(job, output)]
             for output in late:
-                message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {output.answers} answers (flow.max_poll_attempts); it may"
-                message += f" still appear here, or in project {output.project} at Flow"
+                message = (
+                    f"Flow was not done by generation.{job.plan.kind}_timeout or in"
+                    f" {output.answers} answers (flow.max_poll_attempts); it may still"
+                    f" appear here, or in project {output.project} at Flow"
+                )
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
@@ -3281,8 +3306,8 @@ class Jobs:
                 await self._wait(changed, rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
-        """Only Google's word after the deadline makes a clip late. A picture, or a clip that
-        nobody can ask for, is late by the clock, and so is any after a day."""
+        """Only Google's word after the deadline makes a clip late. A picture, or a clip
+        that nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.plan.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
@@ -3291,7 +3316,7 @@ class Jobs:
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
-        if output.state == "failed" and output.upscale not in (Upscale.ASKED, Upscale.RUNNING):
+        if output.state == "failed" and output.upscale == Upscale.NONE:
             return
         token = self.token_of(job)
         if token and job.plan.upscale and output.upscale != Upscale.ENDED:
@@ -3316,10 +3341,12 @@ class Jobs:
         size = job.plan.upscale
         self._tell(job, f"Upscaling to {size}")
         try:
-            if not await self._upscaled(job, token, output):
+            await self._upscaled(job, token, output)
+            if output.state == "pending":  # that request was lost
                 output.update(**output.original, state="done", upscale=Upscale.NONE)
-                if not await self._upscaled(job, token, output):
-                    raise GatewayError("upstream_error", "Google has never heard of it")
+                await self._upscaled(job, token, output)
+            if output.state == "pending":
+                raise GatewayError("upstream_error", "Google has never heard of it")
             if output.state == "failed":
                 raise GatewayError(**output.error)
         except GatewayError as err:
@@ -3328,26 +3355,33 @@ class Jobs:
         output.upscale = Upscale.ENDED
 
     async def _upscaled(self, job, token, output):
-        """Asks for the larger form, and waits for it -> False where Google knows nothing
-        of it: then the request was lost."""
+        """Asks for the larger form, and waits for it; it stays pending where Google knows
+        nothing of it."""
         status = await self._ask_to_upscale(job, token, output)
-        output.update(name=status.name, url="", url_expires=0.0, file="")
-        output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
+        output.update(
+            name=status.name,
+            url="",
+            url_expires=0.0,
+            file="",
+            upscale=Upscale.RUNNING,
+            answers=0,
+            missing=0,
+        )
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "the disk is full")
         await self._save(output)
         job.deadline = self._deadline("video")
         await self._await(job, [output])
-        return output.state != "pending"
 
     async def _ask_to_upscale(self, job, token, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
         upstream = self.pool.adapter_for(token)
-        if job.plan.kind == "video" and output.upscale == Upscale.RUNNING:
-            return Status(output.name, media=output.media)
-        if job.plan.kind == "video" and output.upscale == Upscale.ASKED:
-            return upstream.upscaled(output)
+        if job.plan.kind == "video":
+            if output.upscale == Upscale.RUNNING:
+                return Status(output.name, media=output.media)
+            if output.upscale == Upscale.ASKED:
+                return upstream.upscaled(output)
         output.update(original=output.handle(), upscale=Upscale.ASKED)
         await self._save(output)
         return await self._patiently(upstream.upscale, token, job, output)

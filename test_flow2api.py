@@ -1245,8 +1245,8 @@ POINTS = {  # the request; where its process dies by its own hand; its end
     "before the submit": (CHAT_4K, "on('submit', before=die)", "submit_unknown"),
     "before a clip's answer is kept": (CHAT_4K, "on('submit', after=die)", "completed"),
     "before a picture's is": (PICTURE_2K, "on('submit', after=die)", "completed"),
-    "before a picture's only write": (PICTURE, IN_JOBS.format("_complete", "before"), "completed"),
-    "after a picture's only write": (PICTURE, IN_JOBS.format("_complete", "after"), "completed"),
+    "before a picture's last write": (PICTURE, IN_JOBS.format("_end", "before"), "completed"),
+    "after a picture's last write": (PICTURE, IN_JOBS.format("_end", "after"), "completed"),
     "before the first poll": (CHAT_4K, "on('poll', before=die)", "completed"),
     "while a clip is upscaled": (CHAT_4K, "on('upscale', after=die)", "completed"),
     "while a picture is upscaled": (PICTURE_2K, "on('upscale', before=die)", "completed"),
@@ -2230,6 +2230,22 @@ async def test_many_streams_dropped_at_once_harm_nothing(world, endless):
 
 
 # ---- Accounts, sessions, settings and secrets stay what they are ----
+
+
+async def test_a_clip_of_which_nothing_can_be_learnt_ends_after_a_day(world, impatient, clock):
+    w = await world(video_seconds=10**6)
+    w.live.layers["file"]["generation.video_timeout"] = 20000
+    client = asyncio.create_task(w.chat())
+    (job,) = await w.running()
+
+    def two_hours_later(request):
+        clock.ahead += 7200
+        w.jobs._tell(job)
+        return refusal(503)(request)
+
+    w.fault = fault("batchCheck", two_hours_later)
+    expect_error(w, await asyncio.wait_for(client, 20), "generation_timeout")
+    assert len(w.fault.seen) >= 12 and not w.token.busy.total()
 
 
 @pytest.mark.parametrize("restart", [False, True])
