@@ -2673,13 +2673,14 @@ class Media:
 HEARTBEAT = 10.0  # seconds between signs of life to whoever watches a job
 STEPS = {  # state -> the states that may follow; anything else is a bug and raises
     "queued": "submitting failed cancelled",
-    "submitting": "queued running settling unknown",
-    "unknown": "running settling failed",
+    "submitting": "queued running settling completed unknown",
+    "unknown": "running settling completed failed",
     "running": "settling failed",
     "settling": "completed",
     "failed": "settling",  # of generation_timeout alone: Google was late
 }
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
+NO_ROOM = "Waiting for room on the disk"
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
 
@@ -2852,7 +2853,9 @@ class Jobs:
     async def watch(self, job):
         """Yields at once, at each change and each HEARTBEAT seconds until the job is
         completed. Raises why it is not."""
-        while job.id in self.open and not (job.ended or job.task.done() or self.stopping):
+        while job.id in self.open and not (job.task.done() or self.stopping):
+            if job.ended and job.stage == NO_ROOM:  # its end is told all the same
+                break
             changed = job.changed
             yield
             await self._wait(changed, HEARTBEAT)
@@ -3036,7 +3039,7 @@ class Jobs:
                     raise
             for job in records:
                 if isinstance(job, Job):
-                    self._tell(job, "Waiting for room on the disk")
+                    self._tell(job, NO_ROOM)
             await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
@@ -3165,13 +3168,18 @@ class Jobs:
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]
-        state = "settling"
-        if not job.done() or unfinished(job.outputs):
-            state = "running"
+        token = self.token_of(job)
+        done = job.done()
+        if not done or unfinished(job.outputs):
             if job.plan.kind == "video":  # whose time is counted from the submit
                 job.deadline = self._deadline("video")
-        await self._step(job, state, *job.outputs, self.token_of(job))
-        self.media.drop_inputs(job.inputs)
+            await self._step(job, "running", *job.outputs, token)
+        elif job.plan.upscale or not all(map(self._at_hand, done)):
+            await self._step(job, "settling", *job.outputs, token)
+        self.media.drop_inputs(job.inputs)  # else it is completed, in one write
+
+    def _at_hand(self, output):
+        return output.file or (output.url and not self.settings["cache.enabled"])
 
     def _deadline(self, kind):
         return now() + self.settings[f"generation.{kind}_timeout"]
