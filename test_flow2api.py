@@ -1848,6 +1848,88 @@ async def test_what_does_not_fit_is_told_logged_and_leaves_nothing(world, monkey
         assert (await w.post(path, body)).status == 200
 
 
+ODD_JSON = [
+    r'"\ud800"',
+    r'"a\u0000b"',
+    "9" * 4000,
+    "9" * 5000,
+    f'"{"9" * 5000}"',
+    '{"a": 1}',
+    NESTED,
+]
+ODD_JSON += ["1e999", "-1e999", "NaN", "-1", "1.5", "true", "null", "[]", "[null]", "[[]]", "{}"]
+ODD_JSON += ['""', '"²"', '"x"', '[{"a": "http://["}]', '"http://["', '"1e999"', "[" * 100_000]
+
+
+def variants(value):
+    """The JSON texts of a value that is odd in one of its places; its lists hold one thing."""
+    yield from ODD_JSON
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        for text in variants(item if isinstance(item, dict | list) else []):
+            rest = value | {key: "@"} if isinstance(value, dict) else ["@"]
+            yield json.dumps(rest).replace('"@"', text)
+
+
+def plain(value):
+    """Whether it is all of our own types: what can be stored, sent and counted with."""
+    if isinstance(value, flow2api.GatewayError):
+        value = value.record()
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, item.name) for item in dataclasses.fields(value)]
+    if isinstance(value, dict | list | tuple):
+        return all(map(plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return value == value.encode(errors="replace").decode()
+    number = isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1 << 53
+    return number or value is None or isinstance(value, bytes)
+
+
+ADAPTER_CALLS = {  # part of the path -> the call: adapter, token, job, output
+    "auth/session": lambda u, t, j, o: u.sign_in(t),
+    "createProject": lambda u, t, j, o: u.project(t),
+    "/credits": lambda u, t, j, o: u.balance(t),
+    "uploadImage": lambda u, t, j, o: u.upload(t, "p", PNG, "image/png"),
+    "batchGenerateImages": lambda u, t, j, o: u.submit(t, j, []),
+    "GenerateVideoText": lambda u, t, j, o: u.submit(t, j, []),
+    "batchCheck": lambda u, t, j, o: u.poll(t, [o]),
+    "projectInitialData": lambda u, t, j, o: u.find(t, j),
+    "UrlRedirect": lambda u, t, j, o: u.resolve(t, o),
+    "upsampleImage": lambda u, t, j, o: u.upscale(t, j, o),
+    "UpsampleVideo": lambda u, t, j, o: u.upscale(t, j, o),
+}
+
+
+@pytest.mark.parametrize("on", ADAPTER_CALLS)
+async def test_an_odd_answer_is_refused_or_read_as_values_of_our_own_types(world, on):
+    """Of each call of Flow, with each oddity in each of the places of its answer."""
+    w = await world(((ULTRA, 10**6),), video_seconds=0, **{"flow.poll_interval": 0.05})
+    job = await w.jobs.get((await w.chat(CALLS_TO_FLOW[on])).job_id)
+    upstream, good = w.pool.adapter_for(w.token), [{"a": 1}]
+
+    async def sees(request, handler):
+        answer = await handler(request)
+        good.append(json.loads(answer.body))
+        return answer
+
+    async def result_of(odd):
+        token = flow2api.Token(st=w.token.st, at=w.token.at, tier=ULTRA)
+        try:
+            return [await ADAPTER_CALLS[on](upstream, token, job, job.outputs[0]), token.row()]
+        except flow2api.GatewayError as err:
+            assert "Generate" not in on or err.code == "submit_unknown", (odd[:300], err)
+            return err
+        except Exception as err:
+            raise AssertionError(odd[:300]) from err
+
+    if on != "UrlRedirect":  # whose good answer has no body
+        w.fault = sees
+        assert plain(await result_of(""))
+    w.fault = fault(on, lambda request: web.Response(text=odd, content_type="application/json"))
+    for odd in variants(good[-1]):
+        result = await result_of(odd)
+        assert plain(result), (odd[:300], result)
+
+
 # ---- What is full, dead, slow or junk harms nobody else ----
 
 
@@ -1961,11 +2043,18 @@ async def test_with_few_files_and_many_idle_connections_it_still_answers(run, tm
         with contextlib.suppress(OSError):
             idle.append((await connect(program.url))[1])
             idle[-1].write(health[:20] * (number % 2))
-    assert re.match(rb"HTTP/1.1 (200|429|503) |\Z", await exactly(program.url, health))
+
+    async def answer():  # none in two seconds: it was lost where too many waited
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(2):
+                return await exactly(program.url, health)
+        return b""
+
+    assert re.match(rb"HTTP/1.1 (200|429|503) |\Z", await answer())
     for writer in idle:
         writer.transport.abort()
-    async with asyncio.timeout(20):
-        while b"200 OK" not in await exactly(program.url, health):
+    async with asyncio.timeout(30):
+        while b"200 OK" not in await answer():
             await asyncio.sleep(0.1)
     assert len(program.log) < 20, program.log[:30]
 
@@ -2125,6 +2214,63 @@ async def test_200_mb_pass_in_constant_memory(world, tmp_path):
                 assert chunk == huge.read(len(chunk))
                 assert resident() - before < 30 << 20
         assert huge.tell() == 200 << 20 == int(reply.headers["Content-Length"])
+
+
+async def test_no_submit_follows_a_redirect(world, looks, impatient):
+    """It was accepted, and Flow sends us to a dead address, to nowhere, or to another call."""
+    w = await world(((PRO, 10**6),), image_seconds=0, video_seconds=0.05)
+    targets = ("http://127.0.0.1:9/", "", f"{w.flow.address}/v1/credits")
+    for status, target in itertools.product((301, 302, 303, 307, 308), targets):
+        w.flow.media.clear()
+        w.flow.calls.clear()
+        hop = {"status": status, "headers": {"Location": target}}
+        w.fault = fault(PAID, lambda request, hop=hop: web.Response(**hop), through=True, times=2)
+        for reply in await asyncio.gather(w.chat(BANANA), w.chat(FAST)):
+            assert reply.content, (status, target)
+        assert len(w.paid()) == len(w.flow.media) == 2, (status, target)
+
+
+async def test_the_pictures_of_open_jobs_have_a_limit_together(world):
+    """What is over it is refused, and comes in when there is room again."""
+    w = await world(**{"limits.inputs_mb": 1})
+    await w.pool.update(w.token, image_concurrency=1)
+    picture, clients = data_url(PNG + bytes(400_000)), []
+    w.fault = hold(PAID)
+    for number in range(3):  # the first is at Flow, the second waits
+        clients.append(asyncio.create_task(w.chat(BANANA, f"{number}", [picture])))
+        await until(lambda n=number: len(w.jobs.open) > n or clients[-1].done())
+    assert (await w.post(VIDEOS, BOAT)).status == 200  # which brings none
+    w.fault.release.set()
+    *good, refused = await asyncio.gather(*clients)
+    assert [reply.status for reply in good] == [200, 200]
+    expect_error(w, refused, "queue_full")
+    assert (await w.chat(BANANA, "again", [picture])).content
+
+
+async def test_lists_cut_prompts_and_a_job_itself_has_the_whole_one(world):
+    w = await world(video_seconds=0.05)
+    do, prompt, told = await log_in(w), "".join(f"{n} boats, " for n in range(999)), 0
+    w.fault = hold(PAID)
+    video = (await w.post(VIDEOS, {"prompt": prompt})).job_id
+    tasks = f"/v1/tokens/{w.token.id}"
+    for _ in range(2):
+        lists = [await do(f"GET {name}") for name in ("jobs", "logs", "state")]
+        for path in (VIDEOS, f"{tasks}/pending-tasks", f"{tasks}/profile-feed"):
+            lists.append((await w.get(path)).json)
+        assert not [rows for rows in lists if prompt[501:600] in json.dumps(rows)]
+        told += sum(prompt[:499] in json.dumps(rows) for rows in lists)
+        job = (await do(f"GET jobs/{video}"))["job"]
+        assert (await w.get(f"{VIDEOS}/{video}")).json["prompt"] == job["prompt"] == prompt
+        w.fault.release.set()
+        await w.end_of(video)
+    assert told >= 8
+
+
+async def test_a_picture_that_is_too_large_is_not_kept(world, impatient):
+    w = await world(image_seconds=0, **{"cache.enabled": True})
+    w.fault = fault("^/media/", lambda request: web.Response(body=PNG + bytes(65 << 20)))
+    reply = await w.chat(BANANA)
+    assert "can't be fetched" in reply.content and not list((w.data / "tmp").iterdir())
 
 
 # ---- Whatever comes, in masses ----
