@@ -382,9 +382,9 @@ def bad(message, param=None, code="invalid_request"):
     return GatewayError(code, message, param=param)
 
 
-# LiteLLM knows a refusal by policy by the first words, OpenAI's own.
+# LiteLLM knows a refusal by policy by the first words.
 POLICY = (
-    "Your request was rejected as a result of our safety system: Google's content policy"
+    "Your request was rejected as a result of the safety system: Google's content policy"
     " refused this prompt or picture; change it and try again"
 )
 # What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status

@@ -2571,7 +2571,7 @@ def test_each_of_googles_reasons_has_its_code_and_effect():
             assert told == (code, effect, status), (row, reason)
             assert (reason or text or str(status)) in str(error)  # it is told along
             assert (error.retry_after > 0) == (error.status == 429)
-            assert ("of our safety system" in str(error)) == ("policy" in code)  # LiteLLM's words
+            assert ("result of the safety system" in str(error)) == ("policy" in code)  # LiteLLM's
     for statuses, texts, *codes in ANSWERS:
         for status, text in itertools.product(statuses, texts):
             response = web.Response(status=status, headers={"Retry-After": "77"})
