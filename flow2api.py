@@ -3597,7 +3597,10 @@ EDIT_WORDS = re.compile(
     r"|同じ|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸"
     r"|그것|이것"
 )
-PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
+PICTURE_LINK = re.compile(
+    r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
+    r"|Picture: (?=http))([^\s()]+)"  # as ChatAnswer has it beside pictures
+)
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data"
@@ -4720,19 +4723,21 @@ class ChatAnswer:
         job = self.job
         if not job:
             return {"content": self.text}
-        notes = [*job.notes, *self.failures()]
-        if self.chat.inline and job.plan.kind == "image":
-            urls = [await self.api.data_url(job, output) for output in job.done()]
-            images = [
-                {"type": "image_url", "image_url": {"url": url}, "index": index}
-                for index, url in enumerate(urls)
-            ]
-            return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
         urls = self.api.output_urls(self.request, job)
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
+        images = {}
         if job.plan.kind == "image":
             form = "![Generated Image]({0})"
-        return {"content": "\n\n".join([*map(form.format, urls), *notes])}
+        if job.plan.kind == "image" and self.chat.inline:
+            # Many a client sends back the text alone, and an edit needs the picture.
+            form = "Picture: {0}"
+            data = [await self.api.data_url(job, output) for output in job.done()]
+            images["images"] = [
+                {"type": "image_url", "image_url": {"url": url}, "index": index}
+                for index, url in enumerate(data)
+            ]
+        notes = [*job.notes, *self.failures()]
+        return {"content": "\n\n".join([*map(form.format, urls), *notes]), **images}
 
     def failures(self):
         reasons = [output.error["message"] for output in self.job.outputs if output.error]

@@ -3135,12 +3135,14 @@ async def test_a_clip_is_given_as_is_set_and_an_edit_continues_our_picture(world
         html = f'<video src="{url}" controls="controls">\n{url}\n</video>'
         assert text.startswith(html) is (form != "link")
         assert text.endswith(f"[video.mp4]({url})") is (form != "html")
-    answer = (await w.chat(BANANA, "a cat")).content
-    *_, cat = w.flow.media.values()
-    edited = await w.chat(BANANA, **turns("a cat", answer, "make it darker"))
-    assert "went along" in edited.content
-    (upload,) = w.asked("uploadImage")
-    assert upload["imageBytes"] == base64.b64encode(cat.file()).decode()
+    for fields in ({}, {"modalities": ["image"]}):  # of which clients send back the text
+        w.flow.calls.clear()
+        answer = (await w.chat(BANANA, "a cat", **fields)).content
+        *_, cat = w.flow.media.values()
+        edited = await w.chat(BANANA, **turns("a cat", answer, "make it darker"), **fields)
+        assert "went along" in edited.content
+        (upload,) = w.asked("uploadImage")
+        assert upload["imageBytes"] == base64.b64encode(cat.file()).decode()
     w.fault = fault("^/media/|Redirect", refusal(404))  # and now it is gone
     for path in (w.data / "tmp").iterdir():
         path.unlink()
@@ -3227,7 +3229,8 @@ async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside
     assert type(reply["created"]) is int and reply["id"]
     assert {"prompt_tokens", "completion_tokens", "total_tokens"} <= set(reply["usage"])
     for message in (events[-1]["choices"][0]["delta"], choice["message"]):
-        assert message["content"] and "](" not in message["content"]
+        links = message["content"].replace("Picture: ", "").split()
+        assert [(await w.fetch(link)).status for link in links] == [200, 200]
         urls = [image.pop("image_url")["url"] for image in message["images"]]
         start = "data:image/png;base64,"
         pictures = [base64.b64decode(url.removeprefix(start), validate=True) for url in urls]
