@@ -6168,6 +6168,7 @@ ROUTES = {
         "GET /v1/models/{model}": ServiceApi.model,
         "POST /v1/chat/completions": ChatApi.complete,
         "POST /v1/images/generations": ImagesApi.generate,
+        "POST /v1/images": ImagesApi.generate,  # OpenRouter's name
         "POST /v1/images/edits": ImagesApi.edit,
         "POST /v1/videos": VideosApi.create,
         "GET /v1/videos": VideosApi.list,

@@ -4564,6 +4564,7 @@ def uploads(link):
         ([BLUE, RED, RED, BLUE, RED], {"image": [BLUE_URL, *objects, RED_BASE64]}),
         ([RED, BLUE], {"images": [{"image_url": link}, {"image_url": BLUE_URL}]}),
         ([BLUE, RED], {"input_image": RED_URL, "references": [BLUE_URL]}),
+        ([BLUE], {"input_references": [objects[2] | {"type": "image_url"}]}),  # OpenRouter's
     )
 
 
@@ -4572,7 +4573,7 @@ async def test_every_form_of_upload_reaches_flow_in_its_order(world):
     w.fault = fault("/red$", lambda request: web.Response(body=RED))
     for pictures, body in uploads(f"{w.flow.address}/red"):
         options = body if isinstance(body, dict) else {"parts": body}
-        for path in (IMAGES, EDITS):
+        for path in (IMAGES, EDITS, "/v1/images"):
             assert drawn(await draw(w, path, **options)) == files_at_flow(w), body
             assert submitted(w)[1] == pictures, body
 
