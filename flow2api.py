@@ -404,9 +404,9 @@ def bad(message, param=None, code="invalid_request"):
     return GatewayError(code, message, param=param)
 
 
-# LiteLLM knows a refusal by policy by the first words, OpenAI's own.
+# LiteLLM knows a refusal by policy by the first words.
 POLICY = (
-    "Your request was rejected as a result of our safety system: Google's content policy"
+    "Your request was rejected as a result of the safety system: Google's content policy"
     " refused this prompt or picture; change it and try again"
 )
 # What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
@@ -3653,7 +3653,10 @@ EDIT_WORDS = re.compile(
     r"|同じ|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸"
     r"|그것|이것"
 )
-PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
+PICTURE_LINK = re.compile(
+    r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
+    r"|Picture: (?=http))([^\s()]+)"  # as ChatAnswer has it beside pictures
+)
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 # What clients call the same; the pictures of `first` come before the others; `inside` are
@@ -4756,19 +4759,21 @@ class ChatAnswer:
         job = self.job
         if not job:
             return {"content": self.text}
-        notes = [*job.notes, *self.failures()]
-        if self.chat.inline and job.plan.kind == "image":
-            urls = [await self.api.data_url(job, output) for output in job.done()]
-            images = [
-                {"type": "image_url", "image_url": {"url": url}, "index": index}
-                for index, url in enumerate(urls)
-            ]
-            return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
         urls = self.api.output_urls(self.request, job)
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
+        images = {}
         if job.plan.kind == "image":
             form = "![Generated Image]({0})"
-        return {"content": "\n\n".join([*map(form.format, urls), *notes])}
+        if job.plan.kind == "image" and self.chat.inline:
+            # Many a client sends back the text alone, and an edit needs the picture.
+            form = "Picture: {0}"
+            data = [await self.api.data_url(job, output) for output in job.done()]
+            images["images"] = [
+                {"type": "image_url", "image_url": {"url": url}, "index": index}
+                for index, url in enumerate(data)
+            ]
+        notes = [*job.notes, *self.failures()]
+        return {"content": "\n\n".join([*map(form.format, urls), *notes]), **images}
 
     def failures(self):
         reasons = [output.error["message"] for output in self.job.outputs if output.error]
@@ -6193,6 +6198,7 @@ ROUTES = {
         "GET /v1/models/{model}": ServiceApi.model,
         "POST /v1/chat/completions": ChatApi.complete,
         "POST /v1/images/generations": ImagesApi.generate,
+        "POST /v1/images": ImagesApi.generate,  # OpenRouter's name
         "POST /v1/images/edits": ImagesApi.edit,
         "POST /v1/videos": VideosApi.create,
         "GET /v1/videos": VideosApi.list,
