@@ -4266,8 +4266,12 @@ def json_instance(schema, title, name="", depth=5):
 
 # ---- 11. Client API --------------------------------------------------------------------
 EMPTY_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-EMPTY_IMAGE_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-EMPTY_IMAGE_USAGE["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
+EMPTY_IMAGE_USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
 VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know no others
     "queued": "queued",
     "submitting": "queued",
@@ -4294,8 +4298,11 @@ FILE_HEADERS = {
     "Content-Security-Policy": "sandbox",  # what Google sends runs no script here
     "X-Content-Type-Options": "nosniff",
 }
-STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
-STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 LEFT_SECONDS = 600  # in which the same request is that of a client that has left
 LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
@@ -4311,12 +4318,17 @@ def bearer(request):
     return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
 
 
+def is_proxy(address, settings):
+    """Whether it is a trusted proxy's. Raises ValueError for what is no IP address."""
+    ip = ipaddress.ip_address(address)
+    networks = read_networks(settings["server.trusted_proxies"])
+    return any(ip in network for network in networks)
+
+
 def forwarded(request, settings, name):
     """The values of X-Forwarded-<name>, where a trusted proxy sends them."""
-    networks = read_networks(settings["server.trusted_proxies"])
     with contextlib.suppress(ValueError):
-        peer = ipaddress.ip_address(request.remote or "")
-        if any(peer in network for network in networks):
+        if is_proxy(request.remote or "", settings):
             values = request.headers.get(f"X-Forwarded-{name}", "").split(",")
             return [value.strip() for value in values if value.strip()]
     return []
@@ -4324,12 +4336,10 @@ def forwarded(request, settings, name):
 
 def client_address(request, settings):
     """The address that a request comes from, beyond trusted proxies."""
-    networks = read_networks(settings["server.trusted_proxies"])
     for address in reversed(forwarded(request, settings, "For")):
         with contextlib.suppress(ValueError):
-            ip = ipaddress.ip_address(address)
-            if not any(ip in network for network in networks):
-                return str(ip)
+            if not is_proxy(address, settings):
+                return address
     return request.remote
 
 
@@ -4580,7 +4590,6 @@ class Api:
         """A job as OpenAI's video object; clients fail on other types. whole: not as in a
         list, where a prompt is cut to 500 characters."""
         status = VIDEO_STATES[job.state]
-        error = public_error(job)
         percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
         video = {
             "id": job.id,
@@ -4595,18 +4604,20 @@ class Api:
             "size": pixels(job.plan),
             "seconds": str(job.plan.seconds),
             "remixed_from_video_id": job.source.get("job"),
-            "error": error,
+            "error": None,
         }
         if job.metadata is not None:
             video["metadata"] = job.metadata
         if job.notes:
             video["notes"] = job.notes
-        if error:
-            video["fail_reason"] = error["message"]
+        if job.error:
+            code, message = job.error["code"], job.error["message"]
+            video.update(error={"code": code, "message": message}, fail_reason=message)
         urls = self.output_urls(request, job) if status == "completed" else []
         if urls:
-            more = {"urls": urls} if len(urls) > 1 else {}
-            video.update(url=urls[0], video_url=urls[0], **more)
+            video.update(url=urls[0], video_url=urls[0])
+        if len(urls) > 1:
+            video["urls"] = urls
         return video
 
     async def send_output(self, request, job, query, thumbnail=False):
@@ -4647,17 +4658,11 @@ class Api:
         return reply
 
 
-def public_error(job):
-    if not job.error:
-        return None
-    return {"code": job.error["code"], "message": job.error["message"]}
-
-
 def pixels(plan):
     """The size of an output: "1280x720"; of a picture its shape."""
-    wide, high = CLIP_PIXELS.get(plan.upscale, CLIP_PIXELS[""])
     if plan.kind == "image":
         return plan.ratio
+    wide, high = CLIP_PIXELS[plan.upscale]
     return f"{wide}x{high}" if plan.ratio == "landscape" else f"{high}x{wide}"
 
 
@@ -4675,22 +4680,25 @@ class ChatApi(Api):
         client, text = side_answer(chat)
         if client and self.settings["chat.answer_side_prompts"]:
             log.info("Answered at no cost, nothing was made: a prompt of %s", client)
-            return await ChatAnswer(self, request, chat, None, text).send()
+            return await ChatAnswer(self, request, chat, text=text).send()
         read = functools.partial(read_chat_generation, chat, self.media, self.own_picture)
         async with self.gateway.admit(request, body, read) as job:
             for turn in chat.turns:
                 turn.links.clear()  # as the body is
-            return await ChatAnswer(self, request, chat, job, "").send()
+            return await ChatAnswer(self, request, chat, job).send()
 
 
+@dataclass
 class ChatAnswer:
     """Renders a job, or a text, in the format of OpenAI's chat completions."""
 
-    def __init__(self, api, request, chat, job, text):
-        self.api = api
-        self.request = request
-        self.chat = chat
-        self.job, self.text = job, text
+    api: ChatApi
+    request: web.Request
+    chat: ChatRequest
+    job: Job | None = None
+    text: str = ""
+
+    def __post_init__(self):
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(now())
 
@@ -4722,22 +4730,23 @@ class ChatAnswer:
             return {"content": self.text}
         notes = [*job.notes, *self.failures()]
         if self.chat.inline and job.plan.kind == "image":
-            urls = [await self.api.data_url(job, output) for output in job.done()]
-            images = [
-                {"type": "image_url", "image_url": {"url": url}, "index": index}
-                for index, url in enumerate(urls)
-            ]
-            return {"content": "\n\n".join(notes) or f"{len(urls)} made.", "images": images}
-        urls = self.api.output_urls(self.request, job)
+            images = []
+            for index, output in enumerate(job.done()):
+                url = {"url": await self.api.data_url(job, output)}
+                images.append({"type": "image_url", "image_url": url, "index": index})
+            text = "\n\n".join(notes) or f"{len(images)} made."
+            return {"content": text, "images": images}
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
         if job.plan.kind == "image":
             form = "![Generated Image]({0})"
+        urls = self.api.output_urls(self.request, job)
         return {"content": "\n\n".join([*map(form.format, urls), *notes])}
 
     def failures(self):
-        reasons = [output.error["message"] for output in self.job.outputs if output.error]
-        reasons += ["Flow made none of it"] * (self.job.n - len(self.job.outputs))
-        return [f"One of {self.job.n} failed: {reason}" for reason in reasons]
+        job = self.job
+        reasons = [output.error["message"] for output in job.outputs if output.error]
+        reasons += ["Flow made none of it"] * (job.n - len(job.outputs))
+        return [f"One of {job.n} failed: {reason}" for reason in reasons]
 
     def failed(self, err):
         """Some clients show only the text, some only the event."""
@@ -4806,9 +4815,8 @@ class ImagesApi(Api):
         if form == "url":
             url = self.output_url(request, job, output)
             return {"revised_prompt": job.prompt, "url": url}
-        data = await self.output_bytes(job, output)
-        encoded = await asyncio.to_thread(base64.b64encode, data)
-        return {"revised_prompt": job.prompt, "b64_json": encoded.decode()}
+        data_url = await self.data_url(job, output)
+        return {"revised_prompt": job.prompt, "b64_json": data_url.partition(",")[2]}
 
     def failed(self, err):
         return sse({"type": "error", **err.body()}, "error")
@@ -4843,13 +4851,11 @@ class VideosApi(Api):
         read = functools.partial(read_clip, body, self.media)
         return await self._make(request, body, read)
 
-    async def remix(self, request):
-        body = await read_body(request)
-        return await self._derive(request, body, request.match_info["id"], "edit")
-
     async def edit(self, request):
+        """Of the clip that the path names (remix), or the body."""
         body = await read_body(request)
-        return await self._derive(request, body, body.get("video"), "edit")
+        video = request.match_info.get("id", body.get("video"))
+        return await self._derive(request, body, video, "edit")
 
     async def extend(self, request):
         body = await read_body(request)
@@ -6170,7 +6176,7 @@ ROUTES = {
         "POST /v1/videos/extensions": VideosApi.extend,
         "GET /v1/videos/{id}": VideosApi.get,
         "DELETE /v1/videos/{id}": VideosApi.delete,
-        "POST /v1/videos/{id}/remix": VideosApi.remix,
+        "POST /v1/videos/{id}/remix": VideosApi.edit,
         "GET /v1/videos/{id}/content": VideosApi.content,
         "GET /v1/stats": ServiceApi.stats,
         f"GET {V1_TOKEN}/{{_:pending-tasks(-v2)?}}": ServiceApi.pending_tasks,
