@@ -4391,20 +4391,12 @@ def unexpected(request):
 
 
 def fingerprint(request):
-    """The same for the same fields and files of a request, whatever their form."""
-
-    def shorten(value):
-        if isinstance(value, dict):
-            return {name: shorten(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        long = isinstance(value, str | bytes) and len(value) > 999
-        return digest(value) if long else value
-
-    try:
-        return digest(json.dumps(shorten(request), sort_keys=True, default=repr))
-    except RecursionError:
-        raise bad("The body is nested too deeply") from None
+    """The same for the same fields and files of a request."""
+    hashed = hashlib.sha256()
+    encoder = json.JSONEncoder(sort_keys=True, default=digest)  # bytes: files of a form
+    for piece in encoder.iterencode(request):
+        hashed.update(piece.encode())
+    return hashed.hexdigest()
 
 
 class Gateway:
@@ -4552,9 +4544,10 @@ class Api:
         not_found."""
         match = OUTPUT_LINK.fullmatch(name)
         job = await self.jobs.get(match[1]) if match else None
-        if not job or not same(match[2], link_secret(job)):
-            raise GatewayError("not_found", "There is no such file, or it has expired")
-        return job, job.done()[int(match[3])]
+        if job and same(match[2], link_secret(job)):
+            for output in job.done()[int(match[3]) :]:
+                return job, output
+        raise GatewayError("not_found", "There is no such file, or it has expired")
 
     async def own_picture(self, link):
         """The picture that a link of ours leads to; None: it is none of ours. Raises as
@@ -4620,11 +4613,9 @@ class Api:
             video["urls"] = urls
         return video
 
-    async def send_output(self, request, job, query, thumbnail=False):
+    async def send_output(self, request, job, output, thumbnail=False):
         """The file of an output, with ranges: as it is kept here, else passed on from
         Google in constant memory (or by a redirect, where the settings say so)."""
-        self.expect_done(job)
-        output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
         kept = self.media.path(output.file)
         if kept and not thumbnail:
             return web.FileResponse(kept, headers=FILE_HEADERS)
@@ -4912,7 +4903,15 @@ class VideosApi(Api):
         job = await self.job_of(request)
         query = request.query
         variant = one_of(query, "variant", ("video", "thumbnail"), "video")
-        return await self.send_output(request, job, query, variant == "thumbnail")
+        self.expect_done(job)
+        output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
+        return await self.send_output(request, job, output, variant == "thumbnail")
+
+
+def plan_fields(plan):
+    """What a model or a job makes, for the owner's page."""
+    fields = {name: getattr(plan, name) for name in ("kind", "family", "ratio", "upscale")}
+    return {**fields, "prices": plan.prices()}
 
 
 def model_object(model, settings):
@@ -4928,13 +4927,9 @@ def model_object(model, settings):
         "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
         "supported_endpoint_types": ["openai", endpoint],
         "pictures": plan.images,
-        "kind": plan.kind,
-        "family": plan.family,
-        "ratio": plan.ratio,
         "seconds": plan.seconds,
-        "upscale": plan.upscale,
-        "prices": plan.prices(),
         "note": plan.note,
+        **plan_fields(plan),
     }
 
 
@@ -4958,7 +4953,8 @@ class ServiceApi(Api):
         if path := self.media.path(name):
             return web.FileResponse(path, headers=FILE_HEADERS)
         job, output = await self.output_of_link(name)
-        return await self.send_output(request, job, {"index": job.done().index(output)})
+        self.expect_done(job)
+        return await self.send_output(request, job, output)
 
     async def stats(self, request):
         counters = self.gateway.counters()
@@ -4966,15 +4962,11 @@ class ServiceApi(Api):
 
     async def pending_tasks(self, request):
         """The open jobs of a token."""
-        token = self.token_of(request)
-        jobs = [job for job in self.jobs.open.values() if job.token_id == token.id]
-        return self._tasks(request, token, "tasks", jobs)
+        return await self._tasks(request, "tasks", states=OPEN, oldest_first=True)
 
     async def finished_tasks(self, request):
-        token = self.token_of(request)
         limit = one_of(request.query, "limit", range(1, 101), 8)
-        jobs = await self.jobs.page(token_id=token.id, states=("completed",), limit=limit)
-        return self._tasks(request, token, "items", jobs)
+        return await self._tasks(request, "items", states=("completed",), limit=limit)
 
     async def task(self, request):
         token = self.token_of(request)
@@ -4983,10 +4975,11 @@ class ServiceApi(Api):
             raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
         return {"success": True, "task": self._task(request, job, whole=True)}
 
-    def _tasks(self, request, token, name, jobs):
+    async def _tasks(self, request, name, **filters):
+        token = self.token_of(request)
+        jobs = await self.jobs.page(token_id=token.id, **filters)
         tasks = [self._task(request, job) for job in jobs]
-        head = {"success": True, "token_id": token.id, "count": len(tasks)}
-        return {**head, name: tasks}
+        return {"success": True, "token_id": token.id, "count": len(tasks), name: tasks}
 
     def _task(self, request, job, whole=False):
         video = self.video_object(request, job, whole)
@@ -5085,6 +5078,10 @@ TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
     **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
 }
+# Fields of a token as GET /api/tokens gives them.
+TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabled
+    image_concurrency video_concurrency image_count video_count error_count use_count
+    failures busy"""
 PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
 PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
     ("^$", f"The session token is missing: {PASTE_IT}"),
@@ -5096,8 +5093,9 @@ PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the fi
     (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
     ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
 )
-BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
-NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
+NO_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
+NO_COUNTS = dict.fromkeys(NO_COUNTS.split(), 0)
+ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # as its owner wants it
 
 
 def hash_password(password, salt=None):
@@ -5181,7 +5179,6 @@ class Sessions:
         good = await asyncio.to_thread(password_matches, str(password), stored)
         if good:
             self.guesses.pop(address, None)
-        if good and address not in self.friends:
             self.friends.add(address)
             await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
@@ -5202,7 +5199,7 @@ def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
     return {
-        **token.pick("id", "email", "name", "remark", "is_active", "reason"),
+        **token.pick(*TOKEN_SHOWN.split()),
         "reason_code": token.cause(),
         "st": hide(token.st),
         "at": hide(token.at),
@@ -5214,20 +5211,10 @@ def token_object(token, masked=False):
         "tier": TIERS.get(token.tier, ""),
         "current_project_id": token.project_id or None,
         "current_project_name": token.project_name or None,
-        "image_enabled": token.image_enabled,
-        "video_enabled": token.video_enabled,
-        "image_concurrency": token.image_concurrency,
-        "video_concurrency": token.video_concurrency,
-        "image_count": token.image_count,
-        "video_count": token.video_count,
-        "error_count": token.error_count,
-        "use_count": token.use_count,
-        "failures": token.failures,
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
         "paused_for": token.paused_for(),
-        "busy": token.busy,
     }
 
 
@@ -5247,7 +5234,7 @@ def read_token_fields(body):
     elif not good_proxy(proxy):
         raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
     if "is_active" in fields:  # switched by hand: the owner's word, not ours
-        fields |= AWAKE if fields["is_active"] else {"reason": ""}
+        fields.update(AWAKE if fields["is_active"] else ASLEEP)
     return fields
 
 
@@ -5283,11 +5270,9 @@ def read_setting(name, raw):
 
 def expect_proxy(settings, new):
     """Raises invalid_request where a change would switch on a proxy that is none."""
-    before = {name: settings[name] for name in PROXY.values()}
-    after = ChainMap(new, before)
-    if before.keys().isdisjoint(new) or not after["proxy.proxy_enabled"]:
-        return
-    if not after["proxy.proxy_url"]:
+    after = ChainMap(new, settings)
+    enabled = after["proxy.proxy_enabled"] and not new.keys().isdisjoint(PROXY.values())
+    if enabled and not after["proxy.proxy_url"]:
         raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
 
 
@@ -5297,10 +5282,9 @@ def token_action(action):
     async def handler(self, request):
         token = self.token_of(request)
         await action(self, token)
-        shown = token_object(token, masked=True)
-        credits = token.credits or 0
+        row = token_object(token, masked=True)
         about = {"status": "success", "email": token.email, "username": token.name}
-        return ok("Done", token=shown, credits=credits, **about)
+        return ok("Done", token=row, credits=row["credits"], **about)
 
     return handler
 
@@ -5312,8 +5296,8 @@ class AdminApi(Api):
         super().__init__(gateway)
         self.tokens = self.pool.tokens
         self.sessions = Sessions(self.settings, self.store)
-        self.plugin = {"last_call": None, "last_account": None}
-        self.plugin.update(self.store.settings().get("plugin", {}))
+        stored = self.store.settings().get("plugin", {})
+        self.plugin = {"last_call": None, "last_account": None, **stored}
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
@@ -5324,11 +5308,15 @@ class AdminApi(Api):
             raise GatewayError("invalid_api_key", "Invalid credentials")
         session = "admin-" + secrets.token_urlsafe(32)
         await self.sessions.keep(session)
-        body = ok("Login successful", token=session, username=name)
-        answer = web.json_response(body)
-        secure = origin(request, self.settings).startswith("https:")
-        options = {"httponly": True, "samesite": "Strict", "secure": secure}
-        answer.set_cookie(SESSION, session, max_age=100 * SESSION_SECONDS, **options)
+        answer = web.json_response(ok("Login successful", token=session, username=name))
+        answer.set_cookie(
+            SESSION,
+            session,
+            max_age=100 * SESSION_SECONDS,
+            httponly=True,
+            samesite="Strict",
+            secure=origin(request, self.settings).startswith("https:"),
+        )
         return answer
 
     async def logout(self, request):
@@ -5345,8 +5333,10 @@ class AdminApi(Api):
         if password in PLACEHOLDERS:
             raise bad("This password is a well-known one: take another", "new_password")
         hashed = await asyncio.to_thread(hash_password, password)
-        name = {"global.admin_username": body["username"]} if body.get("username") else {}
-        await self._change({"global.admin_password": hashed, **name})
+        changes = {"global.admin_password": hashed}
+        if body.get("username"):
+            changes["global.admin_username"] = body["username"]
+        await self._change(changes)
         return ok("Password changed; log in again")
 
     async def _change(self, changes):
@@ -5378,12 +5368,10 @@ class AdminApi(Api):
         fields = CONFIGS[request.match_info["group"]]
         body = await read_json(request)
         unknown = ", ".join(set(body).difference(fields))[:200]
-        if unknown or not body:
+        changes = {fields.get(field): raw for field, raw in body.items() if raw is not None}
+        if unknown or not changes:
             can = ", ".join(fields) or "nothing, for it can't be changed"
-            raise bad(f"This sets {can}; the body names {unknown or 'nothing'}")
-        changes = {fields[field]: raw for field, raw in body.items() if raw is not None}
-        if not changes:
-            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
+            raise bad(f"This sets {can}; the body names {unknown or 'none of them'}")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
@@ -5428,11 +5416,15 @@ class AdminApi(Api):
         return web.Response(body=data, content_type="application/zip", headers=headers)
 
     async def list_settings(self, request):
-        names = [name for name in SETTING if name not in NOT_SET_HERE]
-        rows = [vars(SETTING[name]).copy() for name in names]
-        for row in rows:
-            row["source"] = self.settings.source(row["name"])
-            row["value"] = self._shown(row["name"], masked=True)
+        rows = [
+            {
+                **vars(setting),
+                "source": self.settings.source(name),
+                "value": self._shown(name, masked=True),
+            }
+            for name, setting in SETTING.items()
+            if name not in NOT_SET_HERE
+        ]
         return {"success": True, "settings": rows}
 
     async def change_settings(self, request):
@@ -5459,8 +5451,7 @@ class AdminApi(Api):
         message = "Token added" if new else "Known account: its session is updated"
         if token.reason:
             message += f", but it is disabled: {token.reason}"
-        names = ("id", "email", "credits", "project_id", "project_name", "reason")
-        about = token.pick(*names)
+        about = token.pick("id", "email", "credits", "project_id", "project_name", "reason")
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -5502,7 +5493,7 @@ class AdminApi(Api):
 
     @token_action
     async def disable_token(self, token):
-        await self.pool.update(token, is_active=False, reason="")
+        await self.pool.update(token, **ASLEEP)
 
     @token_action
     async def renew_token(self, token):
@@ -5516,34 +5507,30 @@ class AdminApi(Api):
         return await self._update_all("enabled", AWAKE)
 
     async def disable_all(self, request):
-        return await self._update_all("disabled", {**AWAKE, "is_active": False})
+        return await self._update_all("disabled", ASLEEP)
 
     async def _update_all(self, counter, changes):
         tokens = list(self.tokens.values())
         for token in tokens:
             await self.pool.update(token, **changes)
-        return ok("Done", **NO_COUNTS | {counter: len(tokens)})
+        return ok("Done", **{**NO_COUNTS, counter: len(tokens)})
 
     async def delete_disabled(self, request):
         tokens = self.tokens.values()
         idle = [token for token in tokens if not (token.is_active or token.busy.total())]
         for token in idle:
             await self.pool.remove(token)
-        return ok("Done", **NO_COUNTS | {"deleted": len(idle)})
+        return ok("Done", **{**NO_COUNTS, "deleted": len(idle)})
 
     async def test_all(self, request):
         """Asks Google about the active accounts; only_active=false: about all;
         only_disabled=true: about the others. Enables or disables them by the answer."""
-        states = {True, False}
-        counts = Counter(NO_COUNTS)
-        if one_of(request.query, "only_active", (True, False), True):
-            states = {True}
-        if one_of(request.query, "only_disabled", (True, False), False):
+        states = {True, read_flag(request.query, "only_active", True)}
+        if read_flag(request.query, "only_disabled", False):
             states = {False}
-        for token in list(self.tokens.values()):
+        counts = Counter(NO_COUNTS)
+        for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
-            if was_active not in states:
-                continue
             try:
                 await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
@@ -5559,36 +5546,34 @@ class AdminApi(Api):
         """{tokens: objects as GET gives, or session tokens}. One that is refused stops
         no other; of an account that is here, what is not named stays."""
         items = (await read_json(request)).get("tokens")
-        details = []
-        errors = []
         if not isinstance(items, list):
             raise bad("tokens must be a list", "tokens")
         counts = {"added": 0, "updated": 0, "skipped": 0, "failed": 0}
+        errors, details = [], []
         for item in items:
             item = item if isinstance(item, dict) else {"st": item}
             try:
-                detail = await self._import(item)
+                token, status = await self._import(item)
+                reason = token.reason
             except GatewayError as err:
-                email = item.get("email")
-                errors.append(f"{email or 'an account'}: {err}")
-                detail = {"token_id": None, "email": email, "status": "failed"}
-                detail["reason"] = str(err)
-            counts[detail["status"]] += 1
-            details.append(detail)
+                token, status = Token(id=None, email=item.get("email")), "failed"
+                reason = str(err)
+                errors.append(f"{token.email or 'an account'}: {err}")
+            counts[status] += 1
+            about = {"token_id": token.id, "email": token.email}
+            details.append({**about, "status": status, "reason": reason})
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
+        """-> the token, and what became of it."""
         st = read_session_token(item)
         fields = read_token_fields(item)
-        new = False
-        token = {token.st: token for token in self.tokens.values()}.get(st)
-        if token:
-            await self.pool.update(token, **fields)
-        else:
-            token, new = await self.pool.add(st, **fields)
-        status = "added" if new else "updated"
-        about = {"token_id": token.id, "email": token.email, "reason": token.reason}
-        return {**about, "status": status}
+        for token in self.tokens.values():
+            if token.st == st:
+                await self.pool.update(token, **fields)
+                return token, "updated"
+        token, new = await self.pool.add(st, **fields)
+        return token, "added" if new else "updated"
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
@@ -5605,16 +5590,17 @@ class AdminApi(Api):
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
 
+        wakes_up = self.settings["plugin.auto_enable_on_update"]
+
         def wakes(token):  # not what its owner has disabled: the browser comes by itself
-            ended = token.reason and self.settings["plugin.auto_enable_on_update"]
-            return token.is_active or ended
+            return token.is_active or (wakes_up and token.reason)
 
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
-        enabled = token.is_active and token.id in asleep
         action = "added" if new else "updated"
         about = {"action": action, "token_id": token.id, "email": token.email}
-        return ok(f"Token {action}", **about, auto_enabled=enabled)
+        about["auto_enabled"] = token.is_active and token.id in asleep
+        return ok(f"Token {action}", **about)
 
     def _note_call(self, **news):
         self.plugin.update(news)
@@ -5626,17 +5612,9 @@ class AdminApi(Api):
         start = job.submitted_at or job.created_at
         return {
             **self.video_object(request, job, whole),
-            "state": job.state,
-            "stage": job.stage,
-            "kind": job.plan.kind,
+            **job.pick("state", "stage", "n", "origin", "token_id"),
+            **plan_fields(job.plan),
             "plan": job.plan.describe(),
-            "family": job.plan.family,
-            "ratio": job.plan.ratio,
-            "upscale": job.plan.upscale,
-            "prices": job.plan.prices(),
-            "n": job.n,
-            "origin": job.origin,
-            "token_id": job.token_id,
             "account": token.email,
             "username": token.name,
             "cost": job.spent(token),
@@ -5649,15 +5627,17 @@ class AdminApi(Api):
         """?q (a part of the prompt) &kind &state &model &token_id &after &limit."""
         query = request.query
         limit = one_of(query, "limit", range(1, 501), 50)
-        filters = {name: query.get(name, "") for name in ("q", "model")}
-        filters["kind"] = one_of(query, "kind", ("image", "video"), "")
+        filters = {
+            "q": query.get("q", ""),
+            "model": query.get("model", ""),
+            "kind": one_of(query, "kind", ("image", "video"), ""),
+            "token_id": one_of(query, "token_id", self.tokens, None),
+        }
         state = one_of(query, "state", VIDEO_STATES, "")
-        filters["token_id"] = one_of(query, "token_id", self.tokens, None)
         after = await self.find_job(query["after"]) if query.get("after") else None
         jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
-        more = len(jobs) > limit
-        return {"success": True, "jobs": rows, "has_more": more}
+        return {"success": True, "jobs": rows, "has_more": len(jobs) > limit}
 
     async def get_job(self, request):
         job = await self.job_of(request)
@@ -5679,16 +5659,13 @@ class AdminApi(Api):
         status = GatewayError(**job.error).status if job.error else 200
         asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
         return {
-            "id": job.id,
+            **{name: row[name] for name in ("id", "token_id", "duration", "progress")},
             "task_id": job.id,
             "task_status": job.state,
             "operation": f"generate_{job.plan.kind}",
             "status_code": status if job.ended else 102,
-            "token_id": job.token_id,
             "token_email": row["account"],
             "token_username": row["username"],
-            "duration": row["duration"],
-            "progress": row["progress"],
             "notes": job.notes,
             "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created_at)),
             "request_body": re.sub("[0-9A-Za-z+/]{200,}=*", "…", asked),
@@ -5699,8 +5676,7 @@ class AdminApi(Api):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
         jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
-        new = [job for job in jobs if job.created_at > start]
-        return [self._log_object(request, job) for job in new]
+        return [self._log_object(request, job) for job in jobs if job.created_at > start]
 
     async def clear_logs(self, request):
         """Begins anew; the jobs stay, for those who ask for them."""
@@ -5708,8 +5684,7 @@ class AdminApi(Api):
         return ok("Cleared")
 
     async def get_log(self, request):
-        job = await self.job_of(request)
-        return self._log_object(request, job)
+        return self._log_object(request, await self.job_of(request))
 
     async def state(self, request):
         tokens = [token_object(token, masked=True) for token in self.tokens.values()]
@@ -5740,12 +5715,16 @@ class AdminApi(Api):
         fields = read_token_fields(await read_json(request))
         proxy = fields.get("proxy_url") or self.settings["proxy.proxy_url"]
         url = self.settings["flow.labs_base_url"]
-        timeout = aiohttp.ClientTimeout(15)
         start = now()
-        async with self.gateway.wire.stream(url, proxy=proxy, timeout=timeout) as reply:
-            about = {"status_code": reply.status, "test_url": url}
-            about["final_url"] = str(reply.url)
-            return ok("Reached", **about, elapsed_ms=int((now() - start) * 1000))
+        wire = self.gateway.wire
+        async with wire.stream(url, proxy=proxy, timeout=SHORT_TIMEOUT) as reply:
+            return ok(
+                "Reached",
+                status_code=reply.status,
+                test_url=url,
+                final_url=str(reply.url),
+                elapsed_ms=int((now() - start) * 1000),
+            )
 
     async def metrics(self, request):
         states = Counter(job.state for job in self.jobs.open.values())
@@ -5753,8 +5732,7 @@ class AdminApi(Api):
         rows["waiting_jobs"] = len(self.pool.queue)
         rows.update({f'jobs{{state="{state}"}}': states[state] for state in OPEN})
         text = "".join(f"flow2api_{name} {value}\n" for name, value in rows.items())
-        headers = {"Content-Type": "text/plain; version=0.0.4"}
-        return web.Response(text=text, headers=headers)
+        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def page(self, request):
         """Its one script and its one style may run by their hashes, and nothing else."""
