@@ -6126,14 +6126,15 @@ class Role(enum.Enum):
 GATEWAY = AppKey("gateway", Gateway)
 SESSIONS = AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
-V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
+V1_TOKEN = f"/v1/tokens/{TOKEN_ID}"
+API_TOKEN = f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
 # Of the programs before this one; Flow has nothing like it.
-ABSENT = "characters characters/search videos/characters videos/characters/{name}"
-ABSENT += " invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"
-ABSENT_ADMIN = "tokens/rt2at tokens/batch-activate tokens/batch-activate-username"
-ABSENT_ADMIN += f" tokens/{TOKEN_ID}/sora2/activate tokens/{TOKEN_ID}/activate-username"
-ABSENT_ADMIN += " watermark-free/config cloudflare/{_:.*} characters{_:.*}"
+ABSENT = """characters characters/search videos/characters videos/characters/{name}
+    invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"""
+ABSENT_ADMIN = r"""tokens/rt2at tokens/batch-activate tokens/batch-activate-username
+    tokens/{id:\d{1,18}}/{_:sora2/activate|activate-username}
+    watermark-free/config cloudflare/{_:.*} characters{_:.*}"""
 ROUTES = {
     Role.PUBLIC: {
         "GET /{_:(login|manage)?}": AdminApi.page,
@@ -6341,9 +6342,12 @@ async def background(app):
     """Goes on with what was under way, and what runs for ever; closes all at the end."""
     gateway = app[GATEWAY]
     await gateway.jobs.resume()
-    jobs = gateway.jobs
-    loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
-    loops = *loops, jobs.prune_forever
+    loops = (
+        gateway.jobs.poll_forever,
+        gateway.jobs.prune_forever,
+        gateway.pool.keep_fresh,
+        gateway.media.expire_forever,
+    )
     tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
     for task in tasks:
@@ -6400,10 +6404,9 @@ class Connection(web.RequestHandler):
 
     def handle_error(self, request, status=500, exc=None, message=None):
         log.warning("A malformed request of %s: %s", request.remote, type(exc).__name__)
-        error = bad("This is no HTTP request that can be read")
-        response = web.json_response(error.body(), status=400)
-        response.headers["Server"] = "Flow2API"
-        response.headers["X-Request-Id"] = f"req_{secrets.token_hex(12)}"
+        body = bad("This is no HTTP request that can be read").body()
+        headers = {"Server": "Flow2API", "X-Request-Id": f"req_{secrets.token_hex(12)}"}
+        response = web.json_response(body, status=400, headers=headers)
         response.force_close()
         return response
 
@@ -6413,9 +6416,11 @@ class Refusal(asyncio.Protocol):
 
     def connection_made(self, transport):
         body = to_json(GatewayError("queue_full", "Too many connections at once").body())
-        head = "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10"
-        head += f"\r\nConnection: close\r\nContent-Length: {len(body)}"
-        transport.write(f"{head}\r\n\r\n{body}".encode())
+        head = (
+            "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        transport.write(f"{head}{body}".encode())
         transport.close()
 
 
@@ -6453,8 +6458,8 @@ async def listen(server, settings):
         message = f"can't listen on {host} port {port}: {reason}; {hint}"
         raise SettingError(message) from None
     with contextlib.suppress(OSError):  # for a container's health check alone
-        address = listener.sockets[0].getsockname()
-        (settings.data / "address").write_text(f"{address[0]} {address[1]}")
+        address = map(str, listener.sockets[0].getsockname()[:2])
+        (settings.data / "address").write_text(" ".join(address))
     return listener
 
 
@@ -6475,11 +6480,11 @@ async def make_secrets(settings, store):
     """Makes the API key and the admin password that nobody has set -> the new ones; each
     of letters and digits only, so that a double click takes it whole."""
     new = {"global.api_key": settings["global.api_key"]} if settings.demo else {}
-    for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
+    makers = {"global.api_key": (16, str), "global.admin_password": (8, hash_password)}
+    for name, (size, keep) in makers.items():
         if not settings[name]:
-            new[name] = stored = secrets.token_hex(size)
-            if name == "global.admin_password":
-                stored = hash_password(stored)
+            new[name] = secrets.token_hex(size)
+            stored = keep(new[name])
             settings.layers["generated"][name] = stored
             await store.put_setting(f"generated:{name}", stored)
     return new
@@ -6495,12 +6500,20 @@ def weak_secrets(settings):
             yield f"{name} ({settings.source(name)}) is easy to guess for others: {hint}"
 
 
+TRY_IT = """Try it:
+curl -N %s/v1/chat/completions -H "Authorization: Bearer %s" -d '{"model":"veo_3_1-fast",\
+"stream":true,"messages":[{"role":"user","content":"a boat"}]}'"""
+
+
 def greet(settings, port, new, accounts):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
     url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{url_host}]:{port}" if ":" in host else f"http://{url_host}:{port}"
-    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * settings.demo)
+    url = URL.build(scheme="http", host=url_host, port=port)
+    demo, fate = "", "what was sent goes on at the next start"
+    if settings.demo:
+        demo, fate = "  (demo: a simulated Flow)", "the demo keeps nothing"
+    print(f"Flow2API {__version__} on {url}{demo}")
     print(f"listens on: {host or 'all addresses'}, port {port}")
     print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
@@ -6508,15 +6521,9 @@ def greet(settings, port, new, accounts):
     if new and not settings.demo:
         print("These are not shown again. For a new password: --reset-password")
     if accounts:
-        key = new.get("global.api_key", "$KEY")
-        body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
-        curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
-        print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
+        print(TRY_IT % (url, new.get("global.api_key", "$KEY")))
     else:
         print(f"Next: open {url}, log in, and add an account there.")
-    fate = "what was sent goes on at the next start"
-    if settings.demo:
-        fate = "the demo keeps nothing"
     print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
@@ -6709,11 +6716,10 @@ def check_settings(settings):
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
-    names = dict.fromkeys(product.name for product in PRODUCTS)
-    names["omni_flash_lengths"] = None
+    names = [*dict.fromkeys(product.name for product in PRODUCTS), "omni_flash_lengths"]
     for name in set(settings.models).difference(names):
-        there_are = ", ".join(names)
-        settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
+        warning = f"[models] {name} is unknown; there are {', '.join(names)}"
+        settings.warnings.append(warning)
 
 
 def reset_password(settings):
