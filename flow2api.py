@@ -69,6 +69,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import tempfile
 import threading
@@ -5857,15 +5858,12 @@ def block_picture(text, width, height):
     swing = (1 + math.sin(code[1] + y * code[2] / 40 / height) for y in range(height))
     rows = b"".join(b"\0" + silk[int(width * part / 2) :][:width] for part in swing)
     ends = [*zip(code[3:6], code[6:9], strict=True)]
-    colours = bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends)
-    return png(width, height, colours, rows)
-
-
-def png(width, height, colours, rows):
-    """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
-    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    pixels = zlib.compress(rows, 1)
-    chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 3, 0, 0, 0),  # a byte for a pixel
+        b"PLTE": bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends),
+        b"IDAT": zlib.compress(rows, 1),
+        b"IEND": b"",
+    }
     file = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
         file += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
@@ -5989,12 +5987,12 @@ class SimulatedFlow:
 
     async def listing(self, request, body, account):
         project = json.loads(request.query["input"])["json"]["projectId"]
-        media = [medium for medium in self.media.values() if medium.project == project]
-        flows = []
-        for medium in media:
-            ids = {"primaryMediaId": medium.name, "batchId": medium.batch}
-            flows.append({"name": medium.scene, "metadata": ids})
-        contents = {"workflows": flows, "media": [*map(self.medium_object, media)]}
+        contents = {"workflows": [], "media": []}
+        for medium in self.media.values():
+            if medium.project == project:
+                ids = {"primaryMediaId": medium.name, "batchId": medium.batch}
+                contents["workflows"].append({"name": medium.scene, "metadata": ids})
+                contents["media"].append(self.medium_object(medium))
         return self.trpc(projectContents=contents)
 
     async def redirect(self, request, body, account):
@@ -6024,26 +6022,30 @@ class SimulatedFlow:
         price = matches[0][SIMULATED_TIERS.index(account.tier)]
         if price == "-":
             return self.refusal(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED")
-        if int(price) * len(elements) > account.credits:
+        total = int(price) * len(elements)
+        if total > account.credits:
             return self.refusal(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
-        account.credits -= int(price) * len(elements)
+        account.credits -= total
         return None
 
     def make(self, body, kind, project, given_name=""):
         """Makes the outputs of a submit -> what Google says of them."""
-        batch = body.get("mediaGenerationContext", {}).get("batchId", "")
         media = []
         for element in body["requests"]:
             holder = element if kind == "image" else element.get("textInput", {})
             parts = holder.get("structuredPrompt", {}).get("parts", [{"text": ""}])
             ratio = element.get("imageAspectRatio") or element["aspectRatio"]
-            ratio = ratio.partition("RATIO_")[2]
-            ready = now() + (self.video_seconds if kind == "video" else 0)
-            name = given_name or str(uuid.uuid4())
-            scene = str(uuid.uuid4())
-            text = parts[0]["text"]
-            medium = Medium(name, kind, text, ratio, ready, project, batch, scene)
-            self.media[name] = medium
+            medium = Medium(
+                name=given_name or str(uuid.uuid4()),
+                kind=kind,
+                prompt=parts[0]["text"],
+                ratio=ratio.partition("RATIO_")[2],
+                ready=now() + (self.video_seconds if kind == "video" else 0),
+                project=project,
+                batch=body.get("mediaGenerationContext", {}).get("batchId", ""),
+                scene=str(uuid.uuid4()),
+            )
+            self.media[medium.name] = medium
             media.append(self.medium_object(medium))
         return media
 
@@ -6101,8 +6103,11 @@ class SimulatedFlow:
         data = medium.file()
         if kind != medium.kind:
             data = block_picture(medium.prompt, 320, 180)
-        headers = {"Content-Type": "image/png" if kind == "image" else "video/mp4"}
-        headers.update({"Accept-Ranges": "bytes", "ETag": f'"{medium.name}"'})
+        headers = {
+            "Content-Type": "image/png" if kind == "image" else "video/mp4",
+            "Accept-Ranges": "bytes",
+            "ETag": f'"{medium.name}"',
+        }
         part, size = request.http_range, len(data)
         if part.start is None:
             return web.Response(body=data, headers=headers)
@@ -6632,10 +6637,9 @@ async def check_account(pool, token):
     except GatewayError as err:
         return False, str(err)
     text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
-    text += f", access token until {iso(token.at_expires)}"
     if not token.is_active:
-        text += f"; disabled: {token.reason or 'by hand'}; enable it"
-    return token.is_active, text
+        return False, f"{text}; disabled: {token.reason or 'by hand'}; enable it"
+    return True, f"{text}, access token until {iso(token.at_expires)}"
 
 
 class LogFilter(logging.Filter):
