@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.10"]
+# dependencies = ["aiohttp>=3.12"]
 # ///
 """Flow2API: your own Google Flow accounts as an OpenAI-compatible API, in one file.
 
@@ -93,8 +93,11 @@ try:  # Python 3.8 reads the file, too, and comes as far as this
     from aiohttp.http import HttpProcessingError
     from aiohttp.web import AppKey
     from yarl import URL
+
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 12):
+        raise ImportError(f"this is {aiohttp.__version__}")
 except ImportError as err:
-    needs = f"aiohttp 3.9 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    needs = f"aiohttp 3.12 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
     if err.name == "tomllib":
         needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
     print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)
@@ -1038,7 +1041,8 @@ class Token(Record):
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
         pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
-        return pause.error.code if pause.error and pause.until > now() else self.reason_code
+        pauses = pause.error and pause.until > now()
+        return pause.error.code if pauses else self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
@@ -1386,13 +1390,13 @@ class Store:
         """Jobs, the newest first as a rule. `after`: the job that a page starts after.
         filters: kind, token_id, model, and q: a text that the prompt holds."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
+        model = "json_extract(data, '$.plan.model') = ?"
+        prompt = "instr(lower(json_extract(data, '$.prompt')), lower(?))"
         tests = {
             "substr(id, 1, 5) = ?": [filters.get("kind")],
             "token_id = ?": [filters.get("token_id")],
-            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [filters.get("model")],
-            "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))": [
-                filters.get("q")
-            ],
+            f"json_valid(data) AND {model}": [filters.get("model")],
+            f"json_valid(data) AND {prompt}": [filters.get("q")],
             f"state IN ({', '.join('?' * len(states))})": states,
             f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
         }
@@ -1683,7 +1687,7 @@ CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
 SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
 SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
 SUBMIT_PATHS["references"] = "ReferenceImages"
-MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
+MEDIUM_NAME = re.compile(r"[A-Za-z0-9][ -~]{0,499}")
 
 
 @dataclass(frozen=True)
@@ -2771,12 +2775,9 @@ class Jobs:
         if state in ("", "failed") and not filters.get("token_id"):
             refused = self.refused.values()
             text = filters.get("q", "").lower()
-            wishes = {filters.get("model"), filters.get("kind")} - {"", None}
-            jobs += [
-                job
-                for job in refused
-                if wishes <= {job.plan.model, job.plan.kind} and text in job.prompt.lower()
-            ]
+            wish = {filters.get("model"), filters.get("kind")} - {"", None}
+            refused = [job for job in refused if wish <= {job.plan.model, job.plan.kind}]
+            jobs += [job for job in refused if text in job.prompt.lower()]
         if after:
             jobs = [job for job in jobs if job.place < after.place]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
@@ -5750,75 +5751,69 @@ class AdminApi(Api):
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
 LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 5.7 s of H.264 in an MP4, 288x160
-    "eOC!QRO|ac!(e2Il<dY5)3pzZWEmlf7JCaW2HAJA?^-BpkwNxsS+bNRkx9vxi>64VXc1Yn=YP(enXccx|KIO"
-    "?<~h&%KHGbq=lQ<pyaNCL+TJI?!_nK_6#!@eh=YW+_Oq39^-z!l03^MuySpC%04}b6m+-)UT(n;RfKvoO0MP"
-    "I63-O;;|D0<8|MQ{&<C^$*Sv!N{i$2ceHEI7H4O|!a-|PH;>mtzLEr&c6wZr>(gPhOK#oOm^4@z9JFHMgt-q"
-    "9Kypk49*%v~0=VFOHv<cZWJyo(oA<L8LC+i7VE&fRsb-S94UkPXdcS4TH{aIn|Ul^k^EV~XNo9UtDy&VEN4%"
-    ")VYOXn0Jc<n3eQ0*<S^eZ28IY;vHc{g+ZeiRS>i;6V4kS^Vqb+TI55hrp=E5O{!j`vbt^0P^x$Mq~>L$Bc&B"
-    "0^Mj46EVgJfbP<dy$>X}R#ze4y*55xl%jGv!US-6`;ZGxU0n+V7ugofW2YP<K2T=+51AIs5u%_jaL03ka{3a"
-    "GTSD~%X&*>36wXiKoD?oVAr;D;3#9!ZaqrMW0N@2lh~f{$41qvEvE`w}<ED%uI!LiS2qOb<g>nE%lCp*vg;R"
-    "adlsT1qQP$+6%oRWqr^Mu@a6yU<q_?8T`6%&tDMTHEHMMpByMD++AXoLp`#@k;bhRUM=n~oqToCMD)*c=%J3"
-    ")YQgm(wZ-pdX|_3kgOcx!0>KcE0=VJv`s3AMW#&3p2fJNw#g6|S1Q!1vHwvx_OG79EH;=H}x{5(~-;c0GUpS"
-    "V|>rrrPqp&<Ynx?MlYfc`fX9K9jyJ!mn?3%e$M64BjzBliI(1$YyS?H%;}+IXssT_cUqWk>#Z#O}fODU_M~("
-    "=DLz(kB#zK774ob%@@rxsKgO;INK~TGKxMaL}oN7XW*@lPC+oKbdUcFr2PAmpzzmimP0kN05gz=6=+O(z~QD"
-    "_y1OZmL;0;>1hW3nGeh|xy3+<Jn+h?BQPr2r=dy~EG|e#Y<W?6%{!D+Cb>>y#u@=b@7vzR;r3$iDv2n|#SwZ"
-    "=dlWuV@*Oo8KCU1{1PH<rF%g1>a`0p{z&V8s#tC7)9H%e4nJ<XN$p-&DOIb1R-Y`mOx@N!Y&##sx6c82k`J>"
-    "$z_)6-XsUQ9ct<d~%(Ejhaz(ex<6hgF&fS|57?EOj%Jo#A{yjV4`9c&I>9#iOQzmVC)1b!qjEukkevs|QpxF"
-    "e&44Bl2TW?Fb(^*Mzz+2X=jk!{`q_v*)4BXB8Ba=YM%;tO^z7&e?Z1fE`^mzUS?W$_r&r1(^G?b?#@)$31A{"
-    "N@OZ}AG{Q<zWsWUxbCN5G-U8oslmxV(|qR4spko-;i3ggN}Z`5nzu(BT1Dc33v0DweF>Zh{6KqPSF$1#*VXG"
-    "ZbSt^vl^)!~Um2y3Xb+UkpYr|;lrvs>_5D=6)rQ#VCr5RSxR=>3B7PjAv67D~Y|uzOM;vbY16PNWLv2N!3o_"
-    "bYSdnsV!tZOda)X}&8-{K?(7&g%6W<)?GZ%5U|4*PrCz)YbfH0mkmwa=Pji#IEVbyDttf64IW!q4OvFpjx^z"
-    "6^24f&?drII!9Ailm)p{aF0Z-iQ?=!>XA0mIsyU7uD9K3M$76cPJt#8f*6vDvNnRxeZ4@MA}S?d97ZsH|FB`"
-    "_%d?wtUytc+9R9uEit2KSvql3JR^GmPysF?(fWkLfrUiRU)1t@m-r^^7zb;LMRiX4d*Gv`oYE5e|h$g<XLdv"
-    ";t}g`RzCSnx{AXkez!OmzxA%qK?C>IUksXsInW+jeu!U}KFe@(>Fh)E^q+nuK?$<`k-MUPl&Jp97VKtXlE}~"
-    "G>mIh^o`~7PXTCzZ&EJ{gZR}vtSN>uXtA~2I!RhA|{-ooq>3m*4@`PMt6hp)ATfqu)v=?V429oDkdj&WPPij"
-    "T@4<w$B5NCR$S7;xr<5*Ggx?<^QeY71ZQS8&qrv9$-KJ4o?&wJb>Y6vqP)T(?TW9%(%+L))6`9|lAW#5mSoX"
-    "p1-4onaAo;W#H=Y8?;>NM-f@fQEfPXab0Wj`)OOjq8dQGKowKvP_|H70t}HexAqQj(Z1V58@nk>|xbY=X@)="
-    "aJ@NoaqzU=PLYJU9k<ontvl`p<P|Z#9vKYEhMP)RR<B%3Xs-sFmnx+-$c6nn7VV^=eDj{U3R~7STX|H`PaS&"
-    "<(H8U!uAH!Ebtk8Pbd_A{nCH+>cpZ<#t}jNApM>nua>0yGjlcdf?RBygt(Fh)s|-;ing?;*&2p#Ovww=<PUK"
-    "*f8e%_dUR~sna@=*LU3qt%3yhkz~$O+eW#Q+qc-LeZPLO6hM&&WY3<!w+0!NFY-y}A_vGntv@)AjWj%glsD;"
-    "f$i>p@d=jvtnd$D7lAqR}PKT4g{R9Jfd=}dgt^)~zvqki$PM0UYq4~wf}M}&z@RZa;kT71XX%8$Ajzd*ctrl"
-    "Uyw%sUcJf1<W9zOW`)YL=$6-*QVy(5f(m$S==4Fw99hCHau0=e|_yT%uFmxQ8FT&E_`Xc82#!*2Ct#axY9~N"
-    "D@Y3D-VZcqHma|25Fd->68a!ay5eqty^9l$-I*^S-wqb1i4(b>*a~Ny2Tj^Sz1@)Eao#p9IZD;%@!(5O&ipd"
-    "nNt`%FM5|*t_!6K)do*!$QW=|ZNI(HFxVU$`;_@P8o_^p9a(xtHc3a}l()AJmeyc0^z-0ak*lmqrv^q0C!4D"
-    "&Ej;Ued6~^~KGvf5w0_P0$veizCoOACUq1L5bu(W;nD;1M;@SHbz9&Xkd-lYa35f*bWjK8K_3MjYFJl)hj;A"
-    "4HMl{bKCNXEW#TM1J8vez%+v$z7yb?giSNDf^hPRy7)|$}L4ZAC%$dUz#JG_Bs+Vot{=jmx#m(e$%ryXr@p>"
-    "J}X7U-V8GPklgsw>=_!S*g>^xdtSC)!hZYEMU{%%9N)KSk$p8Db)iVOM}d_Vn@1i#LCqrD@0hC3=5KT#Mtt9"
-    "`2$)I-WYDb2{A2tmoMOeEr(KRZ`a%L~ufg9NlA#WJ1_CldfKSNvHd0<KoiMtvK07)$ivQ3o2KL%J1T#?>8<("
-    "2aaw&9H^?jeO%Y$ZK%lBNZEucCQ~HE?m1|~j?1to+bGNh$YeWUFGI&F30y`jS*U2K`IMHAX996WQJZ05+?+n"
-    "v>_o@2QvN`HqCq(QFmt+UE*ztXY%X5~#?UnGYJd&^xQve9Lc(ozHR7#sc_z^;10mRBimb$XkUhE?LE#=8f&R"
-    "A;@;I+UHYLC%l9Po^&7luGj-c~f2$>cIJ~NAL{pNQg0@lJg$v`=2nmUZl&16WFWGidWf!f13LhNrX<ohbi>f"
-    "V>F2%^Bq$yzp1ujGV}XGiK{9G*|#sGdx|{q$|Ano5Y9ng;wVaH7%;YvgBHgHAIzLdS0*7*8;0VGw!>4jci_Q"
-    "R)t8j3cpSHnTtnIa~()Z!zJvnnqW)hD$kI6F5=HfHkNS0f)({P+BO-q;b0FyIJHz!hXz$$sZ3D$cHX!^CSZ*"
-    "@w~NOs3SvqW(<Q|QlZ`4x$GTF(3z0hO5V4|TSt%Exa${IOms-JLdQ00+jxDeI2xTd+;g}pGKZD9qp^|#+lo6"
-    "|$R3kzg;nXd=1?8Ab>$qboQJ^$r^lWp_T+d%b=t_m&LedA@7d`nv_ea{3=Xsjpmvm<Xk2(g_=Fhx>7is>UhP"
-    "v(>3yWd$4N=c(WVtF3VB{>LHwPDLPER8STLx}ubM!*vuddA#H~DcQVeVEl!L~j!)`~iY$_dDov$;nSjs)y(-"
-    "s%~Aobp&qX-dq?s6^<!j7-^T<C~{FLRj`4;}AMs4sj};4opL(REvlBg(iAC0*YrahG+UFK~b0($X*Pp<!e6U"
-    "-3+Y{-AJD!2^of&i{&@$;|o4`(YEtCtOOTwL@C>&82f5j^ut)Fab*QOJREhGdK`jJ(`z72oy5kSsQ<^kV_KQ"
-    "Oi?u`sW45y-ZNqE@qdDv15|Jznu+1jw5Aidxa1`+mO;r+e|Y)#{oHoaR9e|+gIgm;HH_wb((0%}&>t`Lj%<{"
-    "KqrjOVguYg?_~NtO7$oR@BvM*sG)amVJ{k+J95i?a?NLc8eh@Nq{cVqCeatl$l&0F-N){3G>@WKcpbTx^WgP"
-    "RxXb0mij)V4&R4^ewDc{~uZ)u-#te3s3t1~}ftWkvx?9Su-WYv67dvZ%PSEKq)T_|6bsb8|WcCILwyTsjT^@"
-    "yxPOMRZ~Pkra_O6T4y0n`Qy9=G)$x_hPb&oi^#wvnQ{%DapOi*UBt0nk4QDm)R&^Fu0?<LbexGT%#0<RD;Ss"
-    "K`WUgjF({NO`>K@b{Z11=+scU_Jf(N72RZBWvnMRo#`z`;!7xg!p-t#=hjeKG;?$hA<VJ2)(e%mH|s1_1@vJ"
-    "qKM$1T`ky5(%cNUe>l9mDTS7ydbeo6ZKu@uFeq;hAbOYec(3im4?=UYK8K%uolzY*#i0QM60ROXy)U%MzqVb"
-    "J7HiLH7;VKFDmDZ!RrI(1#vX8~MjY%%Nmln?eqFHN)Zcot-y_J+jS42@s8b6g_E6bv@e6L3PR&QJYgS!vN0e"
-    "1Gb8OUL^325@uf@7I=&W#LVUC%Fr*`T_u1)zIxR&uNa*K3Yru&^me)Ys>l>I#tr;vjody{>|l-WG#)q>lx;;"
-    "s7yf&S$M*=dSdg@3{?8%nXh4ObIq8AwgBMbdQ^<8U`A^_uz+REITJE9wYCcwJim3U`Q7G7GQIE8WFWdi=vs?"
-    "PaNOqY)_>Sw<0sUh0ia7fN>!{7-b`pzUnL4K~qNJ{Hq9C41b-w~|SQ{(Fj0QA2~SDalCXRO!u8OO)sdiH}!("
-    "-<w_~P&|;>w)53SYx4fan0INaEx*Xa0-V&oaQGDs7nIiSDoI)TT2$<|U`_<tivk%sqvpH}h2?u3`9o>vzUqI"
-    "6vf!m6h0X(4;bp-w)ul8jOA_ttkJ`qNYeNAH>J(6$D@rH-y7SS`{VUdR1L6Epk-bGuhB5rs-8@R5`~np)EGG"
-    "Ju%j4>VH^kBRN6h9w+Y*jMJ|WOC&i>)~=*EbuXpD-dj-VYz1|#oPGchwYM%j@@V(F2ovjXcDHdc9TUp1MW!|"
-    "#-5wpJMZ67kF3`Q~D|EpqWwBSz6M87;?6?iB@a`%a#-nr;m{Tpf|Cz1=Cdw)5S!uZ_N;)8~xSi=)LiW?JFq("
-    "^EA9+LhiFUKcwEBZMnEaUsm4Ty#ncBkJGz@wMG#Iyqj3j_}to08n>+#vna9^psU`=*`=C*vVelF$_S&)Wlfo"
-    ">}~Q#f4arGHzEB000"
+    "eOC!QRO|ac#xSO6in5nA*Oq+?#n@8TG9k)3GZAALLvk&n?4tf5q1+T*Nkx{jMhaz%LMe@XNm97k^*_tp|8?*"
+    "0e}CsQ&phw@Z14L#-{-vN8~^~s$@Fvn-hosK0H6SfgQVsj?5Rre*H8rjG$(~h4F&+fmlEtn1paohPXYkH6u<"
+    "^RzrQZFzgzutZV3F>3kAkKPN%v1fa8;NA9zjn|BME%3;g$W{=aqE#KFIt@Kl;aqz8grl;j&o|I33F7xqQ9Q;"
+    "6Q~;6R*0{Acbepv`vR_;Yx&&x`0w`%@F_O(bo$v<K%@b9X<YFA1_ig;2cx$lzdSFa-{}d7IKiL?=q5k;t3U;"
+    "0~hsiX&r`P9WXG7aSJ{(gTT`Y;HoJ{YxpJ#BT!T;K2OfEdJvX{P`37*8-y&vk?LApF@DqX^<C{VbM=f+~N=_"
+    "&>uV7a14PB;PjeB@wODNFD*g7J3Z($R#Exz2mykDbhzMuu5JQ07i<gWu~`n0C@Ay%hs*@wY|@}EbkjbeIF~^"
+    "l08$!Adq5HcNrW{P0BQH8F+WH;Anjs}`B{2C)>xRu#aJAQ17RVtX})t4|C1oSAV_i$<`9;wSQ4!GBCN5<CR;"
+    "HUr?6~=Su#j3%JSRA+WYQJd7WZ$Ar=>8ktoX-tf?pUulk|2Kz<;INQatPlR|<ybV+P(T(H?`?*9J1o11{k8@"
+    "W5U$TSkz)jUNMqB}JI_f`OvtX=@uC6VHzHI+M_KS@&R{jia?<#^Z7W$)sAHB-JHJMDtZ{K#eH8Xe>AFA{JCE"
+    "7`<k`_^|BYWofq=A>!G>r;}m{agKbMvuztx%OKg_2*(r7M=%$d?zan9v=*zIuo~IWEa+PXr22w!FIz%@ksK;"
+    "jNKHcvCrL_*dEU=O%e0u^&=}i9!?>XVyW40zIFHZe<@3v>QKHs(35e3d%jS}5}RMpUr=|u(22dNF$jAiig;C"
+    "O@u3y}<<GzBns~@WE2Wm!&UGAB3h0m8yRSH{t^cCe*J<^ou&nEn8&@*YE5jr!2KU@A7$<5vUL&Cm&);2NXj^"
+    "S)?@@_x7eUWmHL~WZvzmLKe_%4(<X82V#Y{(6!S=+JH-+leS`WjE_b+ygbuG*NQvR{GJ>@m7Z0op-i^Pj$hh"
+    "Tel+!tn{^@PGjqiyU{XV*^a6s+wKE-vQJ4@l2J4-hpIE)BgrpH9b+4Gs>sq%H|%7OaPLe#J*EpB1U?Z-{g5s"
+    "5tKP>goI}IciJNC-2j4$s^olmduFekc%?%jv;L(-%GZ9KdF@4zvl|Uu8JVW$lBf~WwC0frbrg<s(aG^7CYBE"
+    "x8&`}&zJB_&Mr8{r^n;{na;#ZIX3j)Yh}&(OQ|y@0yaN}rtTatnjRHcd`oowR(w5$>z%RB0{X44*sdEIgLv5"
+    "&+pfM6ANR?ODsZIB4=BmGyc|Q_8+YTOoCvrS{$`<|T&C(nZeob2Tsa}b_S_JMahqkT(%Q}!0Y)Yo73{+kw{L"
+    "APx*{_2kYcbRD{+k=b?)frOP#K0uHJRM!`gA!w1|VcEsrNp-hWRs&!N0m?j6Q1=XM*pcX9F?H=X?`?$KScjj"
+    "R^xsra--G`dE%lHuN<ACgP53`sHRFsjkJcLGm+!&eVH>(@2)a<UA0uhNNny!Kmr;mghkB|NPIP3_uOJ!Xc|j"
+    "XFdJE_^+bq|0;W>*WnfF(&tX>Av0sEo*{6tc=lxW1U;Z+e|)cH3Jp47~QG4yxT>pKLbKJGaXvS93F=Ew#bH`"
+    "!LBxNlNJOf1>OZpQmteh4f;I^L1LlT2?~DajBS;bd#etW*?s2O2v2Rvdy>AlwCHrkhSf=v#ln52&#r7OBP;!"
+    "}pRc0KvKD)VFq`aNt?&?2O1W^h=sZ?Pnn}%NyT&oAW9jT<J`{I{9`q)i@0?C`d7ZRSp@_Y@<h$<$EzH8V2H1"
+    "-o4f`Jtm&xvDqP+4p4#?;p(a@|J<sPXp2s6zJyTc*1qvB;pAnuQ*L7f#@9WG8iLL2St*BM7kuDajP45vzpP-"
+    "POUgznN)Mzy3PRV|L2bZ)uJS*5?`JDAkIpb21UzB3CE)@D<W)Z?aZn5NplD$TB*o(P$$sMYm6nk4u^Qwa6DF"
+    "rVw1OI`5|(M8%q{8Opl{zq`pc<*nME;hPJxcV>65@Y5#CtJVF&j}hG`=wu0buX<PB+AYn?XpQZbI00Ns@8B`"
+    "V$LmXhn?1el^eeRJ!AVk^%5SXO-TCB^gw49K1)VAfAm|Iel3B(d2)Cy2cOqB-dsbu{oKWCZm>79kaUU4Xx&F"
+    "_wbB?-zIpBuLH)i-z}vc9xqFjdakcp}34a_{o}F)Xn|VevD6ycKpyD&b8Ga(Ge{e)6pR)SRv}+{1Gq8I3LCx"
+    "&vOgC`B%lIra@tlmnz;j`mnQc3mR|gbRE5(f>CAJZr#3FoDintp46bycGckWQlp1_;=RF}o#Z;mq({M6PXvI"
+    "B$~8Ov_G!N-Ep(ihiC^mgm<N!xI=d)f18yf{{nVD9jR<Egy0+nKi#r)$P<RWI1wy!1ZCxlu1>_BCgJgF>o7#"
+    ";-LDK+WgqWDLN@pcbQtbD<Mm7@tL!@{UXy#=d>R&>2%MF^<hXB+zpdyOjYwC-7OZpthuYOh4bBUE|eavi&dm"
+    "8621grH7)RM<YJ#4yY#mRI+7rbW2WqyS6OwDdQFuiQ5FK!V9`~&b#p%bwz&KGR=SEWE5Ri0)D_}je}YX!^+o"
+    "O_UXJFMdoU`&=Ufm%?XLmT9HTBp6#n2RI6OkUdnz^!GI%X%YaJlpBb{E2QvyNVvE|wYFrVqxErtGh}mYKRtK"
+    "%E_SL^W>7Iz58}ur|i_eDAlYMe>a^R5)8M{3W3Z;S1j@>Nne&&YDU(Rw-tUoKMrv7rgBKh_HN>@$wi47?(i*"
+    "rG3yW<Zo)PsII@YztlV%n`4rMSbB3p|;~5>0;!h2*YZGJGF}NTCb`MU}34C_Y#x=&>un31)G!q|p|4CGK+Cr"
+    "CE}W?Ri%V?Ft9>BdFw^9rxzPw4ADkqhvu@?b?g&jw)p5chV6Xg5D?)%y@qU1!NJdNO42uX-dE|Kg1qNjLjv#"
+    "%2p=AT-7yE5J3^zHk&K2e@J{$EDk$*zmF$i&plU+g(~6%B>)7x+rv@rS$lh<-4($WN&uky=L;;j|8TtCyxgN"
+    "$7z)AUfxrZqY{#Mc>-tnUiV|j~h5gIBCcSSqUdLWdNeowR|1l6j3I8Zk_+Tbh=ezI|=`em(C*{7jl=!XR&@o"
+    "ZIU-OzqJHF%U%WquU$CDhB%-muBII_~wTLZ6K9%TCgdUrwa223S*`c_m{GWzSkeTvh1$}7!|!rWmXC5DOvC_"
+    "KPKQBL{N%w&e(eZz<YidGUK%$^4_hbMe(2<=5mplUk;J0Rj3mZK(kuTudrzXQvj&I$PN$orI`#hD)dr@9bxx"
+    "Gp=S+3PDFQs5h6I|3^xLqAJ2dM(NY%V1D}E%Q->&Z(M{yW!2lSc0<i?$$X)k5+|bORC&v%Vj_6jtbU5Z(9hm"
+    "0OyQ@^W=eaw84G_=Mqr97r_?5$mZd`Xi!nY4&R0Iliy&?>D8xAZ4K(@M~<3@B!Gs;5U7DYG|5Jl7U$NN6t?p"
+    "Xbmx%OkyVD2O<%@V4Qu;`)+mmy{<^g0k63={e9y&;p^-m$NHps(ZpAnEg`LZp6Xm;oos0~7-Q`Tz&1|5r7Nk"
+    "`G3?UCUy;Y_?>G%dwe#BB1*BDS-EWhoIJJNn|T`<bwirXfxgtwbe&paCmK(dCbgJFQ)wH`06+6FnBrlMQqf5"
+    "eu~a{P6J0~qIUh54|q=mOILAGhv+*>(m31za;s5wy18n%1bc->Ya$8qy1JwJ>p@pU9*3M3Hp&3wDQU>XKaTZ"
+    ";5O|9rNyQzI4PFE)=FTToEUdLlJA6`?6d4ofFM-rcnM13<c5xn9{Hd9)5hr=FLx<@bGPe;E!R3D;Rmwc9~Z("
+    "c{Ql-nZ4S4B*YC#mid2fjSZmOo7E0`PG0`imP3L=t?#WGuZ70&u;<_*ox9g`A6G6u7k=gRu`IH8?^(77TJZr"
+    "(2NtJX)Dx#qaAZCQI_>oOn%J({QVuT~P3q5j^<O@nnU3n4N85g=G9nTe+EqfO8^#>RmIkB|EZ~}PDc&m;qKf"
+    "BzUq0lWf<J<2;F572uQdzF4zS{q(-~CUo`D<(aILs}@0BG6dV9rMVa;r06z^Z}`ecZJ2-k}zC89+*(wiLm8a"
+    "1#?wm+XBAJJzT2YocKdW6TdW}@op$TwLw{jzDre9Ix^fP-tc%WMa`j>xjq8iR9hw$1BF&2ISkMA~DQ16!zJX"
+    "8fM6OypRH%OxQ@6C2+637=~n_G-tG7no{~2Bcx&{3Og#3sLIgQ;er8&c)J>!w$C*fZ!B0w<~b3#?@Rfy1twy"
+    "nVw`=?Xk^!Q%`6foF9XIYf|-_Rz|_EaNq>1CkT!v+=DT`$y)-)Z4;eZxgEy5Ud40=-PEtBnKG-SYDR~RpZKU"
+    "-v8sMaO7(8%kZyH~*(~1jL-Uw&#(q9@o`Q4qG3OhpdFNzq0d>YUJ=(2XHytU2>l{-kvhfK<%U84`GyM(pUB+"
+    "su!ljD`n>&+v&$?q4hrb~{<C0U6029~aa5ztAg46EAw1MzXJ>;a|lmt)j5Qh}pI;tnND1bOcMdUJ|oTFs@bS"
+    "RlfP+Rq>ths~0V<xfUIxpokXubM)`eTkW@0yTW{QUt0Te6f~<V1RuL53~(dB>S4%N(=sD7mKDgte&uUj"
 ), -15)
 # fmt: on
-# Its frames are square, and hold both clips: sizes, and what its header cuts off.
+# Its frames are square, and hold both clips: sizes, and what its header cuts off. (Left
+# and top edges can't be cut: browsers leave them in.)
 PORTRAIT_CLIP = LANDSCAPE_CLIP
 for wide, tall in (
     ("0120000000a00000", "00a0000001200000"),
     ("012000a0", "00a00120"),
-    ("be08410c", "b821043c"),
+    ("bf020c", "bc083c"),
 ):
     PORTRAIT_CLIP = PORTRAIT_CLIP.replace(bytes.fromhex(wide), bytes.fromhex(tall))
 SIMULATED_SIZES = {
@@ -6303,7 +6298,8 @@ def error_response(request, error):
         headers["x-should-retry"] = "false"
     body = error.body()
     if request.path.startswith("/api/"):
-        body = {"success": False, "detail": str(error), "message": str(error)}
+        message = str(error)
+        body = {"success": False, "detail": message, "message": message, "code": error.code}
     reason = error.code.replace("_", " ")  # some clients show nothing else
     return web.json_response(body, status=error.status, reason=reason, headers=headers)
 

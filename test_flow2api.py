@@ -1870,6 +1870,7 @@ async def test_where_projects_are_retired_another_account_takes_the_job(world):
     w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
     assert (await w.chat()).content and other.video_count == 1
     assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
+    assert (moved.cause(), moved.reason_code) == ("upstream_retired", "")
 
 
 SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
@@ -5823,7 +5824,7 @@ async def test_switches_take_effect_at_once(world, impatient, monkeypatch, caplo
         await w.chat("nano_banana_pro")
         assert ("batchGenerateImages" in caplog.text) == enabled
     await do("POST token-refresh/enabled", enabled=False)
-    w.token.checked_at = 0
+    w.token.update(checked_at=0, asked_at=0)
     w.flow.calls.clear()
     pauses = []
     sleep = asyncio.sleep
@@ -6984,7 +6985,7 @@ async def test_the_setup_blocks_of_the_documents_name_what_there_is(run, tmp_pat
     header = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", script)[1]
     assert tomllib.loads(header.replace("# ", "")) == {
         "requires-python": ">=3.11",
-        "dependencies": ["aiohttp>=3.10"],
+        "dependencies": ["aiohttp>=3.12"],
     }
 
 
