@@ -4586,7 +4586,13 @@ class Api:
         list, where a prompt is cut to 500 characters."""
         status = VIDEO_STATES[job.state]
         percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
-        video = {
+        error = {name: job.error[name] for name in ("code", "message") if job.error}
+        optional = {
+            "metadata": job.metadata,
+            "notes": job.notes or None,
+            "fail_reason": error.get("message"),
+        }
+        return {
             "id": job.id,
             "object": "video",
             "model": job.plan.model,
@@ -4599,21 +4605,17 @@ class Api:
             "size": pixels(job.plan),
             "seconds": str(job.plan.seconds),
             "remixed_from_video_id": job.source.get("job"),
-            "error": None,
+            "error": error or None,
+            **{name: value for name, value in optional.items() if value is not None},
+            **self.video_links(request, job),
         }
-        if job.metadata is not None:
-            video["metadata"] = job.metadata
-        if job.notes:
-            video["notes"] = job.notes
-        if job.error:
-            code, message = job.error["code"], job.error["message"]
-            video.update(error={"code": code, "message": message}, fail_reason=message)
-        urls = self.output_urls(request, job) if status == "completed" else []
-        if urls:
-            video.update(url=urls[0], video_url=urls[0])
-        if len(urls) > 1:
-            video["urls"] = urls
-        return video
+
+    def video_links(self, request, job):
+        urls = self.output_urls(request, job)
+        if job.state != "completed" or not urls:
+            return {}
+        links = {"url": urls[0], "video_url": urls[0]}
+        return {**links, "urls": urls} if len(urls) > 1 else links
 
     async def send_output(self, request, job, output, thumbnail=False):
         """The file of an output, with ranges: as it is kept here, else passed on from
@@ -5853,9 +5855,15 @@ def block_picture(text, width, height):
     swing = (1 + math.sin(code[1] + y * code[2] / 40 / height) for y in range(height))
     rows = b"".join(b"\0" + silk[int(width * part / 2) :][:width] for part in swing)
     ends = [*zip(code[3:6], code[6:9], strict=True)]
+    colours = bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends)
+    return png(width, height, colours, rows)
+
+
+def png(width, height, colours, rows):
+    """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
     chunks = {
-        b"IHDR": struct.pack(">2I5B", width, height, 8, 3, 0, 0, 0),  # a byte for a pixel
-        b"PLTE": bytes(a + (b - a) * shade // 128 for shade in range(129) for a, b in ends),
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": colours,
         b"IDAT": zlib.compress(rows, 1),
         b"IEND": b"",
     }
