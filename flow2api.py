@@ -4886,8 +4886,9 @@ class VideosApi(Api):
         limit = one_of(query, "limit", range(1, 101), 20)
         oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
         after = await self.find_job(query["after"]) if query.get("after") else None
-        filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
-        jobs = await self.jobs.page(**filters, limit=limit + 1)
+        jobs = await self.jobs.page(
+            kind="video", after=after, oldest_first=oldest_first, limit=limit + 1
+        )
         videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
         return {
             "object": "list",
@@ -5134,8 +5135,9 @@ class Sessions:
 
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
-        self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.friends = set(store.settings().get("friends", ()))  # logged in here before
+        stored = store.settings()
+        self.ends = stored.get("sessions", {})  # unix time by key_of(session)
+        self.friends = set(stored.get("friends", ()))  # logged in here before
         self.guesses = {}  # address -> (failed logins in a row, unix time of the last)
 
     def key_of(self, session):
@@ -5409,15 +5411,17 @@ class AdminApi(Api):
         files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
         if not files:
             message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
-            raise bad(message, code="not_found")
+            raise GatewayError("not_found", message)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in files:
                 archive.writestr(f"flow2api-extension/{file.name}", file.read_bytes())
-        name = 'attachment; filename="flow2api-extension.zip"'
-        headers = {**PAGE_HEADERS, "Content-Disposition": name}
-        data = buffer.getvalue()
-        return web.Response(body=data, content_type="application/zip", headers=headers)
+        headers = {
+            **PAGE_HEADERS,
+            "Content-Type": "application/zip",
+            "Content-Disposition": 'attachment; filename="flow2api-extension.zip"',
+        }
+        return web.Response(body=buffer.getvalue(), headers=headers)
 
     async def list_settings(self, request):
         rows = [
@@ -5478,13 +5482,13 @@ class AdminApi(Api):
         return ok("Token updated", token=token_object(token, masked=True))
 
     async def _renew_session(self, token, st, fields):
-        draft = Token(st=st, adapter=token.adapter)
-        draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+        proxy = fields.get("proxy_url", token.proxy_url)
+        draft = Token(st=st, adapter=token.adapter, proxy_url=proxy)
         account = await self.pool.sign_in(draft)
         if account["email"] not in ("", token.email):
             raise bad(f"This session is of {account['email']}", "st", "conflict")
-        session = {"name": account["name"], **draft.session(), **AWAKE}
-        await self.pool.update(token, **{**session, **fields})
+        changes = {"name": account["name"], **draft.session(), **AWAKE, **fields}
+        await self.pool.update(token, **changes)
         await self.pool.ask(token, now())
 
     async def delete_token(self, request):
@@ -5705,9 +5709,12 @@ class AdminApi(Api):
         return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
 
     async def system_info(self, request):
-        info = self.gateway.counters()
-        info.update(total_credits=self._credits(), version=__version__)
-        info["cache_bytes"] = await asyncio.to_thread(self.media.expire, math.inf)
+        info = {
+            **self.gateway.counters(),
+            "total_credits": self._credits(),
+            "version": __version__,
+            "cache_bytes": await asyncio.to_thread(self.media.expire, math.inf),
+        }
         return {"success": True, "info": info, **info}
 
     async def empty_cache(self, request):
@@ -5732,9 +5739,12 @@ class AdminApi(Api):
 
     async def metrics(self, request):
         states = Counter(job.state for job in self.jobs.open.values())
-        rows = {**self.gateway.counters(), "credits": self._credits()}
-        rows["waiting_jobs"] = len(self.pool.queue)
-        rows.update({f'jobs{{state="{state}"}}': states[state] for state in OPEN})
+        rows = {
+            **self.gateway.counters(),
+            "credits": self._credits(),
+            "waiting_jobs": len(self.pool.queue),
+            **{f'jobs{{state="{state}"}}': states[state] for state in OPEN},
+        }
         text = "".join(f"flow2api_{name} {value}\n" for name, value in rows.items())
         return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
@@ -6330,9 +6340,11 @@ async def find_route(request, handler):
 def preflight(request):
     """CORS: browser clients send their key in a header."""
     asked = request.headers.get("Access-Control-Request-Headers")
-    headers = {"Access-Control-Allow-Headers": asked or "authorization, content-type"}
-    headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
-    headers["Access-Control-Max-Age"] = "86400"
+    headers = {
+        "Access-Control-Allow-Headers": asked or "authorization, content-type",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE",
+        "Access-Control-Max-Age": "86400",
+    }
     return web.Response(status=204, headers=headers)
 
 
