@@ -4558,9 +4558,11 @@ class Api:
         if OUTPUT_LINK.fullmatch(name):
             return await self.output_bytes(*await self.output_of_link(name))
         job_id = await asyncio.to_thread(self.store.job_of_file, name)
-        job = await self.jobs.get(job_id) if job_id else None
-        kept = [output for output in job.done() if output.file == name] if job else []
-        return await self.output_bytes(job, kept[0]) if kept else None
+        job = await self.jobs.get(job_id)
+        for output in job.done() if job else ():
+            if output.file == name:
+                return await self.output_bytes(job, output)
+        return None
 
     async def data_url(self, job, output):
         """OpenRouter's AI SDK provider takes no other."""
@@ -4784,12 +4786,12 @@ class ImagesApi(Api):
     """Images: each answer has its pictures as base64 or as addresses."""
 
     async def generate(self, request):
-        return await self._make(request, False, "image_generation.completed")
+        return await self._make(request, edit=False)
 
     async def edit(self, request):
-        return await self._make(request, True, "image_edit.completed")
+        return await self._make(request, edit=True)
 
-    async def _make(self, request, edit, event):
+    async def _make(self, request, edit):
         body = await read_body(request)
         default = self.settings["images.response_format"]
         form = one_of(body, "response_format", ("b64_json", "url"), default)
@@ -4797,7 +4799,8 @@ class ImagesApi(Api):
         read = functools.partial(read_picture, body, self.media, edit)
         async with self.gateway.admit(request, body, read) as job:
             if stream:
-                events = self._events(request, job, form, event)
+                name = "image_edit" if edit else "image_generation"
+                events = self._events(request, job, form, f"{name}.completed")
                 return await stream_answer(request, events, self.failed)
             await self.jobs.completed(job)
             data = [await self._picture(request, job, output, form) for output in job.done()]
