@@ -4918,8 +4918,13 @@ class VideosApi(Api):
 
 def plan_fields(plan):
     """What a model or a job makes, for the owner's page."""
-    fields = {name: getattr(plan, name) for name in ("kind", "family", "ratio", "upscale")}
-    return {**fields, "prices": plan.prices()}
+    return {
+        "kind": plan.kind,
+        "family": plan.family,
+        "ratio": plan.ratio,
+        "upscale": plan.upscale,
+        "prices": plan.prices(),
+    }
 
 
 def model_object(model, settings):
@@ -5462,7 +5467,8 @@ class AdminApi(Api):
         message = "Token added" if new else "Known account: its session is updated"
         if token.reason:
             message += f", but it is disabled: {token.reason}"
-        about = token.pick("id", "email", "credits", "project_id", "project_name", "reason")
+        names = "id email credits project_id project_name reason"
+        about = token.pick(*names.split())
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -5749,7 +5755,8 @@ class AdminApi(Api):
             **{f'jobs{{state="{state}"}}': states[state] for state in OPEN},
         }
         text = "".join(f"flow2api_{name} {value}\n" for name, value in rows.items())
-        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+        headers = {"Content-Type": "text/plain; version=0.0.4"}
+        return web.Response(text=text, headers=headers)
 
     async def page(self, request):
         """Its one script and its one style may run by their hashes, and nothing else."""
@@ -6441,8 +6448,8 @@ class Refusal(asyncio.Protocol):
     def connection_made(self, transport):
         body = to_json(GatewayError("queue_full", "Too many connections at once").body())
         head = (
-            "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10\r\n"
-            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\n"
+            f"Retry-After: 10\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         transport.write(f"{head}{body}".encode())
         transport.close()
