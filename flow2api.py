@@ -144,70 +144,80 @@ class Setting:
     high: float | None = None
     choices: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, row):
+        name, default, text, *allowed = row.strip().split(" | ")
+        default = json.loads(default)
+        limits = allowed[0].split() if allowed else ()
+        if isinstance(default, str):
+            return cls(name, default, text, choices=tuple(limits))
+        return cls(name, default, text, *map(float, limits))
+
     def parse(self, raw):
         """The value that `raw` (of TOML, or a text) stands for. Raises ValueError."""
-        kind, value = type(self.default), raw
+        kind = type(self.default)
         if isinstance(raw, str) and kind is bool:
-            value = TRUTHS.get(raw.strip().lower())
+            raw = TRUTHS.get(raw.strip().lower())
         elif isinstance(raw, str) or (kind is float and type(raw) is int):
-            value = kind(raw)
-        good = type(value) is kind and (not self.choices or value in self.choices)
-        if not good or not (self.low is None or self.low <= value <= self.high):
-            raise ValueError(raw)
-        return value
+            raw = kind(raw)
+        good = type(raw) is kind and (not self.choices or raw in self.choices)
+        if not good or not (self.low is None or self.low <= raw <= self.high):
+            raise ValueError
+        return raw
 
     @property
     def allowed(self):
-        bounds = "" if self.low is None else f" from {self.low:g} to {self.high:g}"
+        bounds = "" if self.low is None else f" from {self.low:.10g} to {self.high:.10g}"
         return " | ".join(self.choices) or KINDS[type(self.default)] + bounds
 
 
-SETTING_ROWS = (  # name, default, help, low, high, choices
-    ("global.api_key", "", "Key that API clients send. Empty: made at first start."),
-    ("global.admin_username", "admin", "User name of the admin page."),
-    ("global.admin_password", "", "Admin password. Empty: made at first start."),
-    ("flow.labs_base_url", "https://labs.google/fx/api", "Google's sessions, projects."),
-    ("flow.api_base_url", "https://aisandbox-pa.googleapis.com/v1", "Google's media API."),
-    ("flow.timeout", 120, "Seconds for one call to Google.", 1, 3600),
-    ("flow.poll_interval", 3.0, "Seconds between status calls of an account.", 0.05, 60),
-    ("flow.max_poll_attempts", 500, "Status answers to wait for on a clip.", 1, 100000),
-    ("server.host", "0.0.0.0", "Address to listen on."),
-    ("server.port", 8000, "Port to listen on (0: any free one).", 0, 65535),
-    ("server.data_dir", "", "Data folder. Empty: data/ beside the configuration."),
-    ("server.trusted_proxies", "127.0.0.1, ::1", "Proxies whose X-Forwarded-* count."),
-    ("server.allow_private_urls", False, "Fetch picture URLs from private networks, too."),
-    ("proxy.proxy_enabled", False, "Send all traffic to Google through proxy_url."),
-    ("proxy.proxy_url", "", "http://, https://, socks5:// or socks4:// address."),
-    ("generation.image_timeout", 300, "Seconds until a picture job gives up.", 1, 86400),
-    ("generation.video_timeout", 1500, "Seconds until a clip job gives up.", 1, 86400),
-    ("admin.debug", False, "Log each call to Google, too."),
-    ("admin.error_ban_threshold", 3, "Account failures in a row that disable it.", 1, 1000),
-    ("cache.enabled", False, "Keep finished files here and serve them under /tmp/."),
-    ("cache.timeout", 7200, "Seconds a kept file stays (0: for ever).", 0, 31536000),
-    ("cache.base_url", "", "Public address in media links. Empty: what the client used."),
-    ("token_refresh.enabled", True, "Check the accounts, and renew access tokens early."),
-    ("token_refresh.interval", 3600, "Seconds between checks of an account.", 60, 86400),
-    ("chat.video_content", "both", "A clip in an answer.", None, None, ("both", "html", "link")),
-    ("chat.answer_side_prompts", True, "Answer clients' own prompts at no cost."),
-    ("chat.use_system_prompt", False, "Put the system message before the prompt."),
-    ("chat.continue_pictures", True, "An edit request takes the chat's last picture along."),
-    ("images.default_model", "nano_banana_pro", "Model where a request names none."),
-    ("images.response_format", "b64_json", "Default form.", None, None, ("b64_json", "url")),
-    ("videos.default_model", "veo_3_1-fast", "Model where a request names none."),
-    ("videos.content", "stream", "How /content answers.", None, None, ("stream", "redirect")),
-    ("limits.queue", 200, "Pictures, and clips, that may wait for a turn.", 1, 100000),
-    ("limits.jobs_days", 180, "Days that an ended job is kept (0: for ever).", 0, 36500),
-    ("limits.requests", 2000, "Requests at once, open streams included.", 1, 100000),
-    ("limits.bodies_mb", 512, "Request bodies in memory at once, MB.", 1, 65536),
-    ("limits.body_mb", 64, "Largest request body, MB.", 1, 1024),
-    ("limits.image_mb", 20, "Largest input picture, MB.", 1, 100),
-    ("limits.inputs_mb", 2048, "Input pictures of open jobs together, MB.", 1, 1 << 20),
-    ("plugin.connection_token", "", "Key of the companion extension. Empty: it is made."),
-    ("plugin.auto_enable_on_update", True, "A new session enables its account."),
-    ("demo.image_seconds", 2.0, "Seconds a picture takes with --demo.", 0, 600),
-    ("demo.video_seconds", 12.0, "Seconds a clip takes with --demo.", 0, 3600),
-)
-SETTINGS = tuple(itertools.starmap(Setting, SETTING_ROWS))
+# Name, default, help, and what is allowed: from and to, or the choices.
+SETTING_TABLE = """
+    global.api_key | "" | Key that API clients send. Empty: made at first start.
+    global.admin_username | "admin" | User name of the admin page.
+    global.admin_password | "" | Admin password. Empty: made at first start.
+    flow.labs_base_url | "https://labs.google/fx/api" | Google's sessions, projects.
+    flow.api_base_url | "https://aisandbox-pa.googleapis.com/v1" | Google's media API.
+    flow.timeout | 120 | Seconds for one call to Google. | 1 3600
+    flow.poll_interval | 3.0 | Seconds between status calls of an account. | 0.05 60
+    flow.max_poll_attempts | 500 | Status answers to wait for on a clip. | 1 100000
+    server.host | "0.0.0.0" | Address to listen on.
+    server.port | 8000 | Port to listen on (0: any free one). | 0 65535
+    server.data_dir | "" | Data folder. Empty: data/ beside the configuration.
+    server.trusted_proxies | "127.0.0.1, ::1" | Proxies whose X-Forwarded-* count.
+    server.allow_private_urls | false | Fetch picture URLs from private networks, too.
+    proxy.proxy_enabled | false | Send all traffic to Google through proxy_url.
+    proxy.proxy_url | "" | http://, https://, socks5:// or socks4:// address.
+    generation.image_timeout | 300 | Seconds until a picture job gives up. | 1 86400
+    generation.video_timeout | 1500 | Seconds until a clip job gives up. | 1 86400
+    admin.debug | false | Log each call to Google, too.
+    admin.error_ban_threshold | 3 | Account failures in a row that disable it. | 1 1000
+    cache.enabled | false | Keep finished files here and serve them under /tmp/.
+    cache.timeout | 7200 | Seconds a kept file stays (0: for ever). | 0 31536000
+    cache.base_url | "" | Public address in media links. Empty: what the client used.
+    token_refresh.enabled | true | Check the accounts, and renew access tokens early.
+    token_refresh.interval | 3600 | Seconds between checks of an account. | 60 86400
+    chat.video_content | "both" | A clip in an answer. | both html link
+    chat.answer_side_prompts | true | Answer clients' own prompts at no cost.
+    chat.use_system_prompt | false | Put the system message before the prompt.
+    chat.continue_pictures | true | An edit request takes the chat's last picture along.
+    images.default_model | "nano_banana_pro" | Model where a request names none.
+    images.response_format | "b64_json" | Default form. | b64_json url
+    videos.default_model | "veo_3_1-fast" | Model where a request names none.
+    videos.content | "stream" | How /content answers. | stream redirect
+    limits.queue | 200 | Pictures, and clips, that may wait for a turn. | 1 100000
+    limits.jobs_days | 180 | Days that an ended job is kept (0: for ever). | 0 36500
+    limits.requests | 2000 | Requests at once, open streams included. | 1 100000
+    limits.bodies_mb | 512 | Request bodies in memory at once, MB. | 1 65536
+    limits.body_mb | 64 | Largest request body, MB. | 1 1024
+    limits.image_mb | 20 | Largest input picture, MB. | 1 100
+    limits.inputs_mb | 2048 | Input pictures of open jobs together, MB. | 1 1048576
+    plugin.connection_token | "" | Key of the companion extension. Empty: it is made.
+    plugin.auto_enable_on_update | true | A new session enables its account.
+    demo.image_seconds | 2.0 | Seconds a picture takes with --demo. | 0 600
+    demo.video_seconds | 12.0 | Seconds a clip takes with --demo. | 0 3600
+"""
+SETTINGS = tuple(map(Setting.read, SETTING_TABLE.strip().splitlines()))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
 # Of this program's and other programs' examples: they count as unset.
@@ -220,22 +230,23 @@ class Settings:
     """Layers of values. `settings["server.port"]` is the value in force, read anew."""
 
     # The strongest first.
-    LAYERS = ("command line", "environment", "admin page", "file", "generated")
+    LAYERS = ("command line", "environment", "admin page", "file", "generated", "default")
 
     def __init__(self):
         self.layers = {name: {} for name in self.LAYERS}
+        self.layers["default"] = {setting.name: setting.default for setting in SETTINGS}
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path.cwd()
         self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
-        return self.layers.get(self.source(name), {}).get(name, SETTING[name].default)
+        return self.layers[self.source(name)][name]
 
     def source(self, name):
-        """The layer that the value in force comes from, or "default"."""
-        setting_it = (layer for layer in self.LAYERS if name in self.layers[layer])
-        return next(setting_it, "default")
+        """The layer that the value in force comes from; of an unknown name, "default"."""
+        layers = (layer for layer in self.LAYERS if name in self.layers[layer])
+        return next(layers, "default")
 
     def put(self, layer, name, raw, origin):
         """Raises SettingError; an unknown name warns; a placeholder sets nothing."""
@@ -257,23 +268,28 @@ class Settings:
         self.folder = path.parent
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        except ValueError as err:  # of its TOML or its UTF-8
             raise SettingError(f"{path}: {err}") from None
         except IsADirectoryError:
             hint = "Docker makes one where the file to mount is missing"
             raise SettingError(f"{path} is a folder, not a file ({hint})") from None
-        models = document.pop("models", {})
-        for name, key in models.items() if isinstance(models, dict) else [("", models)]:
-            try:
-                key.format(P="", O="", U="", D=0)
-            except (AttributeError, LookupError, ValueError):
-                allowed = "a text, at most with {P} {O} {U} {D}"
-                told = f"{path.name}: [models] {name} can't be {key!r}; allowed: {allowed}"
-                raise SettingError(told) from None
-            self.models[name] = key
         for section, values in document.items():
-            for key, raw in values.items() if isinstance(values, dict) else [("", None)]:
-                self.put("file", f"{section}.{key}", raw, path.name)
+            entries = values.items() if isinstance(values, dict) else [("", values)]
+            for key, raw in entries:
+                if section == "models":
+                    self.put_model(key, raw, path.name)
+                else:
+                    self.put("file", f"{section}.{key}", raw, path.name)
+
+    def put_model(self, name, key, origin):
+        """Raises SettingError."""
+        try:
+            key.format(P="", O="", U="", D=0)
+        except (AttributeError, LookupError, ValueError):
+            allowed = "a text, at most with {P} {O} {U} {D}"
+            message = f"{origin}: [models] {name} can't be {key!r}; allowed: {allowed}"
+            raise SettingError(message) from None
+        self.models[name] = key
 
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
@@ -311,36 +327,39 @@ class Effect(enum.Enum):
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
-ERROR_TABLE = (  # HTTP status, effect, codes
-    (400, Effect.REQUEST, "invalid_request invalid_image unsupported_parameter"),
-    (400, Effect.REQUEST, "tier_required mode_not_available task_not_completed"),
-    (400, Effect.REQUEST, "content_policy_violation"),
-    # What was paid for is a 400, too: no client repeats that by itself, as many do a 5xx.
-    (400, Effect.FINAL, "generation_failed generation_timeout interrupted"),
-    (400, Effect.UNKNOWN, "submit_unknown"),
-    (401, Effect.REQUEST, "invalid_api_key"),
-    (404, Effect.REQUEST, "not_found model_not_found task_not_found content_not_found"),
-    (405, Effect.REQUEST, "method_not_allowed"),
-    (409, Effect.REQUEST, "conflict cancelled idempotency_conflict"),
-    (408, Effect.REQUEST, "request_timeout"),
-    (413, Effect.REQUEST, "request_too_large"),
-    (415, Effect.REQUEST, "unsupported_encoding"),
-    (429, Effect.FINAL, "queue_full too_many_logins"),
-    # Waiting cures these, which all clients know of a 429; of a 503 it does not.
-    (429, Effect.ACCOUNT, "account_throttled account_busy account_daily_quota"),
-    (500, Effect.FINAL, "internal_error"),
-    (501, Effect.REQUEST, "not_implemented"),
-    (502, Effect.RETRY, "upstream_error upstream_unreachable"),
-    (502, Effect.FINAL, "upstream_changed model_unavailable proxy_unavailable"),
-    (502, Effect.SESSION, "upstream_retired"),
-    (503, Effect.RETRY, "upstream_busy"),
-    (503, Effect.FINAL, "no_accounts no_credits shutting_down"),
-    (503, Effect.ACCOUNT, "account_no_credits captcha_required model_not_for_account"),
-    (503, Effect.BAN, "account_refused"),
-    (503, Effect.SESSION, "account_session_ended"),
-    (507, Effect.FINAL, "disk_full"),
-)
-ERRORS = {code: row[:2] for row in ERROR_TABLE for code in row[2].split()}
+# HTTP status, effect, codes. What was paid for is a 400, too: no client repeats that by
+# itself, as many do a 5xx. Waiting cures a 429, as all clients know; a 503 it does not.
+ERROR_TABLE = """
+    400 REQUEST  invalid_request invalid_image unsupported_parameter tier_required
+    400 REQUEST  mode_not_available task_not_completed content_policy_violation
+    400 FINAL    generation_failed generation_timeout interrupted
+    400 UNKNOWN  submit_unknown
+    401 REQUEST  invalid_api_key
+    404 REQUEST  not_found model_not_found task_not_found content_not_found
+    405 REQUEST  method_not_allowed
+    408 REQUEST  request_timeout
+    409 REQUEST  conflict cancelled idempotency_conflict
+    413 REQUEST  request_too_large
+    415 REQUEST  unsupported_encoding
+    429 FINAL    queue_full too_many_logins
+    429 ACCOUNT  account_throttled account_busy account_daily_quota
+    500 FINAL    internal_error
+    501 REQUEST  not_implemented
+    502 RETRY    upstream_error upstream_unreachable
+    502 FINAL    upstream_changed model_unavailable proxy_unavailable
+    502 SESSION  upstream_retired
+    503 RETRY    upstream_busy
+    503 FINAL    no_accounts no_credits shutting_down
+    503 ACCOUNT  account_no_credits captcha_required model_not_for_account
+    503 BAN      account_refused
+    503 SESSION  account_session_ended
+    507 FINAL    disk_full
+"""
+ERRORS = {  # code -> HTTP status, effect
+    code: (int(status), Effect[effect])
+    for status, effect, *codes in map(str.split, ERROR_TABLE.strip().splitlines())
+    for code in codes
+}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -562,7 +581,6 @@ class Product:
 
 
 PRODUCTS = tuple(Product.read(PRODUCT_TABLE))
-PICTURE_FAMILIES = {product.family for product in PRODUCTS if product.mode == "image"}
 
 
 @dataclass(frozen=True)
@@ -570,11 +588,11 @@ class ModelId:
     """What a model id stands for."""
 
     family: str
-    may: tuple[str, ...]  # the parameters that it may have
-    ratio: str = "portrait"  # the shape, if no parameter tells it
-    mode: str = "auto"
-    note: str = ""
+    ratio: str  # the shape, if no parameter tells it
+    mode: str
+    may: Iterable[str]  # the parameters that it may have
     text: str = ""
+    note: str = ""
     params: Iterable[str] = ()
 
     def first(self, group):
@@ -584,59 +602,64 @@ class ModelId:
     def choose_ratio(self, size):
         """The shape: a parameter, else the nearest to `size`, else the head's own. Raises
         invalid_request where they contradict each other."""
-        named = self.first(SHAPES)
+        named = self.first(RATIOS)
         default = named or self.ratio
         if not size or size == "auto":
             return default
-        shapes = [shape for shape in SHAPES if shape in self.may]
-        far = {shape: distance(size, shape) for shape in (default, *shapes)}
-        nearest = min(far, key=far.get)  # at a tie the default: a clip is no square
+        shapes = [default, *(param for param in self.may if param in RATIOS)]
+        # At a tie the default: a clip is no square.
+        nearest = min(shapes, key=functools.partial(distance, size))
         if named and WIDER[named] != WIDER[nearest]:
             raise bad(f"size {size} contradicts {named!r} in {self.text}", "size")
         return named or nearest
 
-    def choose_family(self, mode):
-        """The family, variant included, and the mode before pictures are counted."""
-        variant = self.first(VARIANTS)
-        family = f"{self.family}_{variant}" if variant else self.family
-        if family in PICTURE_FAMILIES:
-            return family, "image"
-        return family, mode or ("i2v" if "fl" in self.params else self.mode)
+    def choose_mode(self, mode):
+        """The mode before pictures are counted."""
+        if self.mode == "image":
+            return "image"
+        counted = self.mode == "auto" and "fl" in self.params
+        return mode or ("i2v" if counted else self.mode)
 
 
-SHAPES, SIDES = tuple(RATIOS), ("portrait", "landscape")
-SIZES, LENGTHS = ("1K", "2K", "4K"), {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
+LENGTHS = {"4s": 4, "6s": 6, "8s": 8, "10s": 10}
 VARIANTS = ("relaxed", "fast", "lite")
-VEO_PARAMS = (*SIDES, *VARIANTS, "fl", "4s", "6s", "8s", "720p", "1080p", "4k")
-BANANA = "Google retired the first Nano Banana; this is Nano Banana 2."
-ONE_SIZE = (*SHAPES, "1K")
-ALL_SIZES = (*SHAPES, *SIZES)
-OMNI_PARAMS = (*SIDES, "fl", *LENGTHS, "720p")
+# How ids begin: the beginning, its family, the shape and the mode if nothing tells them,
+# and which of PARAMS may follow.
+HEAD_TABLE = """
+    veo_3_1                      veo_3_1             portrait   auto        veo
+    omni_flash                   omni_flash          portrait   auto        omni
+    omni                         omni_flash          landscape  references  omni_pictures
+    nano_banana                  nano_banana_2       portrait   image       one_size
+    nano_banana_2                nano_banana_2       portrait   image       all_sizes
+    nano_banana_2_lite           nano_banana_2_lite  portrait   image       one_size
+    nano_banana_pro              nano_banana_pro     portrait   image       all_sizes
+    imagen_4                     imagen_4            portrait   image       one_size
+    veo-3.1                      veo_3_1             landscape  auto        veo
+    gemini-omni-flash            omni_flash          landscape  auto        omni
+    gemini-2.5-flash-image       nano_banana_2       landscape  image       one_size
+    gemini-3.0-pro-image         nano_banana_pro     landscape  image       all_sizes
+    gemini-3.1-flash-image       nano_banana_2       landscape  image       all_sizes
+    gemini-3.1-flash-lite-image  nano_banana_2_lite  landscape  image       one_size
+    imagen-4.0                   imagen_4            landscape  image       one_size
+    veo_3_1_t2v                  veo_3_1             landscape  text        wire
+    veo_3_1_i2v                  veo_3_1             landscape  i2v         wire
+    veo_3_1_interpolation        veo_3_1             landscape  frames      wire
+    veo_3_1_r2v                  veo_3_1             landscape  references  wire
+    veo_3_1_extend               veo_3_1             landscape  extend      wire
+"""
+PARAMS = {
+    "veo": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k",
+    "wire": "portrait landscape relaxed fast lite fl 4s 6s 8s 720p 1080p 4k ultra",
+    "omni": "portrait landscape fl 4s 6s 8s 10s 720p",
+    "omni_pictures": "portrait landscape 4s 6s 8s 10s 720p",
+    "one_size": "landscape portrait square 4-3 3-4 1K",
+    "all_sizes": "landscape portrait square 4-3 3-4 1K 2K 4K",
+}
 HEADS = {
-    "veo_3_1": ModelId("veo_3_1", VEO_PARAMS),
-    "omni_flash": ModelId("omni_flash", OMNI_PARAMS),
-    "omni": ModelId("omni_flash", (*SIDES, *LENGTHS, "720p"), "landscape", "references"),
-    "nano_banana": ModelId("nano_banana_2", ONE_SIZE, note=BANANA),
-    "nano_banana_2": ModelId("nano_banana_2", ALL_SIZES),
-    "nano_banana_2_lite": ModelId("nano_banana_2_lite", ONE_SIZE),
-    "nano_banana_pro": ModelId("nano_banana_pro", ALL_SIZES),
-    "imagen_4": ModelId("imagen_4", ONE_SIZE),
-    "veo-3.1": ModelId("veo_3_1", VEO_PARAMS, "landscape"),
-    "gemini-omni-flash": ModelId("omni_flash", OMNI_PARAMS, "landscape"),
-    "gemini-2.5-flash-image": ModelId("nano_banana_2", ONE_SIZE, "landscape", note=BANANA),
-    "gemini-3.0-pro-image": ModelId("nano_banana_pro", ALL_SIZES, "landscape"),
-    "gemini-3.1-flash-image": ModelId("nano_banana_2", ALL_SIZES, "landscape"),
-    "gemini-3.1-flash-lite-image": ModelId("nano_banana_2_lite", ONE_SIZE, "landscape"),
-    "imagen-4.0": ModelId("imagen_4", ONE_SIZE, "landscape"),
+    head: ModelId(*columns, PARAMS[params].split())
+    for head, *columns, params in map(str.split, HEAD_TABLE.strip().splitlines())
 }
-# Ids in Google's own style, as veo_3_1_t2v_fast_portrait: the words that name a mode.
-WIRE_MODES = {
-    "t2v": "text",
-    "i2v": "i2v",
-    "interpolation": "frames",
-    "r2v": "references",
-    "extend": "extend",
-}
+WIRE_STYLE = "veo_3_1_"  # Google's own ids: veo_3_1_t2v_fast_portrait
 # A mode -> the fewest and most pictures, and what it is with none, one, two, … of them.
 INPUTS = {
     "auto": (0, 3, tuple(MODE_WORDS)),
@@ -649,7 +672,11 @@ OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
 # Other ids of today's models of the same price: a pattern, what it means, and a note.
 OTHER_NAMES = (
     (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
-    ("^veo_2_1_fast_d_15_", "veo_3_1_lite_", "Google retired it; this is Veo 3.1 Lite."),
+    (
+        "^veo_2_1_fast_d_15_(t2v|i2v)",
+        r"veo_3_1_\1_lite",
+        "Google retired it; this is Veo 3.1 Lite.",
+    ),
     ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
     ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
     # Those of Google's public API, as veo-3.1-fast-generate-preview.
@@ -661,14 +688,22 @@ OTHER_NAMES = (
     (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
     (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
     (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
+    (
+        r"^(nano_banana|gemini-2.5-flash-image)(?=-|\Z)",
+        r"\1",
+        "Google retired the first Nano Banana; this is Nano Banana 2.",
+    ),
+    (r"^veo_3_1_i2v_s(?=_|\Z)", "veo_3_1_i2v", ""),
+    ("-four-three", "-4-3", ""),
+    ("-three-four", "-3-4", ""),
 )
 # Ids of OpenAI's families: what they make, by the default model of that.
 OPENAI_IDS = (
     ("image", "(openai/)?((chat)?gpt-image|dall-e|sora.*image)"),
     ("video", "(openai/)?sora"),
 )
-EXCLUSIVE = (SHAPES, LENGTHS, SIZES, ("lite", "fast"), ("lite", "relaxed"))
-EXCLUSIVE += (("720p", "1080p", "4k"),)
+EXCLUSIVE = "lite fast, lite relaxed, 720p 1080p 4k, 1K 2K 4K, 4s 6s 8s 10s"
+EXCLUSIVE = [group.split() for group in EXCLUSIVE.split(",")] + [[*RATIOS]]
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
@@ -742,11 +777,10 @@ class Plan:
 
 def read_aspect(size):
     """1280x720 or 16:9 -> width by height. Raises invalid_request."""
-    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*:]\s*(\d{1,6})\s*", str(size))
-    width, height = map(int, match.groups()) if match else (0, 0)
-    if not width or not height:
-        raise bad(f"size must be like 1280x720 or 16:9, not {str(size)[:40]!r}", "size")
-    return width / height
+    match = re.fullmatch(r"\s*0*([1-9]\d{0,5})\s*[xX×*:]\s*0*([1-9]\d{0,5})\s*", size)
+    if not match:
+        raise bad(f"size must be like 1280x720 or 16:9, not {size[:40]!r}", "size")
+    return int(match[1]) / int(match[2])
 
 
 def distance(size, ratio):
@@ -763,7 +797,8 @@ def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", over
     model_id = parse_id(model, resolution)
     ratio = model_id.choose_ratio(size)
     upscale = model_id.first(UPSCALES)
-    family, mode = model_id.choose_family(mode)
+    family = "_".join(filter(None, (model_id.family, model_id.first(VARIANTS))))
+    mode = model_id.choose_mode(mode)
     least, most, modes = INPUTS.get(mode, (0, 0, (mode,)))
     mode = modes[min(images, len(modes) - 1)]
     product = find_product(model_id, family, mode, seconds, overrides)
@@ -789,9 +824,10 @@ def foreign_kind(model):
 
 def parse_id(model, resolution=""):
     """resolution: as if the id ended in it. Raises model_not_found, invalid_request."""
-    head, words = split_id(model)
-    words += [resolution] if resolution else []
-    may = {param.lower().replace("-", ":"): param for param in head.may}
+    head, words, note = split_id(model)
+    if resolution:
+        words.append(resolution)
+    may = {param.lower(): param for param in head.may}
     for word in words:
         if word.lower() not in may:
             can = ", ".join(head.may)
@@ -801,73 +837,50 @@ def parse_id(model, resolution=""):
         both = [param for param in group if param in params]
         if len(both) > 1:
             raise bad(f"{model}: {' and '.join(both)} exclude each other", "model")
-    return dataclasses.replace(head, text=model, params=params)
+    return dataclasses.replace(head, text=model, note=note, params=params)
 
 
 def split_id(model):
-    """The head of an id, and the words that follow. Raises model_not_found."""
+    """-> the head of an id, the words that follow, and a note. Raises model_not_found."""
     name, note = model, ""
     for pattern, today, told in OTHER_NAMES:
-        if re.search(pattern, name):
-            name = re.sub(pattern, today, name)
-            note = told or note
+        name, times = re.subn(pattern, today, name)
+        if times and told:
+            note = told
+    if name.startswith(WIRE_STYLE):
+        name = WIRE_STYLE + name.removeprefix(WIRE_STYLE).replace("_", "-")
     for start, head in HEADS.items():
         if f"{name}-".startswith(f"{start}-"):
-            tail = re.sub("-four-three|-4-3", "-4:3", name.removeprefix(start))
-            words = re.sub("-three-four|-3-4", "-3:4", tail).split("-")[1:]
-            return dataclasses.replace(head, note=note or head.note), words
-    return split_wire_id(model, name, note)
-
-
-def split_wire_id(model, name, note):
-    """As split_id, for an id in Google's own style."""
-    words = name.removeprefix("veo_3_1_").split("_")
-    modes = [WIRE_MODES[word] for word in words if word in WIRE_MODES]
-    if not name.startswith("veo_3_1_") or len(modes) != 1:
-        close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
-        hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
-        raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
-    head = ModelId("veo_3_1", (*VEO_PARAMS, "ultra"), "landscape", modes[0], note)
-    rest = (*WIRE_MODES, "s", "fl")
-    return head, [word for word in words if word.lower() not in rest]
+            words = re.findall(r"-(4-3|3-4|[^-]*)(?=-|\Z)", name.removeprefix(start))
+            return head, words, note
+    close = " or ".join(difflib.get_close_matches(model, MODELS, 3, 0.5))
+    hint = f"did you mean {close}?" if close else "GET /v1/models lists them"
+    raise bad(f"There is no model {model[:80]!r}; {hint}", "model", "model_not_found")
 
 
 def products_of(family, overrides):
     """The products of a family, and Omni's in the lengths that [models] adds, at the
     price of Omni 1.2: 3 credits a second, and 6 from the eleventh on."""
     own = [product for product in PRODUCTS if product.family == family]
-    lengths = re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))
-    return own + [
-        dataclasses.replace(product, seconds=seconds, credits=[price] * 3)
-        for seconds in map(int, lengths)
-        for price in [max(3 * seconds, 6 * seconds - 30)]
-        for product in own
-        if "{D}" in product.key
-    ]
-
-
-def lengths_of(family, mode, overrides, everywhere=False):
-    """The seconds that a family has in this mode, or in any but editing. everywhere: on
-    accounts of each tier."""
-    own = products_of(family, overrides)
-    own = [product for product in own if (product.mode == "edit") == (mode == "edit")]
-    if everywhere:
-        own = [product for product in own if None not in product.credits]
-    return sorted({product.seconds for product in own})
+    longer = [product for product in own if "{D}" in product.key]
+    for seconds in map(int, re.findall(r"\d+", overrides.get(f"{family}_lengths", ""))):
+        prices = [max(3 * seconds, 6 * seconds - 30)] * 3
+        own += [dataclasses.replace(p, seconds=seconds, credits=prices) for p in longer]
+    return own
 
 
 def find_product(model_id, family, mode, seconds, overrides):
     """What makes it: as long as the id or the request says, else 8 s."""
     model = model_id.text
     length = LENGTHS.get(model_id.first(LENGTHS), seconds or 8)
-    possible = lengths_of(family, mode, overrides)
+    own = products_of(family, overrides)
+    lengths = sorted({product.seconds for product in own})
     if mode == "image":
         length = 0
-    elif length not in possible or seconds not in (0, length):
-        can = ", ".join(map(str, possible))
+    elif length not in lengths or seconds not in (0, length):
+        can = ", ".join(map(str, lengths))
         wish = seconds or length
         raise bad(f"{model} can't be {wish} s long; {family} can: {can}", "seconds")
-    own = products_of(family, overrides)
     for product in own:
         if (product.mode, product.seconds) == (mode, length):
             return product
@@ -2170,14 +2183,16 @@ class RestFlow:
 
 ADAPTERS = {"rest": RestFlow}  # by Token.adapter
 # ---- 7. Pool ---------------------------------------------------------------------------
-AWAKE = {"is_active": True, "reason": "", "failures": 0, "paused_until": 0.0}
-AWAKE.update(reason_code="", suspicions=())
+AWAKE = {
+    "is_active": True,
+    "reason": "",
+    "reason_code": "",
+    "failures": 0,
+    "paused_until": 0.0,
+    "suspicions": (),
+}
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
-ENDED_ALREADY = (
-    "Google says that this session has ended. Sign in to Flow again in your browser, and"
-    " paste the new value of its cookie"
-)
 
 
 def backoff(first=2.0, times=sys.maxsize):
@@ -2200,7 +2215,9 @@ class Pool:
     """The accounts: in memory, written on change. Leases, step-back, who goes next."""
 
     def __init__(self, settings, store, adapters):
-        self.settings, self.store, self.adapters = settings, store, adapters
+        self.settings = settings
+        self.store = store
+        self.adapters = adapters
         self.tokens = {token.id: token for token in store.tokens()}
         self.last_id = max([*self.tokens, store.last_owner()])  # never given twice
         self.leases = {}  # job id -> the token that has a slot taken for it
@@ -2219,11 +2236,15 @@ class Pool:
         except GatewayError as err:
             if err.effect is not Effect.SESSION:
                 raise
-            raise bad(ENDED_ALREADY, "st") from err
+            message = (
+                "Google says that this session has ended. Sign in to Flow again in your"
+                " browser, and paste the new value of its cookie"
+            )
+            raise bad(message, "st") from err
 
     async def add(self, st, wakes=lambda token: True, **fields):
-        """The account of a session token -> (token, is it new). wakes: whether that enables
-        a token. Raises as sign_in."""
+        """The account of a session token -> (token, is it new). wakes: whether that
+        enables a token. Raises as sign_in."""
         draft = Token(st=clean_session_token(st), created_at=now())
         draft.update(**fields)
         account = await self.sign_in(draft)
@@ -2254,7 +2275,8 @@ class Pool:
 
     def disable(self, token, err):
         """Because of this error; `ask` wakes it once Google answers well again."""
-        token.update(is_active=False, reason=f"{err} ({err.code})", reason_code=err.code)
+        reason = f"{err} ({err.code})"
+        token.update(is_active=False, reason=reason, reason_code=err.code)
         token.checked_at = now()
         log.warning("%s is disabled: %s", token.email, token.reason)
 
@@ -2307,19 +2329,16 @@ class Pool:
                 token.suspicions = ()
             except (GatewayError, StoreError) as err:  # a full disk ends no loop
                 log.warning("check of %s: %s", token.email, err)
-                if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
-                    self.blame(token, err)
+                self.suspect(token, err)
 
     async def keep_fresh(self):
         """For ever: asks about the accounts that are due, begun one after the other."""
         while True:
-            due = filter(self.is_due, list(self.tokens.values()))
-            await asyncio.gather(*map(self._ask_in_turn, due, itertools.count()))
+            async with asyncio.TaskGroup() as group:
+                for token in filter(self.is_due, list(self.tokens.values())):
+                    group.create_task(self.ask(token, now()))
+                    await asyncio.sleep(1 / 4)
             await asyncio.sleep(30)
-
-    async def _ask_in_turn(self, token, number):
-        await asyncio.sleep(number / 4)
-        await self.ask(token, now())
 
     def is_due(self, token):
         """By `token_refresh.interval` and its expiry, where that is on; a suspect after
@@ -2331,8 +2350,13 @@ class Pool:
             return token.pauses.get("", Pause()).until <= now()
         soon = self.adapter_for(token).expires_soon(token)
         rest = 60 if soon else self.settings["token_refresh.interval"]
-        due = age > rest and now() - token.asked_at > 60
-        return due and self.settings["token_refresh.enabled"]
+        enabled = self.settings["token_refresh.enabled"]
+        return enabled and age > rest and now() - token.asked_at > 60
+
+    def suspect(self, token, err):
+        """Blames it for an error of a call of our own, where that is of its session."""
+        if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
+            self.blame(token, err)
 
     def blame(self, token, err, plan=None):
         """It steps back for all, or for the kind or the model of the plan; where its
@@ -2351,8 +2375,8 @@ class Pool:
         if err.code == "account_no_credits":
             token.credits = 0
         token.count("error", 1)
-        too_many = token.failures >= self.settings["admin.error_ban_threshold"]
-        if token.is_dead() or too_many:
+        most = self.settings["admin.error_ban_threshold"]
+        if token.is_dead() or token.failures >= most:
             self.disable(token, err)
         if not token.removed:
             self.store.put(token)
@@ -2361,11 +2385,13 @@ class Pool:
     def _next_pause(self, pause, err):
         """Each time in a row for twice as long."""
         most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
-        again = pause.error is not None and pause.error.code == err.code
-        seconds = min(pause.seconds * 2 if again else err.pause, most)
+        seconds = err.pause
+        if pause.error and pause.error.code == err.code:
+            seconds = pause.seconds * 2
+        seconds = min(seconds, most)
         return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
-    def able(self, job, tried=()):
+    def able(self, job, tried):
         """The tokens that can serve a Job or Generation, free or not. Raises why there is
         none, or why all pause for more than a minute."""
         tokens = [token for token in self.tokens.values() if token.id not in tried]
@@ -2376,21 +2402,17 @@ class Pool:
         if not tokens:
             raise GatewayError("no_accounts", nobody)
         for code, message, fits in self._conditions(job.plan, job.n):
-            before, tokens = tokens, list(filter(fits, tokens))
-            if not tokens:
-                reasons = {token.reason for token in before if not token.is_active} - {""}
-                raise GatewayError(code, "; ".join([message, *sorted(reasons)]))
-        self._expect_awake(tokens, job.plan)
-        return tokens
-
-    @staticmethod
-    def _expect_awake(tokens, plan):
-        """Raises why all of them pause for more than a minute."""
-        pauses = [token.pause_for(plan) for token in tokens]
+            fitting = list(filter(fits, tokens))
+            if not fitting:
+                reasons = sorted({token.reason for token in tokens} - {""})
+                raise GatewayError(code, "; ".join([message, *reasons]))
+            tokens = fitting
+        pauses = [token.pause_for(job.plan) for token in tokens]
         pause = min(pauses, key=lambda pause: pause.until)
         wait = int(pause.until - now())
         if wait > 60 and (err := pause.error):
             raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
+        return tokens
 
     async def expect_able(self, job, tried=()):
         """Raises as `able`; no credits only where no balance is older than a minute."""
@@ -2405,15 +2427,10 @@ class Pool:
         await asyncio.gather(*(self.ask(token, since) for token in stale))
         return self.able(job, tried)
 
-    def crowded(self, kind):
-        """Whether as many jobs of this kind wait as may."""
+    def expect_room(self, kind):
+        """Raises queue_full where as many jobs of this kind wait as may."""
         waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
-        return waiting >= self.settings["limits.queue"]
-
-    async def expect_room(self, generation):
-        """Raises as `expect_able`, or queue_full."""
-        await self.expect_able(generation)
-        if self.crowded(generation.plan.kind):
+        if waiting >= self.settings["limits.queue"]:
             raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
@@ -2421,8 +2438,9 @@ class Pool:
         """What a token must be like, step by step, and what it means where none is so."""
 
         def affords(token):
-            cost, credits = plan.cost(token.tier) * n, token.credits
-            return not cost or credits is None or cost <= credits - token.reserved
+            cost = plan.cost(token.tier) * n
+            unknown = token.credits is None
+            return not cost or unknown or cost <= token.credits - token.reserved
 
         needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
         kinds = {"image": "pictures", "video": "clips"}[plan.kind]
@@ -2437,21 +2455,26 @@ class Pool:
         credits, then the least recently used; those that the job shuns come last."""
 
         def load(token):
-            costs = job.plan.cost(token.tier)
-            credits = token.reserved - (token.credits or 0) if costs else 0
+            credits = 0
+            if plan.cost(token.tier):
+                credits = token.reserved - (token.credits or 0)
             shunned = token.id in job.shunned
             return shunned, token.busy.total(), credits, token.last_used_at, token.id
 
-        able, plan = self.able(job, tried), job.plan
-        awake = [token for token in able if token.pause_for(plan).until <= now()]
-        free = [token for token in awake if token.has_slot(plan.kind)]
+        plan = job.plan
+        free = [
+            token
+            for token in self.able(job, tried)
+            if token.pause_for(plan).until <= now() and token.has_slot(plan.kind)
+        ]
         return min(free, key=load, default=None)
 
     def take(self, token, job):
         """Leases without a question: also for a job that is found running at start."""
         self.leases[job.id] = token
-        self.reserved[job.id] = (job.plan.cost(token.tier) or 0) * job.n
-        token.reserved += self.reserved[job.id]
+        credits = (job.plan.cost(token.tier) or 0) * job.n
+        self.reserved[job.id] = credits
+        token.reserved += credits
         token.busy[job.plan.kind] += 1
 
     def spent(self, job, balance=None):
@@ -2468,22 +2491,21 @@ class Pool:
             token.busy[job.plan.kind] -= 1
             self.wake()
 
-    async def lease(self, job, tried):
-        """Waits in a fair queue for a free token. Raises as `able`, or queue_full."""
+    async def lease(self, job, tried, first=False):
+        """Waits in a fair queue for a free token. Raises as `able`; queue_full, where it
+        is the first one of this job."""
         await self.expect_able(job, tried)
+        if first:
+            self.expect_room(job.plan.kind)
         turn = asyncio.get_running_loop().create_future()
-        crowded = self.crowded(job.plan.kind)
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
         try:
-            if crowded and not tried and not turn.done():
-                raise GatewayError("queue_full", "The queue is full", retry_after=30)
             return await turn
         except asyncio.CancelledError:
-            self.release(job)
+            self.release(job)  # its turn may have come in this very moment
+            self.wake()
             raise
-        finally:
-            self.queue = [waiting for waiting in self.queue if waiting.turn is not turn]
 
     def wake(self):
         """Serves who waits, the first first; one who can't be served holds up nobody who
@@ -2495,13 +2517,15 @@ class Pool:
             if turn.done() or wish in unserved:
                 continue
             try:
-                if token := self._choose(job, tried):
-                    self.take(token, job)
-                    turn.set_result(token)
-                else:
-                    unserved.append(wish)
+                token = self._choose(job, tried)
             except GatewayError as err:
                 turn.set_exception(err)
+                continue
+            if token:
+                self.take(token, job)
+                turn.set_result(token)
+            else:
+                unserved.append(wish)
         self.queue = [waiting for waiting in self.queue if not waiting.turn.done()]
         if self._alarm:
             self._alarm.cancel()
@@ -2649,17 +2673,16 @@ class Media:
 # ---- 9. Jobs ---------------------------------------------------------------------------
 HEARTBEAT = 10.0  # seconds between signs of life to whoever watches a job
 STEPS = {  # state -> the states that may follow; anything else is a bug and raises
-    "queued": ("submitting", "failed", "cancelled"),
-    "submitting": ("queued", "running", "settling", "completed", "unknown"),
-    "unknown": ("running", "settling", "completed", "failed"),
-    "running": ("settling", "failed"),
-    "settling": ("completed",),
-    "failed": ("settling",),  # of generation_timeout alone: Google was late
+    "queued": "submitting failed cancelled",
+    "submitting": "queued running settling completed unknown",
+    "unknown": "running settling completed failed",
+    "running": "settling failed",
+    "settling": "completed",
+    "failed": "settling",  # of generation_timeout alone: Google was late
 }
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
+NO_ROOM = "Waiting for room on the disk"
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
-
-
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
 
 
@@ -2682,8 +2705,10 @@ class Jobs:
     KEY_SECONDS, REPEAT_SECONDS = 86400.0, 3600.0  # of a given key, of a body alone
 
     def __init__(self, store, pool, media):
-        self.settings, self.store = pool.settings, store
-        self.pool, self.media = pool, media
+        self.settings = pool.settings
+        self.store = store
+        self.pool = pool
+        self.media = media
         self.open = {}  # job id -> Job
         self.late = {}  # the same, of those that ran out of time in the last day
         self.refused = {}  # id -> a request that made no job, as one that has failed
@@ -2695,53 +2720,58 @@ class Jobs:
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
         for job in store.jobs(states=("failed",), limit=500):
-            if timed_out(job) and job.completed_at > now() - LATE_SECONDS:
+            if timed_out(job):
                 self.late[job.id] = job
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
         Raises as Pool.able, or queue_full."""
+        fields = vars(generation).copy()
+        images = fields.pop("images")
         kind = generation.plan.kind
-        try:
-            await self.pool.expect_room(generation)
-        except GatewayError as err:
-            self._note_refused(generation, origin, err)
-            raise
-        fields = {**vars(generation), "origin": origin, "detached": detached}
-        images, job_id = fields.pop("images"), f"{kind}_{secrets.token_hex(12)}"
-        job = Job(id=job_id, created_at=now(), deadline=self._deadline(kind), **fields)
-        if images:
-            job.inputs = await asyncio.to_thread(self.media.save_inputs, job_id, images)
-        key_row = {**vars(key), "job_id": job_id, "created_at": now()}
-        writing = self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
-        try:
-            await asyncio.shield(writing)
-        except StoreError:
-            self.media.drop_inputs(job.inputs)
-            raise
-        except asyncio.CancelledError:  # the client left in this very moment
-            await writing
-            job.detached = detached and key.explicit  # else it never learnt the id
-            await self.abandon(self._start(job))
-            raise
-        return self._start(job)
-
-    def _note_refused(self, generation, origin, err):
-        """For the owner: a request that made no job, as one that is not stored."""
         job = Job(
-            id=f"{generation.plan.kind}_{secrets.token_hex(12)}",
-            state="failed",
+            id=f"{kind}_{secrets.token_hex(12)}",
             created_at=now(),
-            completed_at=now(),
-            plan=generation.plan,
-            prompt=generation.prompt[:1000],
-            n=generation.n,
+            deadline=self._deadline(kind),
             origin=origin,
-            error=err.record(),
+            detached=detached,
+            **fields,
         )
+        try:
+            await self.pool.expect_able(job)
+            self.pool.expect_room(kind)
+        except GatewayError as err:
+            self._note_refused(job, err)
+            raise
+        accepting = asyncio.create_task(self._accept(job, images, key))
+        try:
+            await asyncio.shield(accepting)
+        except asyncio.CancelledError:  # the client left in this very moment
+            await accepting
+            job.detached = detached and key.explicit  # else it never learnt the id
+            await self.abandon(job)
+            raise
+        return job
+
+    def _note_refused(self, job, err):
+        """For the owner: a request that made no job, as one that is not stored."""
+        job.update(state="failed", completed_at=now(), error=err.record())
+        job.prompt = job.prompt[:1000]
         self.refused[job.id] = job
         if len(self.refused) > self.MOST_REFUSED:
             del self.refused[next(iter(self.refused))]
+
+    async def _accept(self, job, images, key):
+        """Its pictures go to disk, then it and its key; all or nothing."""
+        if images:
+            job.inputs = await asyncio.to_thread(self.media.save_inputs, job.id, images)
+        key_row = {**vars(key), "job_id": job.id, "created_at": now()}
+        try:
+            await self.store.put_rows(("jobs", job.row()), ("request_keys", key_row))
+        except StoreError:
+            self.media.drop_inputs(job.inputs)
+            raise
+        self._start(job)
 
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
@@ -2749,10 +2779,11 @@ class Jobs:
         row = await asyncio.to_thread(self.store.job_of_key, key, since)
         if not row:
             return None
-        if row[0] != key.request:
+        request, job_id = row
+        if request != key.request:
             message = "A new request needs a new Idempotency-Key"
             raise bad(message, code="idempotency_conflict")
-        job = await self.get(row[1])
+        job = await self.get(job_id)
         if job and (key.explicit or job.state != "cancelled"):
             return job
         if key.explicit:
@@ -2772,14 +2803,16 @@ class Jobs:
     async def owners_page(self, limit, state="", after=None, **filters):
         """As page, the newest first, and with what was refused before it made a job."""
         jobs = await self.page(states=[state], after=after, limit=limit, **filters)
+        text = filters.get("q", "").lower()
+        wishes = {filters.get("model"), filters.get("kind")} - {"", None}
         if state in ("", "failed") and not filters.get("token_id"):
-            refused = self.refused.values()
-            text = filters.get("q", "").lower()
-            wish = {filters.get("model"), filters.get("kind")} - {"", None}
-            refused = [job for job in refused if wish <= {job.plan.model, job.plan.kind}]
-            jobs += [job for job in refused if text in job.prompt.lower()]
-        if after:
-            jobs = [job for job in jobs if job.place < after.place]
+            jobs += [
+                job
+                for job in self.refused.values()
+                if wishes <= {job.plan.model, job.plan.kind}
+                and text in job.prompt.lower()
+                and (not after or job.place < after.place)
+            ]
         return sorted(jobs, key=lambda job: job.place, reverse=True)[:limit]
 
     async def cancel(self, job):
@@ -2821,7 +2854,9 @@ class Jobs:
     async def watch(self, job):
         """Yields at once, at each change and each HEARTBEAT seconds until the job is
         completed. Raises why it is not."""
-        while job.id in self.open and not (job.ended or job.task.done() or self.stopping):
+        while job.id in self.open and not (job.task.done() or self.stopping):
+            if job.ended and job.stage == NO_ROOM:  # its end is told all the same
+                break
             changed = job.changed
             yield
             await self._wait(changed, HEARTBEAT)
@@ -2865,19 +2900,20 @@ class Jobs:
         link = await self.pool.adapter_for(token).resolve(token, output, thumbnail)
         if not thumbnail:
             output.update(url=link.url, url_expires=link.expires)
-            await self.store.put(output)
+            self.store.put(output)  # on a full disk it is asked for again
         return link.url
 
     @contextlib.asynccontextmanager
     async def fetch(self, job, output, thumbnail=False, **headers):
         """A GET of a file. Raises content_not_found, upstream_unreachable, as link."""
-        token, reason = self.token_of(job), "no address"
-        proxy = token.proxy_url if token else ""
+        proxy = (self.token_of(job) or Token()).proxy_url
         options = {"proxy": proxy, "timeout": FILE_TIMEOUT, "public": True}
-        options["headers"] = {**headers, "Accept-Encoding": "identity"}
+        headers["Accept-Encoding"] = "identity"
+        reason = "no address"
         for anew in (False, True):  # an address that has died is asked for anew
             if url := await self.link(job, output, anew, thumbnail):
-                async with self.media.wire.stream(url, **options) as reply:
+                stream = self.media.wire.stream(url, headers=headers, **options)
+                async with stream as reply:
                     if reply.status < 400 or reply.status == 416:
                         yield reply
                         return
@@ -2893,8 +2929,6 @@ class Jobs:
             await self.abandon(job)
             if job.ended:
                 continue
-            if job.state == "submitting":
-                await self._step(job, "unknown")
             if job.state != "queued" and (token := self.token_of(job)):
                 self.pool.take(token, job)
                 self.pool.spent(job)
@@ -2925,12 +2959,9 @@ class Jobs:
                 try:
                     return await self._advance(job)
                 except GatewayError as err:
-                    fields = {"error": err.record(), "completed_at": now()}
-                    return await self._step(job, "failed", **fields)
+                    return await self._end(job, "failed", error=err.record())
                 except Exception:
                     log.exception("%s: %s failed; again in %d s", job.id, job.state, pause)
-                    if job.state == "submitting":  # it may have been sent
-                        await self._step(job, "unknown")
                     if job.state == "queued":
                         self.pool.release(job)
                     await asyncio.sleep(pause)
@@ -2942,38 +2973,41 @@ class Jobs:
         """From whatever state it is in to its end. Raises why it failed."""
         if job.state == "queued":
             await self._submit(job)
+        elif job.state == "submitting":  # cut short: it may have been sent
+            await self._step(job, "unknown")
         if job.state == "unknown":
             await self._look_for(job)
         if job.state == "failed":  # Google has finished it after its deadline
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
         if job.state == "running":
             await self._await(job, job.outputs)
-            if token := self.token_of(job):
-                token.count("error", sum(out.state == "failed" for out in job.outputs))
-                await self.store.put(token)
             if not job.done():
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
+            settling = [self._settle(job, output) for output in job.outputs]
             try:
                 async with self._time_left(job):
-                    settling = [self._settle(job, output) for output in job.outputs]
                     await asyncio.gather(*settling)
             except TimeoutError:
                 job.notes.append("generation.image_timeout is over: this is the original")
-        await self._complete(job)
-
-    async def _complete(self, job):
-        """Its outputs and the counters of its account go to disk with it."""
-        if token := self.token_of(job):
-            token.trust(job.plan)
-            token.count(job.plan.kind, len(job.done()))
-        await self._step(job, "completed", *job.outputs, token, completed_at=now())
+        await self._end(job, "completed")
         self._learn(job)
+
+    async def _end(self, job, state, **changes):
+        """Its outputs and the counters of its account go to disk with it."""
+        done = len(job.done())
+        token = self.token_of(job)
+        if token:
+            token.count(job.plan.kind, done)
+            token.count("error", len(job.outputs) - done)
+            if done:
+                token.trust(job.plan)
+        await self._step(job, state, *job.outputs, token, completed_at=now(), **changes)
 
     async def _step(self, job, state, *records, **changes):
         """The one place that changes a job's state; returns when that is on disk."""
-        if state not in STEPS.get(job.state, ()):
+        if state not in STEPS.get(job.state, "").split():
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
         await self._save(job, *filter(None, records))
@@ -2981,13 +3015,18 @@ class Jobs:
             self.open.pop(job.id, None)
             if timed_out(job):
                 self.late[job.id] = job
-            self.pool.release(job)
             self.media.drop_inputs(job.inputs)
             token = self.token_of(job) or Token()
-            about = job.plan.model, token.email, now() - job.created_at, job.spent(token)
-            message = job.error.get("message", "")
-            form = "%s %s: %s %s %d s %d credits %s"
-            log.info(form, job.id, job.state, *about, message)
+            log.info(
+                "%s %s: %s %s %d s %d credits %s",
+                job.id,
+                job.state,
+                job.plan.model,
+                token.email,
+                now() - job.created_at,
+                job.spent(token),
+                job.error.get("message", ""),
+            )
         self._tell(job)
 
     async def _save(self, *records):
@@ -2999,10 +3038,10 @@ class Jobs:
             except StoreError:
                 if self.stopping:
                     raise
-                for job in records:
-                    if isinstance(job, Job):
-                        self._tell(job, "Waiting for room on the disk")
-                await asyncio.sleep(min(pause, 10))
+            for job in records:
+                if isinstance(job, Job):
+                    self._tell(job, NO_ROOM)
+            await asyncio.sleep(min(pause, 10))
 
     def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -3016,8 +3055,10 @@ class Jobs:
     async def _submit(self, job):
         """Until an account takes it, or may have. What raises has spent nothing. What is
         refused everywhere speaks against the job: two accounts at most step back."""
-        tried, blamed = set(), set()
-        refusal, pauses = None, backoff(times=self.RETRIES)
+        tried = set()
+        blamed = set()
+        refusal = None
+        pauses = backoff(times=self.RETRIES)
         while True:
             token = await self._lease(job, tried, refusal)
             try:
@@ -3056,7 +3097,7 @@ class Jobs:
         self._tell(job, "Waiting for an account")
         try:
             async with asyncio.timeout(job.deadline - now()):
-                return await self.pool.lease(job, tried)
+                return await self.pool.lease(job, tried, first=not refusal)
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
@@ -3064,24 +3105,26 @@ class Jobs:
 
     async def _submit_on(self, job, token):
         """Where the account's project is gone at Flow, once more in a new one."""
-        gone, key, reply = "", job.plan.template, None
-        while not reply:
-            try:
-                reply = await self._send(job, token, gone)
-            except GatewayError as err:
-                if err.code != "model_unavailable" or job.source:
-                    raise
-                lately = now() - self.absent.get(key, 0) < 3600
-                if gone:
-                    self.absent[key] = now()
-                if gone or lately:
-                    raise
-                gone = job.project
-                log.warning("%s: is project %s gone? %s", job.id, gone, err)
-                await self._take_back(job)
+        try:
+            reply = await self._send(job, token)
+        except GatewayError as err:
+            lately = now() - self.absent.get(job.plan.template, 0) < 3600
+            if err.code != "model_unavailable" or job.source or lately:
+                raise
+            log.warning("%s: is project %s gone? %s", job.id, job.project, err)
+            await self._take_back(job)
+            reply = await self._send_anew(job, token)
         await self._accepted(job, reply)
         if reply.credits is None and job.plan.cost(token.tier):
             await self.pool.ask(token, now())  # Google leaves a balance of zero out
+
+    async def _send_anew(self, job, token):
+        try:
+            return await self._send(job, token, gone=job.project)
+        except GatewayError as err:
+            if err.code == "model_unavailable":  # so it is the key that Flow lacks
+                self.absent[job.plan.template] = now()
+            raise
 
     async def _send(self, job, token, gone=""):
         """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
@@ -3103,7 +3146,8 @@ class Jobs:
 
     async def _upload(self, job, token):
         """-> the names that its input pictures have at Google."""
-        upstream, media = self.pool.adapter_for(token), []
+        upstream = self.pool.adapter_for(token)
+        media = []
         for name in job.inputs:
             self._tell(job, f"Uploading picture {len(media) + 1} of {len(job.inputs)}")
             data = await asyncio.to_thread((self.media.inputs / name).read_bytes)
@@ -3112,11 +3156,12 @@ class Jobs:
 
     def _time_left(self, job):
         """A picture ends by its deadline, whatever Google does; not so a paid clip."""
-        left = max(0, job.deadline - now()) if job.plan.kind == "image" else None
+        left = job.deadline - now() if job.plan.kind == "image" else None
         return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
+        job.outputs = []
         for number, status in enumerate(reply.statuses):
             output = Output(job.id, number, status.name, status.project or job.project)
             job.outputs.append(output)
@@ -3127,16 +3172,12 @@ class Jobs:
         token = self.token_of(job)
         done = job.done()
         if not done or unfinished(job.outputs):
-            self._give_time(job)
+            if job.plan.kind == "video":  # whose time is counted from the submit
+                job.deadline = self._deadline("video")
             await self._step(job, "running", *job.outputs, token)
         elif job.plan.upscale or not all(map(self._at_hand, done)):
             await self._step(job, "settling", *job.outputs, token)
-        self.media.drop_inputs(job.inputs)
-
-    def _give_time(self, job):
-        """A clip's time is counted from the submit."""
-        if job.plan.kind == "video":
-            job.deadline = self._deadline("video")
+        self.media.drop_inputs(job.inputs)  # else it is completed, in one write
 
     def _at_hand(self, output):
         return output.file or (output.url and not self.settings["cache.enabled"])
@@ -3146,12 +3187,13 @@ class Jobs:
 
     async def _look_for(self, job):
         """A submit whose answer was lost is not sent again: Google is asked for it."""
-        token, statuses, looks = self.token_of(job), [], 0
-        pauses, until = backoff(self.FIRST_LOOK), self._deadline("video")
-        if job.plan.kind == "image":
-            until = job.deadline
+        token = self.token_of(job)
+        statuses = []
+        looks = 0
+        pauses = backoff(self.FIRST_LOOK)
+        until = job.deadline if job.plan.kind == "image" else self._deadline("video")
+        self._tell(job, "The answer of Flow was lost; looking for what it has made")
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
-            self._tell(job, "The answer of Flow was lost; looking for what it has made")
             try:
                 async with self._time_left(job):
                     await asyncio.sleep(next(pauses))
@@ -3161,8 +3203,7 @@ class Jobs:
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
         if not statuses:
-            spends = any(job.plan.costs)
-            risk = "credits may be spent" if spends else "it may have been made"
+            risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
             raise GatewayError("submit_unknown", message)
         await self._accepted(job, Reply(statuses))
@@ -3174,22 +3215,25 @@ class Jobs:
             await asyncio.sleep(self.settings["flow.poll_interval"])
             pending = self._pending()
             for token in self.pool.tokens.values():
-                poll, outputs = polls.get(token.id), pending[token.id]
+                poll = polls.get(token.id)
+                outputs = pending[token.id]
                 if outputs and (not poll or poll.done()):
                     polls[token.id] = asyncio.create_task(self._poll(token, outputs))
 
     def _pending(self):
         """token id -> {output to ask for: its job}; what is late ever more rarely."""
         pending = defaultdict(dict)
-        for job in self.open.values():
-            pending[job.token_id].update(dict.fromkeys(unfinished(job.outputs), job))
+        jobs = list(self.open.values())
         for job in list(self.late.values()):
             age = now() - job.completed_at
             if age > LATE_SECONDS:
                 del self.late[job.id]
             elif now() >= job.look_at:
                 job.look_at = now() + min(max(age, 60), 3600)
-                pending[job.token_id].update(dict.fromkeys(timed_out(job), job))
+                jobs.append(job)
+        for job in jobs:
+            outputs = timed_out(job) or unfinished(job.outputs)
+            pending[job.token_id].update(dict.fromkeys(outputs, job))
         return pending
 
     async def _poll(self, token, outputs):
@@ -3206,16 +3250,16 @@ class Jobs:
         except Exception as err:
             odd = not isinstance(err, GatewayError | StoreError)
             log.warning("status call for %s: %s", token.email, err, exc_info=odd)
-            if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
-                self.pool.blame(token, err)
+            self.pool.suspect(token, err)
             await asyncio.sleep(next(self._pauses[token.id]))
             for job in set(outputs.values()):
-                job.deadline += now() - start
+                if now() < job.submitted_at + LATE_SECONDS:  # an end comes, all the same
+                    job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
         """Notes an answer; the jobs that it moves hear of it when it is on disk."""
         told = {status.name: status for status in statuses}
-        moved = []
+        moved = {}  # as outputs
         for output, job in outputs.items():
             status = told.get(output.name)
             if not status or (job.ended and status.state != "done"):
@@ -3226,12 +3270,12 @@ class Jobs:
             if not output.missing:
                 await self._note(output, status)
             if output.missing or output.state != "pending" or self._is_late(job, output):
-                moved.append(output)
+                moved[output] = job
         try:
             if moved:
                 await self.store.put(*moved)
         finally:  # on a full disk, too: nobody else would wake the jobs
-            for job in {outputs[output] for output in moved}:
+            for job in set(moved.values()):
                 if self.late.pop(job.id, None):
                     self._start(job)
                 self._tell(job, job.stage)
@@ -3249,17 +3293,19 @@ class Jobs:
         output.state = status.state
 
     async def _await(self, job, outputs):
-        """Until Google has said its last word on them, or does not know an upscale, or the
-        deadline fails them."""
+        """Until Google has said its last word on them, or does not know an upscale, or
+        the deadline fails them."""
         while pending := unfinished(outputs):
             changed = job.changed
             if any(output.is_lost() for output in pending):
                 return
             late = [output for output in pending if self._is_late(job, output)]
             for output in late:
-                message = f"Flow was not done by generation.{job.plan.kind}_timeout or in"
-                message += f" {output.answers} answers (flow.max_poll_attempts); it may"
-                message += f" still appear here, or in project {output.project} at Flow"
+                message = (
+                    f"Flow was not done by generation.{job.plan.kind}_timeout or in"
+                    f" {output.answers} answers (flow.max_poll_attempts); it may still"
+                    f" appear here, or in project {output.project} at Flow"
+                )
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
@@ -3269,8 +3315,8 @@ class Jobs:
                 await self._wait(changed, rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
-        """Only Google's word after the deadline makes a clip late. A picture, or a clip that
-        nobody can ask for, is late by the clock, and so is any after a day."""
+        """Only Google's word after the deadline makes a clip late. A picture, or a clip
+        that nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.plan.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
@@ -3279,7 +3325,7 @@ class Jobs:
 
     async def _settle(self, job, output):
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
-        if output.state == "failed" and output.upscale not in (Upscale.ASKED, Upscale.RUNNING):
+        if output.state == "failed" and output.upscale == Upscale.NONE:
             return
         token = self.token_of(job)
         if token and job.plan.upscale and output.upscale != Upscale.ENDED:
@@ -3304,10 +3350,12 @@ class Jobs:
         size = job.plan.upscale
         self._tell(job, f"Upscaling to {size}")
         try:
-            if not await self._upscaled(job, token, output):
+            await self._upscaled(job, token, output)
+            if output.state == "pending":  # that request was lost
                 output.update(**output.original, state="done", upscale=Upscale.NONE)
-                if not await self._upscaled(job, token, output):
-                    raise GatewayError("upstream_error", "Google has never heard of it")
+                await self._upscaled(job, token, output)
+            if output.state == "pending":
+                raise GatewayError("upstream_error", "Google has never heard of it")
             if output.state == "failed":
                 raise GatewayError(**output.error)
         except GatewayError as err:
@@ -3316,26 +3364,33 @@ class Jobs:
         output.upscale = Upscale.ENDED
 
     async def _upscaled(self, job, token, output):
-        """Asks for the larger form, and waits for it -> False where Google knows nothing
-        of it: then the request was lost."""
+        """Asks for the larger form, and waits for it; it stays pending where Google knows
+        nothing of it."""
         status = await self._ask_to_upscale(job, token, output)
-        output.update(name=status.name, url="", url_expires=0.0, file="")
-        output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
+        output.update(
+            name=status.name,
+            url="",
+            url_expires=0.0,
+            file="",
+            upscale=Upscale.RUNNING,
+            answers=0,
+            missing=0,
+        )
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "the disk is full")
         await self._save(output)
         job.deadline = self._deadline("video")
         await self._await(job, [output])
-        return output.state != "pending"
 
     async def _ask_to_upscale(self, job, token, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
         upstream = self.pool.adapter_for(token)
-        if job.plan.kind == "video" and output.upscale == Upscale.RUNNING:
-            return Status(output.name, media=output.media)
-        if job.plan.kind == "video" and output.upscale == Upscale.ASKED:
-            return upstream.upscaled(output)
+        if job.plan.kind == "video":
+            if output.upscale == Upscale.RUNNING:
+                return Status(output.name, media=output.media)
+            if output.upscale == Upscale.ASKED:
+                return upstream.upscaled(output)
         output.update(original=output.handle(), upscale=Upscale.ASKED)
         await self._save(output)
         return await self._patiently(upstream.upscale, token, job, output)
@@ -3602,9 +3657,8 @@ EDIT_WORDS = re.compile(
 PICTURE_LINK = re.compile(r"!\[[^\]\[]{0,99}\]\(([^\s()]+)\)")
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
-PICTURE_KEYS = "image_url url data b64_json file_data source image file inline_data"
-PICTURE_KEYS += " inlineData base64 bytesBase64Encoded video_url audio_url"
-# What clients call the same; the pictures of `first` come before the others.
+# What clients call the same; the pictures of `first` come before the others; `inside` are
+# the keys of an object that is a picture.
 FIELD_TABLE = """
     first    first_frame first_frame_image start_frame start_image init_image image_start
     picture  input_reference image photo picture img reference input_image reference_image
@@ -3617,10 +3671,12 @@ FIELD_TABLE = """
     options  extra_body google image_config video_config generation_config config
     options  parameters input options
     text     prompt messages tools functions response_format
+    inside   image_url url data b64_json file_data source image file inline_data
+    inside   inlineData base64 bytesBase64Encoded video_url audio_url
 """
 FIELDS = defaultdict(list)
-for row in FIELD_TABLE.strip().splitlines():
-    FIELDS[row.split()[0]] += row.split()[1:]
+for meaning, *names in map(str.split, FIELD_TABLE.strip().splitlines()):
+    FIELDS[meaning] += names
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
 PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
@@ -3637,6 +3693,10 @@ CARRIED_FILE = re.compile(
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
+MADE_AT = {
+    "video": "clips: POST /v1/videos",
+    "image": "pictures: POST /v1/images/generations, or /edits",
+}
 MAX_PARTS = 1000  # fields of a form
 MAX_PROMPT = 20_000
 BODY_STALL = 30.0  # seconds without a byte that end a request
@@ -3682,13 +3742,13 @@ class Bodies:
 BODIES = AppKey("bodies", Bodies)
 
 
-async def read_json(request, most=0):
+async def read_json(request, most=0, parse=parse_json):
     """The JSON object in a request. Raises invalid_request, and as Bodies.read."""
     async with request.app[BODIES].read(request, most or request.client_max_size) as raw:
         try:
-            body = await asyncio.to_thread(parse_json, raw)
+            body = await asyncio.to_thread(parse, raw)
         except ValueError as err:
-            raise bad(f"The body is not JSON: {str(err)[:120]}") from None
+            raise bad(f"The body can't be read: {str(err)[:120]}") from None
     if not isinstance(body, dict):
         raise bad("The body must be a JSON object")
     return body
@@ -3700,26 +3760,21 @@ async def read_body(request):
     kind = request.content_type
     if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
         return await read_json(request)
-    async with request.app[BODIES].read(request, request.client_max_size) as raw:
-        if kind.startswith("application/") and raw.startswith(b"{"):  # curl -d, no header
-            parse = parse_json
-        else:
-            parse = functools.partial(parse_form, request.headers["Content-Type"])
-        try:
-            return await asyncio.to_thread(parse, raw)
-        except ValueError as err:
-            raise bad(f"The form can't be read: {str(err)[:120]}") from None
+    parse = functools.partial(parse_form, request.headers["Content-Type"])
+    return await read_json(request, parse=parse)
 
 
 def parse_form(content_type, raw):
     """Raises ValueError; unsupported_encoding."""
     fields = defaultdict(list)
-    if content_type.startswith("application/"):
-        if len(raw) > MAX_TEXT:
-            raise ValueError("send large files as multipart/form-data")
-        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS)
-    else:
+    if content_type.lower().startswith("multipart/"):
         pairs = parse_multipart(content_type, raw)
+    elif raw.startswith(b"{"):  # curl -d, no header
+        return parse_json(raw)
+    elif len(raw) > MAX_TEXT:
+        raise ValueError("send large files as multipart/form-data")
+    else:
+        pairs = parse_qsl(raw.decode(), max_num_fields=MAX_PARTS)
     for name, value in pairs:
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
         if value:
@@ -3749,10 +3804,9 @@ def read_part(headers, data):
         raise ValueError("a part has no name")
     codings = headers.get_all("Content-Encoding", [])
     codings += headers.get_all("Content-Transfer-Encoding", [])
-    if {coding.lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
-        message = f"{name} is encoded: send it as it is"
-        raise bad(message, name, "unsupported_encoding")
-    kind = headers.get_content_maintype() if "Content-Type" in headers else "text"
+    if {*map(str.lower, codings)} - {"identity", "7bit", "8bit", "binary"}:
+        raise bad(f"{name} is encoded: send it plain", name, "unsupported_encoding")
+    kind = headers.get_content_maintype()
     if headers.get_filename() is not None or kind in ("image", "video", "audio"):
         return name, data
     with contextlib.suppress(ValueError):
@@ -3770,24 +3824,19 @@ def join_values(values):
     return values if len(values) > 1 else values[0]
 
 
-def read_links(values, param):
-    """The pictures in these values, in order: each a URL, data URL, base64 or bytes,
+def read_links(value, param):
+    """Yields the pictures in a value, in order: each a URL, data URL, base64 or bytes,
     alone, in a list, or in an object like {url} or {image_url: {url}}."""
-    links = []
-    waiting = [*reversed(values)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, dict):
-            names = {*PICTURE_KEYS.split(), str(value.get("type"))}.difference(TEXT_PARTS)
-            inside = [item for key, item in value.items() if key in names]
-            if not inside:
-                raise bad("A picture is a file, URL or base64", param, "invalid_image")
-            waiting.extend(reversed(inside))
-        elif value not in (None, "", b""):
-            links.append(value)
-    return links
+    if isinstance(value, dict):
+        names = {*FIELDS["inside"], str(value.get("type"))}.difference(TEXT_PARTS)
+        value = [item for key, item in value.items() if key in names]
+        if not value:
+            raise bad("A picture is a file, URL or base64", param, "invalid_image")
+    if isinstance(value, list):
+        for item in value:
+            yield from read_links(item, param)
+    elif value not in (None, "", b""):
+        yield value
 
 
 def plain(value):
@@ -3815,9 +3864,13 @@ def read_flag(body, name, default):
     return bool(one_of(body, name, (True, False, 1, 0), default))
 
 
+def unsupported(name, message):
+    return bad(f"{name}: {message}", name, "unsupported_parameter")
+
+
 def refuse(body, names):
     for name in filter(body.get, names):
-        raise bad(f"{name} is Sora's, not Flow's", name, "unsupported_parameter")
+        raise unsupported(name, "it is Sora's, not Flow's")
 
 
 def field_name(name):
@@ -3833,24 +3886,28 @@ def read_fields(body):
     unsupported_parameter where one that is not read holds a file: nothing is left out in
     silence."""
     fields = defaultdict(list)
-    waiting = [(*item, True) for item in body.items() if item[0] not in FIELDS["text"]]
-    while waiting:
-        name, value, counts = waiting.pop()
-        field = field_name(name)
-        if counts and value not in (None, ""):
-            fields[field].append(value)
-        if counts and field in PICTURES:
-            continue
-        text = f"{field} {value[:4000]}" if isinstance(value, str) else ""
-        if isinstance(value, dict):
-            inside = counts and field in FIELDS["options"]
-            waiting.extend((*item, inside) for item in value.items())
-        elif isinstance(value, list):
-            waiting.extend((name, item, False) for item in value)
-        elif isinstance(value, bytes) or CARRIED_FILE.match(text):
-            message = f"{field}: this file can't be used; send pictures in image"
-            raise bad(message, field, "unsupported_parameter")
+    for name, value in body.items():
+        if name not in FIELDS["text"]:
+            read_field(name, value, fields)
     return fields
+
+
+def read_field(name, value, fields, counts=True):
+    """Puts a value that counts into `fields`, and looks into it for files."""
+    name = field_name(name)
+    if counts and value not in (None, ""):
+        fields[name].append(value)
+    if counts and name in PICTURES:
+        return
+    text = f"{name} {value[:4000]}" if isinstance(value, str) else ""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            read_field(key, item, fields, counts and name in FIELDS["options"])
+    elif isinstance(value, list):
+        for item in value:
+            read_field(name, item, fields, False)
+    elif isinstance(value, bytes) or CARRIED_FILE.match(text):
+        raise unsupported(name, "this file can't be used; send pictures in image")
 
 
 def read_whole(fields, names, most):
@@ -3860,34 +3917,26 @@ def read_whole(fields, names, most):
     if len(said) > 1:
         told = " and ".join(name for name in names if fields[name])
         raise bad(f"{told} contradict each other", names[0])
-    return next(iter(said), 0)
+    return max(said, default=0)
 
 
 def read_shape(fields):
     """-> the size, such as "1280x720" or "16:9", and the resolution, such as "2k"."""
-    texts = [text for name in FIELDS["shape"] for text in fields[name]]
-    if not all(isinstance(text, str) for text in texts):
-        raise bad("size must be a text like 1280x720 or 16:9", "size")
-    texts = [SIDE_SIZES.get(text, text) for text in map(str.lower, texts)]
-    levels = [text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)]
-    sizes = [text for text in texts if text not in (*levels, "auto")]
+    texts = [plain(value) for name in FIELDS["shape"] for value in fields[name]]
+    texts = [SIDE_SIZES.get(text, text) for text in texts]
+    levels = {text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)}
+    sizes = [text for text in texts if text not in {*levels, "auto"}]
     wide = {aspect > 1 for aspect in map(read_aspect, sizes) if aspect != 1}
-    if len(wide) > 1 or len({*levels}) > 1:
+    if len(wide) > 1 or len(levels) > 1:
         raise bad(f"{' and '.join(texts)} contradict each other", "size")
     return next(iter(sizes), ""), next(iter(levels), "")
 
 
-def read_prompt(body):
-    prompt = body.get("prompt")
+def check_prompt(prompt, param="prompt"):
     if not isinstance(prompt, str) or not prompt.strip():
-        raise bad("prompt is missing: say in it what to make", "prompt")
-    return check_prompt(prompt, "prompt")
-
-
-def check_prompt(prompt, param):
+        raise bad("There is no prompt: say what to make", param)
     if len(prompt) > MAX_PROMPT:
-        message = f"A prompt may have {MAX_PROMPT:,} characters; this has {len(prompt):,}"
-        raise bad(message, param)
+        raise bad(f"A prompt may have {MAX_PROMPT:,} characters at most", param)
     return prompt
 
 
@@ -3901,10 +3950,7 @@ def read_model(body):
 
 def expect_kind(model, kind, expected):
     if expected not in ("", kind):
-        does = "makes clips: POST /v1/videos"
-        if kind == "image":
-            does = "makes pictures: POST /v1/images/generations, or /edits"
-        raise bad(f"{model} {does}", "model")
+        raise bad(f"{model} makes {MADE_AT[kind]}", "model")
 
 
 def read_metadata(body):
@@ -3972,17 +4018,18 @@ class Wish:
             raise bad(f"What is made from a clip has its shape, {shape}", "size")
         if mode == "edit":
             return dataclasses.replace(plan, seconds=source.plan.seconds)
-        if self.ours or not self.seconds or plan.kind == "image":
+        if self.ours or not self.seconds:
             return plan
         return plan_of(seconds=self.nearest_length(plan, settings.models))
 
     def nearest_length(self, plan, overrides):
         """For a client of Sora, which names Sora's models or none, and knows only Sora's
         lengths: the nearest that accounts of each tier make."""
-        possible = lengths_of(plan.family, "", overrides, everywhere=True)
-        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in possible:
+        own = products_of(plan.family, overrides)
+        lengths = {product.seconds for product in own if None not in product.credits}
+        if parse_id(plan.model).first(LENGTHS) or plan.seconds not in lengths:
             return plan.seconds
-        return min(possible, key=lambda length: abs(length - self.seconds))
+        return min(sorted(lengths), key=lambda length: abs(length - self.seconds))
 
     def notes(self, plan):
         """What the client should know of its plan."""
@@ -4002,7 +4049,7 @@ class Wish:
             raise bad(f"{plan.model} extends a clip: POST /v1/videos/extensions", "model")
         if re.search(";base64,[A-Za-z0-9+/]{60}", prompt):
             raise bad("The prompt holds a file as text: send pictures in image", "prompt")
-        if plan.mode == "text" and most == 0 and links:
+        if plan.mode == "text" and links:
             notes.append(f"{plan.model} takes no pictures; they were left out.")
             links = []
         elif not least <= len(links) <= most:
@@ -4020,12 +4067,10 @@ async def read_wish(body, settings, kind=""):
 async def read_picture(body, media, edit):
     """POST /v1/images/generations and /v1/images/edits."""
     if body.get("mask"):
-        message = "Flow knows no masks: say what to change"
-        raise bad(message, "mask", "unsupported_parameter")
+        raise unsupported("mask", "Flow knows no masks: say what to change")
     if plain(body.get("output_format")) in ("svg", "gif"):
-        message = "Flow makes PNG or JPEG pictures, no SVG or GIF"
-        raise bad(message, "output_format", "unsupported_parameter")
-    prompt = read_prompt(body)
+        raise unsupported("output_format", "Flow makes PNG or JPEG pictures")
+    prompt = check_prompt(body.get("prompt"))
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
@@ -4033,33 +4078,25 @@ async def read_picture(body, media, edit):
     return await wish.generation(media, plan, prompt)
 
 
-async def read_clip(body, media):
-    """POST /v1/videos."""
-    refuse(body, SORA_ONLY)
-    prompt, metadata = read_prompt(body), read_metadata(body)
+async def read_clip(body, media, mode="", source=None):
+    """POST /v1/videos; or a new clip from the source. Mode "edit" (POST /v1/videos/edits
+    and /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it
+    goes on where that ends."""
+    refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
+    handle = source_handle(source) if source else {}
+    prompt = check_prompt(body.get("prompt"))
+    metadata = read_metadata(body)
     wish = await read_wish(body, media.settings, "video")
-    plan = wish.plan(media.settings)
-    return await wish.generation(media, plan, prompt, metadata=metadata)
-
-
-async def read_derived(mode, body, media, source):
-    """A new clip from the source. Mode "edit" (POST /v1/videos/edits and
-    /v1/videos/{id}/remix): as long as that. "extend" (POST /v1/videos/extensions): it goes
-    on where that ends."""
-    refuse(body, SORA_ONLY[2:])
-    more = {"source": source_handle(source), "metadata": read_metadata(body)}
-    prompt = read_prompt(body)
-    wish = await read_wish(body, media.settings, "video")
-    model = source.plan.family.replace("3_1_", "3_1-")
-    if wish.ours:
-        model = wish.model
-        expect_kind(model, resolve(model).kind, "video")
+    model = wish.model
+    if source and not wish.ours:
+        model = source.plan.family.replace("3_1_", "3_1-")
     if mode == "edit":  # whatever model of clips is named
+        expect_kind(model, resolve(model).kind, "video")
         model = EDITOR
     plan = wish.plan(media.settings, model, mode, source)
     if wish.ours and wish.seconds not in (0, plan.seconds):
         raise bad(f"This makes a clip of {plan.seconds} s", "seconds")
-    return await wish.generation(media, plan, prompt, **more)
+    return await wish.generation(media, plan, prompt, source=handle, metadata=metadata)
 
 
 def source_handle(source):
@@ -4101,12 +4138,12 @@ class ChatRequest:
 
 def read_chat(body):
     """Raises invalid_request."""
-    model = body.get("model")
-    messages = body.get("messages")
     refuse(body, SORA_ONLY)
-    if not isinstance(model, str) or not 0 < len(model) <= 200:
-        raise bad("model is missing, or not one; GET /v1/models lists them", "model")
-    if not isinstance(messages, list) or not messages:
+    model = read_model(body)
+    if not model:
+        raise bad("model is missing; GET /v1/models lists what there is", "model")
+    messages = dig(body, "messages", kind=list)
+    if not messages:
         raise bad("messages must be a list of at least one message", "messages")
     turns = [read_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
     last = last_turn(turns)
@@ -4138,20 +4175,21 @@ def last_turn(turns):
 
 
 def read_turn(message, where):
-    role = dig(message, "role")
-    content = dig(message, "content", default=None)
-    if not isinstance(role, str) or not role:
+    role = dig(message, "role", kind=str)
+    if not role:
         raise bad(f"{where} must be an object with a role", "messages")
-    links = [item for name, item in message.items() if item and field_name(name) in PICTURES]
-    if isinstance(content, str) or (content is None and role != "user"):
-        return Turn(role, content or "", links)
+    content = dig(message, "content", default=None if role == "user" else [])
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
+    fields = message.items()
+    links = [value for name, value in fields if value and field_name(name) in PICTURES]
     texts = []
     for part in content:
-        kind = dig(part, "type")
+        kind = dig(part, "type", kind=str)
         text = dig(part, "text")
-        if not kind or not isinstance(kind, str) or not isinstance(text, str):
+        if not kind or not isinstance(text, str):
             raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
         if kind not in TEXT_PARTS:
             links.append(part)
@@ -4163,11 +4201,9 @@ async def read_chat_generation(chat, media, own_picture=None):
     """What the user's last turn asks for; other turns are no part of the prompt.
     own_picture: finds pictures that were made here, as Api.own_picture."""
     settings = media.settings
-    prompt = chat.last.text
-    if not prompt.strip():
-        raise bad("The user's last message holds no text: there is no prompt", "messages")
+    prompt = check_prompt(chat.last.text, "messages")
     wish = await read_wish(chat.body, settings)
-    links = read_links(chat.last.links, "messages")
+    links = [*read_links(chat.last.links, "messages")]
     if len(links) < len(chat.last.links):
         raise bad("A part of the last message is empty", "messages", "invalid_image")
     wish = dataclasses.replace(wish, links=links + wish.links)
@@ -4177,8 +4213,7 @@ async def read_chat_generation(chat, media, own_picture=None):
         links, told = await continued_picture(chat, media, own_picture)
         wish = dataclasses.replace(wish, links=links)
     if settings["chat.use_system_prompt"] and chat.system:
-        prompt = f"{chat.system}\n\n{prompt}"
-    check_prompt(prompt, "messages")
+        prompt = check_prompt(f"{chat.system}\n\n{prompt}", "messages")
     return await wish.generation(media, plan, prompt, "messages", told)
 
 
@@ -4188,12 +4223,14 @@ async def continued_picture(chat, media, own_picture):
     answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
     pictures = ([*PICTURE_LINK.findall(turn.text), *turn.links] for turn in answers)
     last = next(filter(None, pictures), [])
-    if not last or not EDIT_WORDS.search(chat.last.text[:8000]):
+    if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
     try:
-        link = read_links(last[-1:], "messages")[-1]
-        data = own_picture and await own_picture(link)
-        data = data or await media.input_image(link, "messages")
+        links = [*read_links(last[-1:], "messages")]
+        if not links:
+            return [], []
+        data = own_picture and await own_picture(links[-1])
+        data = data or await media.input_image(links[-1], "messages")
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
         return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
@@ -4201,8 +4238,7 @@ async def continued_picture(chat, media, own_picture):
 
 def side_answer(chat):
     """-> who asks, and the answer, where no picture or clip is wanted: to a client's own
-    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else two empty texts.
-    """
+    prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else empty texts."""
     client, answer = own_prompt(chat)
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
@@ -4223,8 +4259,7 @@ def own_prompt(chat):
     tools = system if chat.body.get("tools") else ""
     texts = {"user": user, "system": system, "either": user + system, "tools": tools}
     for client, where, answer, parts in SIDE_RULES:
-        text = texts[where]
-        if all(part in text for part in parts):
+        if all(part in texts[where] for part in parts):
             return client, answer
     return "", ""
 
@@ -4241,7 +4276,7 @@ SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
 
 
 def one_line(text):
-    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put those."""
+    """A message as SIDE_PROMPTS has it; of a long one the ends, where clients put them."""
     ends = f"{text[:8000]} {text[8000:][-8000:]}"
     return f"^{' '.join(ends.lower().split()).rstrip('.!?。！？')}$"
 
@@ -4867,7 +4902,7 @@ class VideosApi(Api):
             raise bad('video must be {"id": …} of a clip made here; no files', "video")
         source = await self.find_job(job_id)
         self.expect_done(source)
-        read = functools.partial(read_derived, mode, body, self.media, source)
+        read = functools.partial(read_clip, body, self.media, mode, source)
         return await self._make(request, body, read)
 
     async def _make(self, request, body, read):

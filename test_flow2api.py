@@ -49,8 +49,11 @@ import flow2api
 
 FREE, PRO, ULTRA = flow2api.TIERS
 PNG = flow2api.block_picture("an input", 64, 64)
+JPEG, GIF = b"\xff\xd8\xff\xe0" + b"jpeg" * 10, b"GIF89a" + b"x" * 9
+BASE64 = base64.b64encode(PNG).decode()
+DATA = f"data:image/png;base64,{BASE64}"
+BANANA, FAST, OMNI = "nano_banana_pro", "veo_3_1-fast", "omni_flash"
 BOAT = {"prompt": "a boat"}
-DATA = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 CLIP = flow2api.PORTRAIT_CLIP  # what clips of the default shape begin with
 CHAT = "/v1/chat/completions"
 IMAGES = "/v1/images/generations"
@@ -318,18 +321,6 @@ def cut_off(request):
     return reply
 
 
-LOST = {  # answers to a submit that don't say whether it was accepted
-    "connection dropped": dropped,
-    "500": refusal(500, message="Internal error encountered."),
-    "503 in HTML": lambda request: web.Response(text="<html>no</html>", status=503),
-    "HTML": lambda request: web.Response(text="<html>hi</html>", content_type="text/html"),
-    "empty object": lambda request: web.json_response({}),
-    "nothing": lambda request: web.Response(),
-    "a list": lambda request: web.json_response([]),
-    "odd shape": lambda request: web.json_response({"media": [{"nom": 1}]}),
-}
-
-
 def fault(on, answer, through=False, times=ALWAYS):
     """Answers calls whose path matches `on`, listed in `seen`; `through`: Flow does them, too."""
 
@@ -396,10 +387,145 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
+def endless(monkeypatch):
+    """The process does not end itself."""
+    signals = []
+    monkeypatch.setattr("signal.raise_signal", signals.append)
+    yield
+    assert not signals
+
+
+@pytest.fixture
 def looks(monkeypatch):
     """Lost submits are looked for at once."""
     monkeypatch.setattr(flow2api.Jobs, "FIRST_LOOK", 0.01)
     monkeypatch.setattr(flow2api.Jobs, "LOOKS", 3)
+
+
+def replaced(on, old, new):
+    """Changes a text in Flow's answers to calls whose path matches `on`."""
+    return edited(on, lambda body: json.loads(json.dumps(body).replace(old, new)))
+
+
+def says(status, reason="", on=PAID):
+    return fault(on, refusal(status, reason and f"PUBLIC_ERROR_{reason}", "Not so."))
+
+
+RETIRED = refusal(404, message="Flow RPCs have been deprecated and disabled.")
+
+
+CAPTCHA = refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY")
+
+
+def without(projects):
+    """Flow has these projects no more."""
+
+    async def middleware(request, handler):
+        text = request.path + await request.text() * ("json" in request.content_type)
+        gone = any(project in text for project in projects)
+        return (
+            refusal(404, "", "Requested entity was not found.")(request)
+            if gone
+            else (await handler(request))
+        )
+
+    return middleware
+
+
+@contextlib.contextmanager
+def full_disk(store):
+    """No write of this store fits -> the mock that counts them."""
+    real, store._writer = store._writer, mock.MagicMock()
+    store._writer.execute.side_effect = sqlite3.OperationalError("database or disk is full")
+    yield store._writer.execute
+    store._writer = real
+
+
+def refuse_rows(w, table, which):
+    """The disk is full for such rows."""
+    with contextlib.closing(sqlite3.connect(w.store.path)) as database:
+        trigger = f'TRIGGER "{which}" BEFORE INSERT ON {table} WHEN {which}'
+        database.execute(f"CREATE {trigger} BEGIN SELECT RAISE(ABORT, 'full'); END")
+
+
+# ---- Tools: raw requests and forms ----
+
+JSON_HEAD = ("Host: x", "Content-Type: application/json")
+
+
+def head_of(key, path, *lines, method="POST"):
+    lines = f"{method} {path} HTTP/1.1", *lines, f"Authorization: Bearer {key}"
+    text = "\r\n".join((*lines, "Connection: close", "", ""))
+    return text.encode("utf-8", "surrogateescape")
+
+
+def connect(url):
+    return asyncio.open_connection(*url.removeprefix("http://").split(":"))
+
+
+async def exactly(url, data, lines=math.inf):
+    """Sends these bytes -> all that comes until the other side ends it, or so many lines."""
+    (reader, writer), answer = await connect(url), b""
+    with contextlib.suppress(ConnectionError):
+        writer.write(data)
+        async with asyncio.timeout(20):
+            while answer.count(b"\n") < lines and (piece := await reader.read(1 << 16)):
+                answer += piece
+    writer.close()
+    return answer
+
+
+async def send_raw(w, method, path, header="X-Nothing: x"):
+    """A request exactly as it is written here -> Reply."""
+    lines = f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 0"
+    data = "\r\n".join((*lines, header, "", "")).encode("utf-8", "surrogateescape")
+    head, _, body = (await exactly(w.url, data)).partition(b"\r\n\r\n")
+    return Reply(int(head.split()[1]), {}, body)
+
+
+MEANINGLESS = json.loads("""{"quality": "hd", "style": "vivid", "user": "u", "seed": 7,
+    "background": "transparent", "moderation": "low", "metadata": {"a": 1}, "nobody": ["x"],
+    "output_format": "webp", "output_compression": 5, "partial_images": 2,
+    "input_fidelity": "high", "a[]": "1", "b[c]": "d"}""")
+FILE = '; filename="a.png"\r\nContent-Type: image/png'
+UNTYPED = "\r\nContent-Type: application/octet-stream"
+NAMELESS = f'; filename="upload"{UNTYPED}'  # a file, as Python's bytes are sent
+PROMPT = ("prompt", "a boat")
+
+
+def form(parts):
+    """A form of (name, value, the rest of the part's head) -> options of World.call."""
+    raw = b""
+    texts = [(name, f"{value}") for name, value in MEANINGLESS.items()]
+    for name, value, *rest in (*parts, *texts):
+        head = f'--b\r\nContent-Disposition: form-data; name="{name}"{"".join(rest)}\r\n\r\n'
+        raw += head.encode() + (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    return {"data": raw + b"--b--\r\n", "headers": headers}
+
+
+def each(name, *values, **others):
+    """The fields of requests: one with each of the values."""
+    return [others | {name: value} for value in values]
+
+
+def requests_in(table):
+    """Each line: what is expected, paths (or a param) | a field and its values ; another one …
+    -> (what is expected, path, a body of one field) for each value."""
+    for line in table.strip().splitlines():
+        head, _, fields = line.partition(" | ")
+        expected, *paths = head.split()
+        rows = [field.split() for field in fields.split(" ; ") if field]
+        bodies = [{name: json.loads(value)} for name, *values in rows for value in values]
+        for path, body in itertools.product(paths, bodies or [{}]):
+            yield expected, path, body
+
+
+def refused(call, *arguments, **options):
+    """The error that a call ends with."""
+    with pytest.raises(flow2api.GatewayError) as caught:
+        call(*arguments, **options)
+    return caught.value
 
 
 # ---- Tools: processes ----
@@ -478,656 +604,6 @@ async def flow2(run, tmp_path):
     return start
 
 
-# ---- The promises ----
-
-AGAIN = {"x-stainless-retry-count": "1"}  # OpenAI's packages count what they send again
-
-
-async def queued(w, request):
-    """A request whose account pauses -> its client, and its job in the queue."""
-    w.token.paused_until = flow2api.now() + 30
-    client = asyncio.create_task(request)
-    await until(lambda: w.pool.queue)
-    return client, w.pool.queue[0].job
-
-
-async def test_sixty_clips_over_two_tokens_need_two_status_calls_a_tick(world):
-    """A tick is a row of status calls in which no clip is asked for twice."""
-    w = await world(((PRO, 5000), (ULTRA, 5000)), video_seconds=0.8)
-    replies = await asyncio.gather(*(w.chat(text=f"boat {i}") for i in range(60)))
-    assert [reply.status for reply in replies] == [200] * 60
-    ticks = [[]]
-    for body in w.asked("batchCheckAsync"):
-        names = {item["name"] for item in body["media"]}
-        if any(names & earlier for earlier in ticks[-1]):
-            ticks.append([])
-        ticks[-1].append(names)
-    assert len(ticks) > 2 >= max(map(len, ticks))
-    assert max(len(set().union(*tick)) for tick in ticks) == 60
-
-
-@pytest.mark.parametrize("model", ["veo_3_1-fast", "nano_banana_pro"])
-@pytest.mark.parametrize("on", [PAID, "batchCheck|^/media/"])
-async def test_a_job_survives_the_end_of_the_process(world, looks, clock, model, on):
-    """During the submit, or later; and clients hear what was sent."""
-    w = await world(**{"cache.enabled": True})
-    await w.pool.update(w.token, image_concurrency=1, video_concurrency=1)
-    w.fault = hold(on, through=True)
-    clients = [asyncio.create_task(w.chat(model))]
-    await w.fault.seen.wait()
-    (job,) = w.jobs.open.values()
-    clients.append(asyncio.create_task(w.chat(model)))
-    await until(lambda: w.pool.queue)
-    expect_error(w, await w.get(f"{VIDEOS}/{job.id}/content"), "task_not_completed")
-    await w.stop_gateway()
-    sent, unsent = await asyncio.gather(*clients)
-    assert sent.headers["x-should-retry"] == "false"
-    message = expect_error(w, sent, "interrupted")["message"]
-    assert job.id in message and "goes on" in message and "was not sent" not in message
-    message = expect_error(w, unsent, "shutting_down")["message"]
-    assert "was not sent" in message and "goes on" not in message
-    w.fault.release.set()
-    clock.ahead = 2000  # more than generation.video_timeout
-    await w.start_gateway()
-    job = await w.end_of(job.id)
-    assert (job.state, len(job.done()), len(w.paid())) == ("completed", 1, 1)
-    (medium,) = w.flow.media.values()
-    assert (w.data / "tmp" / job.outputs[0].file).read_bytes() == medium.file()
-
-
-# ---- Every error code ----
-
-
-def replaced(on, old, new):
-    """Changes a text in Flow's answers to calls whose path matches `on`."""
-    return edited(on, lambda body: json.loads(json.dumps(body).replace(old, new)))
-
-
-def says(status, reason="", on=PAID):
-    return fault(on, refusal(status, reason and f"PUBLIC_ERROR_{reason}", "Not so."))
-
-
-RETIRED = refusal(404, message="Flow RPCs have been deprecated and disabled.")
-FAILURES = (  # code, what its message names, a fault of Flow, model
-    ("invalid_image", "TOO_LARGE", says(400, "IMAGE_TOO_LARGE", "uploadImage")),
-    ("content_policy_violation", "UNSAFE", None),
-    ("content_policy_violation", "UNSAFE", None, "veo_3_1-fast"),
-    ("upstream_changed", "Not so.", says(400)),
-    ("captcha_required", "UNUSUAL", says(403, "UNUSUAL_ACTIVITY")),
-    ("model_not_for_account", "ACCESS", says(403, "MODEL_ACCESS_DENIED")),
-    ("account_refused", "REGION", says(403, "USER_REGION_DISALLOWED")),
-    ("account_throttled", "THROTTLED", says(429, "USER_REQUESTS_THROTTLED")),
-    ("account_daily_quota", "DAILY", says(429, "PER_MODEL_DAILY_QUOTA_REACHED")),
-    ("account_no_credits", "QUOTA", says(429, "USER_QUOTA_REACHED")),
-    ("account_busy", "CONCURRENT", says(429, "CONCURRENT_LIMIT_REACHED")),
-    ("account_session_ended", "fresh access token", says(401)),
-    ("upstream_busy", "HIGH", says(503, "HIGH_TRAFFIC")),
-    ("upstream_error", "Not so.", says(503, "", "uploadImage")),
-    ("upstream_retired", "flow.google.com", fault("createProject", RETIRED)),
-    ("submit_unknown", "see project", fault(PAID, dropped)),
-    ("generation_failed", "ODD", replaced("batchCheck", "UNSAFE", "ODD"), "veo_3_1"),
-    ("generation_timeout", "9", replaced("batchCheck", "FAILED", "ACTIVE"), "veo_3_1"),
-)
-TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 2}  # of two accounts; else 1
-
-
-@pytest.mark.parametrize("row", FAILURES, ids=lambda row: f"{row[0]} {row[1]}")
-async def test_a_failure_does_no_more_than_it_must(world, impatient, looks, row):
-    """To the accounts, and to Flow. While all accounts pause, it says until when."""
-    w = await world(((PRO, 100), (PRO, 100)), video_seconds=0.05, **{"flow.max_poll_attempts": 9})
-    for token in w.pool.tokens.values():
-        token.project_id = ""
-    code, named, w.fault, *model = row
-    ask = functools.partial(w.chat, *model or ["nano_banana_pro"], "unsafe", [DATA])
-    reply = await ask()
-    assert named in expect_error(w, reply, code)["message"]
-    assert reply.status != 401 and reply.headers["x-should-retry"] == "false"
-    if code == "account_throttled":
-        reply = await ask()
-        expect_error(w, reply, code)
-        assert 200 < int(reply.headers["Retry-After"]) < 400
-    effect = flow2api.ERRORS[code][1].name
-    tries = len(w.paid()) or len(w.fault.seen)
-    renewed = code == "account_session_ended"  # each account's access token, once
-    assert tries == TRIES.get(effect, 1) << renewed
-    blamed = effect in ("ACCOUNT", "BAN", "SESSION")
-    failed = w.jobs.open == {} and "veo" in "".join(model)  # a clip counts where it was made
-    errors = [token.error_count for token in w.pool.tokens.values()]
-    assert sorted(errors) == ([0, 1] if failed else [blamed] * 2)
-    for token in w.pool.tokens.values():
-        assert (token.is_active, token.failures) == (True, effect == "BAN")
-        assert (token.paused_until > 0) == blamed
-        assert (token.busy.total(), token.reserved) == (0, 0)
-
-
-MISTAKES = (  # code, param, method, path, body
-    ("invalid_request", "model", "POST", CHAT, chat_body("imagen_4" + "-4s" * 9999, "b")),
-    ("tier_required", None, "POST", CHAT, chat_body("veo_3_1-4k", "boat")),
-    ("no_credits", None, "POST", CHAT, chat_body("veo_3_1", "boat")),
-    ("mode_not_available", "model", "POST", CHAT, chat_body("veo_3_1", "b", [DATA] * 3)),
-    ("unsupported_parameter", "style_id", "POST", VIDEOS, BOAT | {"style_id": "x"}),
-    ("model_not_found", "model", "GET", "/v1/models/veo-9"),
-    ("method_not_allowed", None, "DELETE", CHAT),
-    ("request_too_large", None, "POST", CHAT, chat_body("veo_3_1", "boat" * 300_000)),
-)
-
-
-async def test_a_mistake_in_a_request_is_told_before_anything_is_sent(world):
-    w = await world(((PRO, 90), (FREE, 50)), **{"limits.body_mb": 1})
-    w.flow.calls.clear()
-    for code, param, *request in MISTAKES:
-        reply = await w.call(*request)
-        assert expect_error(w, reply, code)["param"] == param and len(reply.body) < 1000
-        assert not {"x-should-retry", "X-Job-Id"} & set(reply.headers)
-        assert (w.flow.calls, w.jobs.open, w.store.jobs()) == ([], {}, [])
-
-
-def test_every_error_code_is_produced_by_a_test():
-    produced = re.findall(r'expect_error\(w, .*"(\w+)"\)', pathlib.Path(__file__).read_text())
-    produced += [row[0] for row in (*FAILURES, *MISTAKES)]
-    produced.append("too_many_logins")  # test_guessing_…: the admin API tells no codes
-    assert set(produced) == set(flow2api.ERRORS)
-
-
-async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
-    w = await world(**{"limits.queue": 2})
-    w.token.paused_until = flow2api.now() + 30
-    clients = [asyncio.create_task(w.chat()) for _ in range(8)]
-    await until(lambda: sum(client.done() for client in clients) == 6)
-    reply = await w.chat()
-    expect_error(w, reply, "queue_full")
-    assert int(reply.headers["Retry-After"]) > 0
-    job = w.pool.queue[0].job  # deleted as Jobs.get has it, when it reads before create goes on
-    await w.jobs.delete(w.store.job(job.id))
-    await w.pool.update(w.token, paused_until=0)
-    replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.status)
-    expect_error(w, replies[1], "cancelled")
-    assert [reply.status for reply in replies] == [200, 409] + [429] * 6
-    assert job.state == "cancelled" and len(w.paid()) == 1
-
-
-# ---- A request that is repeated makes one job ----
-
-LINK = "http://flow/boat"  # of a picture
-CREATORS = {
-    "picture": (IMAGES, BOAT),
-    "clip": (VIDEOS, BOAT),
-    "picture stream": (IMAGES, BOAT | {"stream": True}),
-    "edit": (EDITS, BOAT | {"image": LINK}),
-    "chat": (CHAT, chat_body("veo_3_1-fast", "a boat", [LINK])),
-    "chat stream": (CHAT, chat_body("imagen_4", "a boat", [LINK]) | {"stream": True}),
-    "clip waited for": (VIDEOS, BOAT | {"image": LINK, "async_mode": False}),
-}
-
-
-def boat(times=ALWAYS):
-    return fault("/boat$", lambda request: web.Response(body=PNG), times=times)
-
-
-async def create(w, name, key="a key", path="", headers=None, **fields):
-    """A request of CREATORS, with an Idempotency-Key unless there are other headers."""
-    usual_path, body = CREATORS[name]
-    w.fault = w.fault or boat()
-    body = json.loads(json.dumps(body | fields).replace("http://flow", w.flow.address))
-    headers = {"Idempotency-Key": key} if headers is None else headers
-    return await w.post(path or usual_path, body, headers=headers)
-
-
-def one_job(w, first, *others):
-    """The others are answers about the job of the first, which is the only one."""
-    assert first.status == 200 and not first.replayed, first
-    for reply in others:
-        assert (reply.status, reply.job_id, reply.replayed) == (200, first.job_id, True)
-    assert len(w.store.jobs()) == 1 >= len(w.paid())
-
-
-@pytest.mark.parametrize("name", CREATORS)
-async def test_a_key_makes_one_job_and_fits_no_other_request(world, name):
-    """Over restarts, and when its picture is gone; what was refused has not used it."""
-    w = await world(accounts=(), video_seconds=0.05)
-    expect_error(w, await create(w, name, n=9), "invalid_request")
-    expect_error(w, await create(w, name), "no_accounts")
-    assert not w.store.jobs()
-    await w.account()
-    held = hold(PAID)
-    w.fault = together([boat(times=1), held])
-    clients = [asyncio.create_task(create(w, name)) for _ in range(3)]
-    await held.seen.wait()
-    held.release.set()
-    replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.replayed)
-    await w.end_of(replies[0].job_id)
-    if name in ("picture", "edit", "clip waited for"):
-        assert replies[0].body == replies[1].body == replies[2].body
-    for _ in range(2):
-        replies.append(await create(w, name))
-        expect_error(w, await create(w, name, n=2), "idempotency_conflict")
-        for path in {IMAGES, EDITS, VIDEOS} - {CREATORS[name][0]}:  # of the same body
-            expect_error(w, await create(w, name, path=path), "idempotency_conflict")
-        await w.restart()
-    one_job(w, *replies)
-    assert len(w.paid()) == 1
-
-
-async def test_the_same_request_in_other_bytes_is_the_same_request(world):
-    """Its fields in another order, at an alias; its form with another boundary; a clip's clips."""
-    w = await world(video_seconds=0.05)
-    headers = {"Idempotency-Key": "a key"}
-    replies = [await create(w, "picture", path="/images/generations", n=2)]
-    for prefix in ("/v1", "/flow/v1", "/v1/v1"):
-        path = f"{prefix}/images/generations"
-        replies.append(await w.post(path, {"n": 2, **BOAT}, headers=headers))
-    one_job(w, *replies)
-    assert w.store.jobs()[0].origin == "images"
-    headers, replies = {"Idempotency-Key": "another"}, []
-    for picture in (PNG, PNG, flow2api.block_picture("another", 64, 64)):
-        form = aiohttp.FormData(BOAT)
-        form.add_field("image", picture, filename="a.png", content_type="image/png")
-        replies.append(await w.post(EDITS, data=form, headers=headers))
-    expect_error(w, replies.pop(), "idempotency_conflict")
-    source = (await create(w, "clip waited for", "a third")).job_id
-    for path in (f"{VIDEOS}/edits", EXTEND, f"{VIDEOS}/{source}/remix"):
-        fields = {} if "remix" in path else {"video": {"id": source}}
-        replies += [await create(w, "clip", path, path, **fields) for _ in range(2)]
-        await w.end_of(replies[-1].job_id)
-    assert [reply.replayed for reply in replies] == [False, True] * 4
-    ids = [reply.job_id for reply in replies]
-    assert ids[::2] == ids[1::2] and len({source, *ids}) == 5 == len(w.paid()) - 1
-
-
-async def test_a_key_stands_for_a_day_and_is_a_text_of_255_characters_at_most(world, clock):
-    w, replies = await world(), []
-    for clock.ahead in (0, 86000, 86500, 172500):  # the last is the day of the second job
-        replies.append(await create(w, "picture"))
-    assert [reply.replayed for reply in replies] == [False, True, False, True]
-    replies += [await create(w, "picture", key) for key in ("k" * 254, "k" * 255, "", "")]
-    first, again, second, third, *others = [reply.job_id for reply in replies]
-    assert first == again != second == third
-    assert len({first, second, *others}) == len(w.paid()) == 6
-    expect_error(w, await create(w, "picture", "k" * 256), "invalid_request")
-    headers = f"Authorization: Bearer {w.key}\r\nIdempotency-Key: k\udcff"
-    headers += "\r\nContent-Type: application/x-www-form-urlencoded"
-    error = expect_error(w, await send_raw(w, "POST", IMAGES, headers), "invalid_request")
-    assert "Idempotency-Key" in error["message"]
-
-
-@pytest.mark.parametrize("name", ["picture", "chat", "clip waited for"])
-async def test_what_has_failed_is_told_and_what_is_kept_given_again(world, name):
-    """Though Google has lost it. Neither is made anew for its key, nor what was deleted."""
-    w = await world(video_seconds=0.05, **{"cache.enabled": True})
-    bad = {"prompt": "unsafe", "messages": [{"role": "user", "content": "unsafe"}], "key": "bad"}
-    first, second = [await create(w, name, **bad) for _ in range(2)]
-    for reply in (first, second):
-        expect_error(w, reply, "content_policy_violation")
-    assert first.job_id == second.job_id and second.replayed and not first.replayed
-    assert (await w.call("DELETE", f"{VIDEOS}/{first.job_id}")).status == 200
-    expect_error(w, await create(w, name, **bad), "task_not_found")
-    assert len(w.paid()) == 1
-    w.flow.calls.clear()
-    first = await create(w, name)
-    w.fault = fault("/media/|UrlRedirect", refusal(404))
-    w.token.update(is_active=False, at_expires=0)
-    (output,) = w.store.job(first.job_id).outputs
-    output.url_expires = 0
-    await w.store.put(output)
-    one_job(w, first, await create(w, name))
-    (w.data / "tmp" / output.file).unlink()
-    reply = await create(w, name)
-    if reply.status == 200:  # it has a link
-        link = re.search(r"https?://[^\s\"'<>)\\]+/tmp/[\w.-]+", reply.body.decode())[0]
-        reply = await w.fetch(link)
-    expect_error(w, reply, "content_not_found")
-
-
-@pytest.mark.parametrize("name", CREATORS)
-async def test_what_a_client_sends_again_by_itself_is_made_once(world, clock, name):
-    """In an hour, though it has left after the submit. One that does not count is a new one.
-    OpenAI's packages also send again what was refused by 429 or 503: that is no earlier job."""
-    w = await world(video_seconds=0.05)
-    held = hold(PAID)
-    w.fault = together([boat(), held])
-    client = asyncio.create_task(create(w, name, headers={}))
-    await held.seen.wait()
-    (job,) = w.jobs.open.values()
-    await leave(w, client)
-    w.token.is_active = False
-    ways_back = [{}, AGAIN]
-    if name == "clip":  # its client had an answer: what does not count is a new one
-        expect_error(w, await create(w, name, headers=ways_back.pop(0)), "no_accounts")
-    repeats = [asyncio.create_task(create(w, name, headers=more)) for more in ways_back]
-    if name != "clip":
-        await until(lambda: job.clients == 2 or any(repeat.done() for repeat in repeats))
-    held.release.set()
-    assert (await w.end_of(job.id)).state == "completed" and not w.token.busy.total()
-    for reply in (*await asyncio.gather(*repeats), await create(w, name, headers=AGAIN)):
-        assert (reply.status, reply.job_id, reply.replayed) == (200, job.id, True)
-    expect_error(w, await create(w, name, headers={}), "no_accounts")
-    w.token.is_active = True
-    replies = [await create(w, name, headers=AGAIN)]
-    replies += [await create(w, name, headers=more, user="x") for more in (AGAIN, {})]
-    clock.ahead = 4000
-    replies.append(await create(w, name, headers=AGAIN))
-    assert not any(reply.replayed for reply in replies)
-    assert len({job.id, *(reply.job_id for reply in replies)}) == 5 == len(w.store.jobs())
-
-
-# ---- Whoever leaves or stops at a bad moment loses and pays nothing ----
-
-
-async def leave(w, client):
-    """The client goes away, and the gateway knows."""
-    client.cancel()
-    await until(lambda: not any(one.transport for one in w.runner.server.connections))
-
-
-@pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("name", ["picture", "picture stream", "chat", "chat stream"])
-async def test_who_leaves_before_the_submit_pays_nothing_or_comes_back(world, name, restart):
-    w = await world(video_seconds=0.05)
-    for headers in ({}, AGAIN):  # what was cancelled is made anew
-        client, job = await queued(w, create(w, name, headers=headers))
-        repeat = asyncio.create_task(create(w, name, headers=AGAIN))
-        await until(lambda job=job: job.clients == 2)
-        client.cancel()
-        await until(lambda job=job: job.clients == 1)
-        assert job.state == "queued"
-        repeat.cancel()
-        assert (await w.end_of(job.id)).state == "cancelled"
-    client, job = await queued(w, create(w, name))
-    await leave(w, client)
-    if restart:
-        await w.restart()
-    await w.pool.update(w.token, paused_until=0)
-    assert (await w.end_of(job.id)).state == "completed"
-    reply = await create(w, name)
-    assert (reply.status, reply.job_id, len(w.paid())) == (200, job.id, 1)
-
-
-@pytest.mark.parametrize("key", ["a key", ""])
-async def test_a_client_may_leave_while_its_job_is_written(world, key):
-    """Without a key it can not come back, since it never learnt the job, and does not pay."""
-    w = await world()
-    put_rows, go = w.store.put_rows, asyncio.Event()
-
-    async def write(*rows):
-        w.store.put_rows = put_rows
-        await go.wait()
-        await put_rows(*rows)
-
-    w.store.put_rows = lambda *rows: asyncio.ensure_future(write(*rows))
-    client = asyncio.create_task(create(w, "clip", key))
-    await until(lambda: w.store.put_rows == put_rows)  # it is being written
-    await leave(w, client)
-    back = asyncio.create_task(create(w, "clip", "a key"))
-    go.set()
-    assert (await w.end_of((await back).job_id)).state == "completed"
-    states = [job.state for job in w.store.jobs(oldest_first=True)]
-    assert states == (["completed"] if key else ["cancelled", "completed"])
-    await w.restart()
-    assert not w.jobs.open and len(w.paid()) == 1
-
-
-async def test_no_cancel_is_lost_in_the_moment_of_a_change(world):
-    """wait_for of Python 3.11 loses one that comes together with what it waits for."""
-    w = await world(video_seconds=30)
-    client, job = await queued(w, w.chat())
-    for turns in range(6):
-        watcher = asyncio.create_task(w.jobs.completed(job))
-        await asyncio.sleep(0.01)
-        w.jobs._tell(job)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        watcher.cancel()
-        ended, _ = await asyncio.wait([watcher], timeout=1)
-        assert ended, turns
-    await w.pool.update(w.token, paused_until=0)  # a lease, and the stop at once
-    async with asyncio.timeout(5):
-        await w.jobs.stop()
-    client.cancel()
-    assert not w.paid()
-
-
-# ---- An odd, late or missing answer of Google loses no clip ----
-
-
-def came_as_data(body):
-    for item in body["media"]:
-        if "SUCCESSFUL" in str(item) and "_upsampled" not in item["name"]:
-            data = base64.b64encode(CLIP + item["name"].encode()).decode()
-            item["video"]["encodedVideo"] = data
-    return body
-
-
-AS_DATA = edited("batchCheck", came_as_data)
-UNTOLD = together([replaced(PAID, "fifeUrl", "x"), fault("UrlRedirect", refusal(503))])
-LARGER = "nano_banana_pro-2K"
-ODDITIES = {  # what is odd -> the model, the fault
-    "balance": ("veo_3_1-4k", replaced(PAID, 'Credits": ', 'Credits": "many", "x": ')),
-    "entries": ("veo_3_1-4k", replaced("batchCheck", "[{", '[null, {"nom": 1}, {')),
-    "upscale": ("veo_3_1-4k", edited("UpsampleVideo", lambda body: {"media": [{}]})),
-    "address": ("veo_3_1-4k", fault("UrlRedirect", refusal(404), times=1)),
-    "no address": ("veo_3_1-4k", UNTOLD),
-    "no address of a picture": ("imagen_4", UNTOLD),
-    "data": ("veo_3_1-1080p", AS_DATA),
-    "data alone": ("veo_3_1-1080p", together([AS_DATA, fault("Upsample", refusal(403))])),
-    "number": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": 5})),
-    "object": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": {"a": 1}})),
-    "no base64": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "a"})),
-    "no ASCII": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "é"})),
-}
-
-
-@pytest.mark.parametrize("oddity", ODDITIES)
-async def test_what_is_paid_for_can_be_fetched_whatever_is_odd(world, impatient, oddity):
-    w = await world(((ULTRA, 1000),), video_seconds=0.05)
-    model, w.fault = ODDITIES[oddity]
-    content = (await w.chat(model)).content
-    w.fault = None
-    url = links_in(content)[0]
-    *_, medium = w.flow.media.values()
-    file = (await w.fetch(url)).body
-    assert medium.name.encode() in file or file == medium.file()
-    assert url.startswith(w.url)
-    upscaled = "_upsampled" in medium.name
-    assert upscaled is (medium.kind == "video" and oddity != "data alone")
-    assert ("this is the original" in content) is (model != "imagen_4" and not upscaled)
-    assert len(w.paid()) == 1 and not w.asked("projectInitialData")
-    assert (w.token.busy.total(), w.token.credits > 0) == (0, True)
-
-
-async def test_after_a_restart_a_refused_upscale_is_not_waited_for(world, impatient):
-    w = await world(((ULTRA, 1000),), video_seconds=0.05)
-    asleep = hold("UrlRedirect")
-    w.fault = together([asleep, says(403, "MODEL_ACCESS_DENIED", "Upsample")])
-    video = (await w.post(VIDEOS, BOAT | {"model": "veo_3_1-fast-1080p"})).job_id
-    await asleep.seen.wait()
-    await w.stop_gateway()
-    asleep.release.set()
-    w.fault = None
-    await w.start_gateway()
-    job = await w.end_of(video)
-    assert job.state == "completed" and "Upscaling" in job.notes[0]
-
-
-# ---- What is full, dead, slow or junk harms nobody else ----
-
-
-async def test_a_sick_account_holds_up_no_other_and_swallows_no_jobs(world, impatient):
-    """Its status calls hang; then its proxy is dead, and there is no other account."""
-    w = await world(((PRO, 1000), (PRO, 500)), video_seconds=0.1)
-    sick, other = w.pool.tokens.values()
-    held = hold("batchCheck")
-    w.fault = lambda request, handler: (
-        held(request, handler) if flow2api.bearer(request) == sick.at else handler(request)
-    )
-    clients = [asyncio.create_task(w.chat()) for _ in range(2)]
-    await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
-    assert sum(client.done() for client in clients) == 1
-    held.release.set()
-    assert [reply.status for reply in await asyncio.gather(*clients)] == [200, 200]
-    sick.proxy_url = "http://127.0.0.1:9"
-    for model in ("nano_banana_pro", "veo_3_1-fast", "nano_banana_pro"):
-        assert (await w.chat(model)).content  # the clip is first tried where most credits are
-    assert sick.is_active and sick.error_count == 0
-    sick.proxy_url, other.is_active = "socks5://", False
-    expect_error(w, await w.chat("nano_banana_pro"), "proxy_unavailable")
-
-
-def refuse_rows(w, table, which):
-    """The disk is full for such rows."""
-    with contextlib.closing(sqlite3.connect(w.store.path)) as database:
-        trigger = f'TRIGGER "{which}" BEFORE INSERT ON {table} WHEN {which}'
-        database.execute(f"CREATE {trigger} BEGIN SELECT RAISE(ABORT, 'full'); END")
-
-
-async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world):
-    """lost+found is such a folder, where data/tmp is a volume."""
-    w = await world(((ULTRA, 1000),))
-    owner, kept = await w.owner(), w.data / "tmp"
-    (kept / "lost+found").mkdir()
-    (kept / "a.mp4").write_bytes(CLIP)
-    assert (await owner("DELETE", "/api/cache")).json["cache_bytes"] == 0
-    assert (kept / "lost+found").exists()
-    shutil.rmtree(kept)
-    assert (await owner("GET", "/api/system/info")).json["cache_bytes"] == 0
-    content = (await w.chat("nano_banana_pro-2K")).content
-    assert "this is the original" in content and w.token.busy.total() == 0
-    w.live.put("file", "cache.enabled", True, "test")
-    for text in (content, (await w.chat("nano_banana_pro")).content):
-        assert links_in(text)[0].startswith(w.url)
-    refuse_rows(w, "jobs", "NEW.state = 'failed'")
-    expect_error(w, await w.chat(text="unsafe"), "content_policy_violation")
-    with contextlib.closing(sqlite3.connect(w.store.path)) as database:
-        database.execute("DROP TRIGGER \"NEW.state = 'failed'\"")
-    await until(lambda: not w.token.busy.total() and not w.pool.leases)
-    refuse_rows(w, "jobs", "NEW.state = 'queued'")
-    expect_error(w, await w.chat(), "disk_full")
-    refuse_rows(w, "tokens", "TRUE")
-    w.token.checked_at = 0
-    await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
-    assert w.token.checked_at and w.token.is_active
-
-
-async def test_more_or_larger_requests_than_are_set_are_refused_and_harm_nobody(world):
-    """A body that is too large or too deep is not called busy, which clients would repeat."""
-    w = await world(**{"limits.requests": 3, "limits.bodies_mb": 1})
-    w.fault = hold(PAID)
-    streams = [asyncio.create_task(w.stream()) for _ in range(3)]
-    await until(lambda: len(w.jobs.open) == 3)
-    for reply in (await w.chat(), await w.get("/v1/models"), await w.get(VIDEOS)):
-        expect_error(w, reply, "queue_full")
-        assert int(reply.headers["Retry-After"]) > 0
-    assert (await w.get("/health")).status == 200
-    assert (await w.get("/api/tokens", key=await w.admin())).status == 200
-    w.fault.release.set()
-    for stream in await asyncio.gather(*streams):
-        assert links_in(stream.content)
-    half, large = [data_url(PNG + bytes(size)) for size in (500_000, 900_000)]
-    expect_error(w, await w.chat("nano_banana_pro", pictures=[large]), "queue_full")
-    for _ in range(3):  # the room is given back
-        assert (await w.chat("nano_banana_pro", pictures=[half])).content
-    assert (await w.post("/api/login", data=b" " * 200_000)).status == 413
-    for path, lines, status in (
-        (IMAGES, "Content-Length: 600000000", b" 413 "),
-        ("/api/login", "Content-Length: 1048576\r\nExpect: 100-continue", b" 100 "),
-    ):  # no more than the head is sent
-        reader, writer = await asyncio.open_connection("127.0.0.1", w.url.split(":")[2])
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {w.key}\r\n{lines}"
-        writer.write(f"{head}\r\n\r\n".encode())
-        assert status in await reader.readline()
-        assert (await w.chat("nano_banana_pro")).content
-        writer.close()
-    nests = ("[", "]"), ('{"a":', "}")
-    for depth, (opening, end) in itertools.product((300, 600, 700, 900, 5000), nests):
-        data = f'{{"prompt": "a boat", "x": {opening * depth}1{end * depth}}}'
-        reply = await w.post(IMAGES, data=data.encode())
-        assert reply.status == 400 or (reply.status == 200 and depth < 5000), reply
-
-
-# ---- Accounts, sessions and settings stay what they are ----
-
-
-@pytest.mark.parametrize("restart", [False, True])
-async def test_a_deleted_account_never_comes_back_and_nobody_gets_its_jobs(world, restart):
-    """Not with a late answer of Google; and two admins may delete the same ones at once."""
-    w = await world(video_seconds=0.05)
-    owner, path = await w.owner(), f"/api/tokens/{w.token.id}"
-    job = w.store.job((await w.chat()).job_id)
-    w.fault = hold("/credits")
-    check = asyncio.create_task(owner("POST", f"{path}/refresh-credits"))
-    await w.fault.seen.wait()
-    assert (await owner("DELETE", path)).status == 200
-    w.fault.release.set()
-    await check
-    assert not w.store.tokens()
-    others = [await w.account(is_active=False) for _ in range(4)]
-    deletes = (owner("DELETE", "/api/tokens/batch-delete-disabled") for _ in range(3))
-    assert {reply.status for reply in await asyncio.gather(*deletes)} == {200}
-    assert not w.pool.tokens
-    if restart:
-        await w.restart()
-    others.append(await w.account())
-    assert job.token_id not in [token.id for token in others]
-    assert (await owner("GET", f"/api/jobs/{job.id}")).json["job"]["account"] == ""
-
-
-async def test_a_session_counts_for_our_own_page_alone_and_over_restarts(world, clock):
-    """Its cookie also behind Basic auth; while it is in use it lasts longer than seven days."""
-    w = await world()
-    session = await w.admin()
-    expect_error(w, await w.get("/v1/models", key=session), "invalid_api_key")
-    cookie = {"Cookie": f"flow2api_session={session}", "Origin": "http://127.0.0.1:1"}
-    disable = f"POST /api/tokens/{w.token.id}/disable"
-    for call, site, kind, authorization, status in (
-        (disable, "same-site", "application/json", "", 401),
-        (disable, "cross-site", "application/json", "", 401),
-        (disable, "", "text/plain", "", 401),  # plain http tells no site
-        (disable, "", "application/json", "", 200),
-        (disable, "none", "text/plain", "", 200),
-        ("GET /api/stats", "same-origin", "text/plain", "Basic eDp5", 200),
-        ("GET /api/stats", "same-origin", "text/plain", "Bearer admin-x", 401),
-        ("GET /api/stats", "same-origin", "text/plain", w.key, 401),
-    ):
-        w.token.is_active = True
-        headers = {"Content-Type": kind, "Authorization": authorization}
-        headers |= cookie | ({"Sec-Fetch-Site": site} if site else {})
-        reply = await w.call(*call.split(), headers=headers, data="{}")
-        assert reply.status == status
-        assert w.token.is_active is (call != disable or status == 401)
-    for clock.ahead in (5 * 86400, 10 * 86400, 15 * 86400):
-        assert (await w.get("/api/stats", key=session)).status == 200
-        await w.restart()
-
-
-async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, impatient):
-    w = await world(((PRO, 1), (PRO, 1)))
-    owner = await w.owner()
-    odd_balance = edited("/credits", lambda body: {"credits": {"amount": 3}})
-    w.fault = together([odd_balance, replaced("auth/session", '"email"', '"x"')])
-    for token in list(w.pool.tokens.values())[::-1]:
-        path = f"/api/tokens/{token.id}"
-        assert (await owner("POST", f"{path}/refresh-at")).status == 200
-        token.checked_at = 0
-        await w.pool.ask(token, flow2api.now())  # what it raises ends the process
-        assert token.asked_at
-    known = [(token.email, token.is_active, token.credits) for token in w.store.tokens()]
-    assert known == [("user1@example.com", True, 1), ("user2@example.com", True, 1)]
-    w.fault = None
-    for proxy in ("http://host", "socks5://[::1]:1080", "socks5h://u:p@host:1"):
-        assert flow2api.good_proxy(proxy)
-    for url in ("http://[", "http://a..b", "http://x:99999"):
-        for name in ("flow.labs_base_url", "flow.api_base_url"):
-            w.live.put("admin page", name, url, "test")
-        token.checked_at = 0
-        await w.pool.ask(token, flow2api.now())
-        expect_detail(await owner("POST", f"{path}/test"), 502)
-        expect_error(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
-    assert (await owner("POST", "/api/settings", {"server.host": None})).status == 200
-    for url, status in (("http://u:canary@host:1", 200), ("http://…@other:1", 400)):
-        reply = await owner("POST", "/api/settings", {"proxy.proxy_url": url})
-        assert reply.status == status  # an edited mask is not saved in silence
-        assert (await owner("PUT", path, {"proxy_url": url})).status == status
-
-
 # ---- A clip is never lost and never paid twice: whatever Flow answers ----
 
 
@@ -1162,10 +638,10 @@ class Hanging(web.Response):
         return await super().prepare(request)
 
 
-async def blanks():
+async def blanks(size=1, pause=0.01):
     while True:
-        yield b" "
-        await asyncio.sleep(0.01)
+        yield b" " * size
+        await asyncio.sleep(pause)
 
 
 def answering(body, status=200):
@@ -1173,7 +649,15 @@ def answering(body, status=200):
 
 
 ODD_IMAGE = {"name": "x", "image": {"generatedImage": {"fifeUrl": "http://["}}}
-SILENT = LOST | {  # answers that do not say whether Flow has done what it was asked
+SILENT = {  # answers that do not say whether Flow has done what it was asked
+    "connection dropped": dropped,
+    "500": refusal(500, message="Internal error encountered."),
+    "503 in HTML": lambda request: web.Response(text="<html>no</html>", status=503),
+    "HTML": lambda request: web.Response(text="<html>hi</html>", content_type="text/html"),
+    "empty object": lambda request: web.json_response({}),
+    "nothing": lambda request: web.Response(),
+    "a list": lambda request: web.json_response([]),
+    "odd shape": lambda request: web.json_response({"media": [{"nom": 1}]}),
     "nothing at all": lambda request: Hanging(),
     "a slow drip": lambda request: web.Response(body=blanks()),
     "an odd error": answering({"error": {"code": "x", "message": [], "details": 5}}, 500),
@@ -1229,6 +713,153 @@ async def test_a_fault_costs_no_more_than_what_it_has_made(world, looks, impatie
     assert (token.error_count, token.failures, token.is_active) == (0, 0, True)
     assert (token.busy.total(), token.reserved) == (0, 0)
     assert account.credits == (1000 if name.endswith("unsent") else 960)
+
+
+def came_as_data(body):
+    for item in body["media"]:
+        if "SUCCESSFUL" in str(item) and "_upsampled" not in item["name"]:
+            data = base64.b64encode(CLIP + item["name"].encode()).decode()
+            item["video"]["encodedVideo"] = data
+    return body
+
+
+AS_DATA = edited("batchCheck", came_as_data)
+UNTOLD = together([replaced(PAID, "fifeUrl", "x"), fault("UrlRedirect", refusal(503))])
+LARGER = "nano_banana_pro-2K"
+ODDITIES = {  # what is odd -> the model, the fault; where the upscale fails, after how many tries
+    "balance": ("veo_3_1-4k", replaced(PAID, 'Credits": ', 'Credits": "many", "x": ')),
+    "entries": ("veo_3_1-4k", replaced("batchCheck", "[{", '[null, {"nom": 1}, {')),
+    "upscale": ("veo_3_1-4k", edited("UpsampleVideo", lambda body: {"media": [{}]})),
+    "address": ("veo_3_1-4k", fault("UrlRedirect", refusal(404), times=1)),
+    "no address": ("veo_3_1-4k", UNTOLD),
+    "no address of a picture": ("imagen_4", UNTOLD),
+    "data": ("veo_3_1-1080p", AS_DATA),
+    "data alone": ("veo_3_1-1080p", together([AS_DATA, fault("Upsample", refusal(403))]), 0),
+    "picture busy": (LARGER, says(500, "", "psample"), 3),
+    "picture refused": (LARGER, says(400, "UNSAFE_GENERATION", "psample"), 1),
+    "clip refused": ("veo_3_1-1080p", says(400, "", "psample"), 1),
+    "captcha": ("veo_3_1-1080p", says(403, "UNUSUAL_ACTIVITY", "psample"), 3),
+    "number": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": 5})),
+    "object": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": {"a": 1}})),
+    "no base64": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "a"})),
+    "no ASCII": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "é"})),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+async def test_what_is_paid_for_can_be_fetched_whatever_is_odd(world, impatient, oddity):
+    w = await world(((ULTRA, 1000),), video_seconds=0.05)
+    model, w.fault, *tries = ODDITIES[oddity]
+    content = (await w.chat(model)).content
+    assert tries in ([], [0]) or tries == [len(w.fault.seen)]
+    w.fault = None
+    url = links_in(content)[0]
+    *_, medium = w.flow.media.values()
+    file = (await w.fetch(url)).body
+    assert medium.name.encode() in file or file == medium.file()
+    assert url.startswith(w.url)
+    upscaled = "_upsampled" in medium.name
+    assert upscaled is (medium.kind == "video" and not tries)
+    assert ("this is the original" in content) is (model != "imagen_4" and not upscaled)
+    assert len(w.paid()) == 1 and not w.asked("projectInitialData")
+    assert (w.token.busy.total(), w.token.credits > 0) == (0, True)
+
+
+async def test_after_a_restart_a_refused_upscale_is_not_waited_for(world, impatient):
+    w = await world(((ULTRA, 1000),), video_seconds=0.05)
+    asleep = hold("UrlRedirect")
+    w.fault = together([asleep, says(403, "MODEL_ACCESS_DENIED", "Upsample")])
+    video = (await w.post(VIDEOS, BOAT | {"model": "veo_3_1-fast-1080p"})).job_id
+    await asleep.seen.wait()
+    await w.stop_gateway()
+    asleep.release.set()
+    w.fault = None
+    await w.start_gateway()
+    job = await w.end_of(video)
+    assert job.state == "completed" and "Upscaling" in job.notes[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("answer", [refusal(409, "PUBLIC_ERROR_IN_PROGRESS"), dropped, None])
+async def test_an_upscale_under_way_or_lost_is_polled_and_not_sent_again(world, answer, fails):
+    """Where it fails later, the original stays."""
+    w = await world()
+    w.fault = answer and fault("UpsampleVideo", answer, through=True)
+    client = asyncio.create_task(w.chat("veo_3_1-1080p"))
+    await until(lambda: len(w.flow.media) == 2)
+    original, larger = w.flow.media.values()
+    larger.prompt = "unsafe" if fails else larger.prompt
+    text = (await client).content
+    assert ("this is the original" in text) == fails
+    file = (await w.fetch(links_in(text)[0])).body
+    assert file == (original if fails else larger).file() and len(w.asked("UpsampleVideo")) == 1
+
+
+@pytest.mark.parametrize("lost", [1, ALWAYS])
+async def test_a_lost_upscale_is_asked_for_once_more_and_given_up_in_minutes(world, clock, lost):
+    w = await world(((ULTRA, 1000),), video_seconds=0, **{"flow.poll_interval": 0.05})
+    w.fault = fault("UpsampleVideo", dropped, times=lost)
+    client = asyncio.create_task(w.chat(f"{FAST}-1080p"))
+    while not client.done() and clock.ahead < 2000:
+        await asyncio.sleep(0.02)
+        clock.ahead += 10
+    reply = await client
+    job = await w.jobs.get(reply.job_id)
+    assert ("this is the original" in reply.content) is (lost > 1)
+    assert job.outputs[0].name.endswith("_upsampled") is (lost == 1)
+    assert job.completed_at - job.submitted_at < 900 and len(w.paid()) == 1
+    assert len(w.fault.seen) + len(w.asked("UpsampleVideo")) == 2
+
+
+OUTAGES = {"503": refusal(503), "dropped": dropped, "hang": lambda request: Hanging()}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_an_outage_longer_than_a_deadline_fails_no_clip(world, impatient, outage):
+    w = await world(video_seconds=0.05)
+    w.live.layers["file"].update({"flow.timeout": 0.1, "generation.video_timeout": 0.3})
+    w.fault = fault("batchCheck", OUTAGES[outage])
+    client = asyncio.create_task(w.chat())
+    (job,) = await w.running()
+    await until(lambda: time.time() > job.submitted_at + 0.7 and len(w.fault.seen) > 2)
+    w.fault = None
+    assert (await client).content and len(w.paid()) == 1
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, restart):
+    w = await world(video_seconds=2000, **{"cache.enabled": True})
+    w.live.layers["file"]["generation.video_timeout"] = 0.3
+    reply = await w.chat()
+    expect_error(w, reply, "generation_timeout")
+    path = f"{VIDEOS}/{reply.job_id}"
+    assert (await w.get(path)).json["status"] == "failed"
+    if restart:
+        await w.restart()
+    clock.ahead = 7200
+    await until(lambda: w.store.job(reply.job_id).state == "completed")
+    video, (medium,) = (await w.get(path)).json, w.flow.media.values()
+    assert (video["status"], video["error"], len(w.paid())) == ("completed", None, 1)
+    assert (await w.get(f"{path}/content")).body == medium.file()
+    assert w.token.video_count == 1 and not w.token.busy.total()
+
+
+SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
+
+
+@pytest.mark.parametrize("on", SLOW)
+async def test_a_picture_ends_by_its_timeout_and_speaks_of_no_credits(world, on):
+    w = await world(((ULTRA, 100),), **{"generation.image_timeout": 1})
+    w.token.project_id = ""
+    w.fault = hold(on)
+    reply = await asyncio.wait_for(w.chat("nano_banana_pro-2K", pictures=[DATA]), 5)
+    w.fault.release.set()
+    if on == "upsampleImage":
+        assert "this is the original" in reply.content
+    else:
+        code = "submit_unknown" if "Generate" in on else "generation_timeout"
+        assert "credit" not in expect_error(w, reply, code)["message"]
+    await until(lambda: not w.token.busy.total() and not w.jobs.open)
 
 
 @dataclasses.dataclass(eq=False)
@@ -1398,7 +1029,37 @@ async def test_no_schedule_of_faults_loses_a_clip_or_pays_twice(
     assert (leased, w.pool.queue) == ([(0, 0)] * 2, [])
 
 
-# ---- A clip is never lost and never paid twice: whenever the process is killed ----
+# ---- A clip is never lost and never paid twice: whenever the process ends ----
+
+
+@pytest.mark.parametrize("model", ["veo_3_1-fast", "nano_banana_pro"])
+@pytest.mark.parametrize("on", [PAID, "batchCheck|^/media/"])
+async def test_a_job_survives_the_end_of_the_process(world, looks, clock, model, on):
+    """During the submit, or later; and clients hear what was sent."""
+    w = await world(**{"cache.enabled": True})
+    await w.pool.update(w.token, image_concurrency=1, video_concurrency=1)
+    w.fault = hold(on, through=True)
+    clients = [asyncio.create_task(w.chat(model))]
+    await w.fault.seen.wait()
+    (job,) = w.jobs.open.values()
+    clients.append(asyncio.create_task(w.chat(model)))
+    await until(lambda: w.pool.queue)
+    expect_error(w, await w.get(f"{VIDEOS}/{job.id}/content"), "task_not_completed")
+    await w.stop_gateway()
+    sent, unsent = await asyncio.gather(*clients)
+    assert sent.headers["x-should-retry"] == "false"
+    message = expect_error(w, sent, "interrupted")["message"]
+    assert job.id in message and "goes on" in message and "was not sent" not in message
+    message = expect_error(w, unsent, "shutting_down")["message"]
+    assert "was not sent" in message and "goes on" not in message
+    w.fault.release.set()
+    clock.ahead = 2000  # more than generation.video_timeout
+    await w.start_gateway()
+    job = await w.end_of(job.id)
+    assert (job.state, len(job.done()), len(w.paid())) == ("completed", 1, 1)
+    (medium,) = w.flow.media.values()
+    assert (w.data / "tmp" / job.outputs[0].file).read_bytes() == medium.file()
+
 
 # The gateway of these tests does by its own hand what from outside would need luck.
 DRIVER = """
@@ -1584,8 +1245,8 @@ POINTS = {  # the request; where its process dies by its own hand; its end
     "before the submit": (CHAT_4K, "on('submit', before=die)", "submit_unknown"),
     "before a clip's answer is kept": (CHAT_4K, "on('submit', after=die)", "completed"),
     "before a picture's is": (PICTURE_2K, "on('submit', after=die)", "completed"),
-    "before a picture's only write": (PICTURE, IN_JOBS.format("_complete", "before"), "completed"),
-    "after a picture's only write": (PICTURE, IN_JOBS.format("_complete", "after"), "completed"),
+    "before a picture's last write": (PICTURE, IN_JOBS.format("_end", "before"), "completed"),
+    "after a picture's last write": (PICTURE, IN_JOBS.format("_end", "after"), "completed"),
     "before the first poll": (CHAT_4K, "on('poll', before=die)", "completed"),
     "while a clip is upscaled": (CHAT_4K, "on('upscale', after=die)", "completed"),
     "while a picture is upscaled": (PICTURE_2K, "on('upscale', before=die)", "completed"),
@@ -1642,308 +1303,1065 @@ async def test_a_disk_that_is_full_from_a_write_on_costs_nothing(apart, write):
     assert {job.state for job in await audit(w, clients)} == {"completed"}
 
 
-# ---- The pool on the simulated clock ----
+# ---- A request that is repeated makes one job ----
 
-STEPS_BACK = (  # what is refused; a burst names in Retry-After; the least seconds of it
-    ((429, "THROTTLED"), [""], 0.9 * 300),
-    ((403, "UNUSUAL_ACTIVITY"), [""], 0.9 * 300),
-    ((403, ""), [""], 0.9 * 60),
-    ((429, ""), ["100", "5000", "200"], 5000),  # nothing makes that less
+AGAIN = {"x-stainless-retry-count": "1"}  # OpenAI's packages count what they send again
+
+LINK = "http://flow/boat"  # of a picture
+CREATORS = {
+    "picture": (IMAGES, BOAT),
+    "clip": (VIDEOS, BOAT),
+    "picture stream": (IMAGES, BOAT | {"stream": True}),
+    "edit": (EDITS, BOAT | {"image": LINK}),
+    "chat": (CHAT, chat_body("veo_3_1-fast", "a boat", [LINK])),
+    "chat stream": (CHAT, chat_body("imagen_4", "a boat", [LINK]) | {"stream": True}),
+    "clip waited for": (VIDEOS, BOAT | {"image": LINK, "async_mode": False}),
+}
+
+
+def boat(times=ALWAYS):
+    return fault("/boat$", lambda request: web.Response(body=PNG), times=times)
+
+
+async def create(w, name, key="a key", path="", headers=None, **fields):
+    """A request of CREATORS, with an Idempotency-Key unless there are other headers."""
+    usual_path, body = CREATORS[name]
+    w.fault = w.fault or boat()
+    body = json.loads(json.dumps(body | fields).replace("http://flow", w.flow.address))
+    headers = {"Idempotency-Key": key} if headers is None else headers
+    return await w.post(path or usual_path, body, headers=headers)
+
+
+def one_job(w, first, *others):
+    """The others are answers about the job of the first, which is the only one."""
+    assert first.status == 200 and not first.replayed, first
+    for reply in others:
+        assert (reply.status, reply.job_id, reply.replayed) == (200, first.job_id, True)
+    assert len(w.store.jobs()) == 1 >= len(w.paid())
+
+
+@pytest.mark.parametrize("name", CREATORS)
+async def test_a_key_makes_one_job_and_fits_no_other_request(world, name):
+    """Over restarts, and when its picture is gone; what was refused has not used it."""
+    w = await world(accounts=(), video_seconds=0.05)
+    expect_error(w, await create(w, name, n=9), "invalid_request")
+    expect_error(w, await create(w, name), "no_accounts")
+    assert not w.store.jobs()
+    await w.account()
+    held = hold(PAID)
+    w.fault = together([boat(times=1), held])
+    clients = [asyncio.create_task(create(w, name)) for _ in range(3)]
+    await held.seen.wait()
+    held.release.set()
+    replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.replayed)
+    await w.end_of(replies[0].job_id)
+    if name in ("picture", "edit", "clip waited for"):
+        assert replies[0].body == replies[1].body == replies[2].body
+    for _ in range(2):
+        replies.append(await create(w, name))
+        expect_error(w, await create(w, name, n=2), "idempotency_conflict")
+        for path in {IMAGES, EDITS, VIDEOS} - {CREATORS[name][0]}:  # of the same body
+            expect_error(w, await create(w, name, path=path), "idempotency_conflict")
+        await w.restart()
+    one_job(w, *replies)
+    assert len(w.paid()) == 1
+
+
+async def test_the_same_request_in_other_bytes_is_the_same_request(world):
+    """Its fields in another order, at an alias; its form with another boundary; a clip's clips."""
+    w = await world(video_seconds=0.05)
+    headers = {"Idempotency-Key": "a key"}
+    replies = [await create(w, "picture", path="/images/generations", n=2)]
+    for prefix in ("/v1", "/flow/v1", "/v1/v1"):
+        path = f"{prefix}/images/generations"
+        replies.append(await w.post(path, {"n": 2, **BOAT}, headers=headers))
+    one_job(w, *replies)
+    assert w.store.jobs()[0].origin == "images"
+    headers, replies = {"Idempotency-Key": "another"}, []
+    for picture in (PNG, PNG, flow2api.block_picture("another", 64, 64)):
+        form = aiohttp.FormData(BOAT)
+        form.add_field("image", picture, filename="a.png", content_type="image/png")
+        replies.append(await w.post(EDITS, data=form, headers=headers))
+    expect_error(w, replies.pop(), "idempotency_conflict")
+    source = (await create(w, "clip waited for", "a third")).job_id
+    for path in (f"{VIDEOS}/edits", EXTEND, f"{VIDEOS}/{source}/remix"):
+        fields = {} if "remix" in path else {"video": {"id": source}}
+        replies += [await create(w, "clip", path, path, **fields) for _ in range(2)]
+        await w.end_of(replies[-1].job_id)
+    assert [reply.replayed for reply in replies] == [False, True] * 4
+    ids = [reply.job_id for reply in replies]
+    assert ids[::2] == ids[1::2] and len({source, *ids}) == 5 == len(w.paid()) - 1
+
+
+async def test_a_key_stands_for_a_day_and_is_a_text_of_255_characters_at_most(world, clock):
+    w, replies = await world(), []
+    for clock.ahead in (0, 86000, 86500, 172500):  # the last is the day of the second job
+        replies.append(await create(w, "picture"))
+    assert [reply.replayed for reply in replies] == [False, True, False, True]
+    replies += [await create(w, "picture", key) for key in ("k" * 254, "k" * 255, "", "")]
+    first, again, second, third, *others = [reply.job_id for reply in replies]
+    assert first == again != second == third
+    assert len({first, second, *others}) == len(w.paid()) == 6
+    expect_error(w, await create(w, "picture", "k" * 256), "invalid_request")
+    headers = f"Authorization: Bearer {w.key}\r\nIdempotency-Key: k\udcff"
+    headers += "\r\nContent-Type: application/x-www-form-urlencoded"
+    error = expect_error(w, await send_raw(w, "POST", IMAGES, headers), "invalid_request")
+    assert "Idempotency-Key" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["picture", "chat", "clip waited for"])
+async def test_what_has_failed_is_told_and_what_is_kept_given_again(world, name):
+    """Though Google has lost it. Neither is made anew for its key, nor what was deleted."""
+    w = await world(video_seconds=0.05, **{"cache.enabled": True})
+    bad = {"prompt": "unsafe", "messages": [{"role": "user", "content": "unsafe"}], "key": "bad"}
+    first, second = [await create(w, name, **bad) for _ in range(2)]
+    for reply in (first, second):
+        expect_error(w, reply, "content_policy_violation")
+    assert first.job_id == second.job_id and second.replayed and not first.replayed
+    assert (await w.call("DELETE", f"{VIDEOS}/{first.job_id}")).status == 200
+    expect_error(w, await create(w, name, **bad), "task_not_found")
+    assert len(w.paid()) == 1
+    w.flow.calls.clear()
+    first = await create(w, name)
+    w.fault = fault("/media/|UrlRedirect", refusal(404))
+    w.token.update(is_active=False, at_expires=0)
+    (output,) = w.store.job(first.job_id).outputs
+    output.url_expires = 0
+    await w.store.put(output)
+    one_job(w, first, await create(w, name))
+    (w.data / "tmp" / output.file).unlink()
+    reply = await create(w, name)
+    if reply.status == 200:  # it has a link
+        link = re.search(r"https?://[^\s\"'<>)\\]+/tmp/[\w.-]+", reply.body.decode())[0]
+        reply = await w.fetch(link)
+    expect_error(w, reply, "content_not_found")
+
+
+@pytest.mark.parametrize("name", CREATORS)
+async def test_what_a_client_sends_again_by_itself_is_made_once(world, clock, name):
+    """In an hour, though it has left after the submit. One that does not count is a new one.
+    OpenAI's packages also send again what was refused by 429 or 503: that is no earlier job."""
+    w = await world(video_seconds=0.05)
+    held = hold(PAID)
+    w.fault = together([boat(), held])
+    client = asyncio.create_task(create(w, name, headers={}))
+    await held.seen.wait()
+    (job,) = w.jobs.open.values()
+    await leave(w, client)
+    w.token.is_active = False
+    ways_back = [{}, AGAIN]
+    if name == "clip":  # its client had an answer: what does not count is a new one
+        expect_error(w, await create(w, name, headers=ways_back.pop(0)), "no_accounts")
+    repeats = [asyncio.create_task(create(w, name, headers=more)) for more in ways_back]
+    if name != "clip":
+        await until(lambda: job.clients == 2 or any(repeat.done() for repeat in repeats))
+    held.release.set()
+    assert (await w.end_of(job.id)).state == "completed" and not w.token.busy.total()
+    for reply in (*await asyncio.gather(*repeats), await create(w, name, headers=AGAIN)):
+        assert (reply.status, reply.job_id, reply.replayed) == (200, job.id, True)
+    expect_error(w, await create(w, name, headers={}), "no_accounts")
+    w.token.is_active = True
+    replies = [await create(w, name, headers=AGAIN)]
+    replies += [await create(w, name, headers=more, user="x") for more in (AGAIN, {})]
+    clock.ahead = 4000
+    replies.append(await create(w, name, headers=AGAIN))
+    assert not any(reply.replayed for reply in replies)
+    assert len({job.id, *(reply.job_id for reply in replies)}) == 5 == len(w.store.jobs())
+
+
+# ---- Whoever leaves or stops at a bad moment loses and pays nothing ----
+
+
+async def queued(w, request):
+    """A request whose account pauses -> its client, and its job in the queue."""
+    w.token.paused_until = flow2api.now() + 30
+    client = asyncio.create_task(request)
+    await until(lambda: w.pool.queue)
+    return client, w.pool.queue[0].job
+
+
+async def leave(w, client):
+    """The client goes away, and the gateway knows."""
+    client.cancel()
+    await until(lambda: not any(one.transport for one in w.runner.server.connections))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["picture", "picture stream", "chat", "chat stream"])
+async def test_who_leaves_before_the_submit_pays_nothing_or_comes_back(world, name, restart):
+    w = await world(video_seconds=0.05)
+    for headers in ({}, AGAIN):  # what was cancelled is made anew
+        client, job = await queued(w, create(w, name, headers=headers))
+        repeat = asyncio.create_task(create(w, name, headers=AGAIN))
+        await until(lambda job=job: job.clients == 2)
+        client.cancel()
+        await until(lambda job=job: job.clients == 1)
+        assert job.state == "queued"
+        repeat.cancel()
+        assert (await w.end_of(job.id)).state == "cancelled"
+    client, job = await queued(w, create(w, name))
+    await leave(w, client)
+    if restart:
+        await w.restart()
+    await w.pool.update(w.token, paused_until=0)
+    assert (await w.end_of(job.id)).state == "completed"
+    reply = await create(w, name)
+    assert (reply.status, reply.job_id, len(w.paid())) == (200, job.id, 1)
+
+
+@pytest.mark.parametrize("key", ["a key", ""])
+async def test_a_client_may_leave_while_its_job_is_written(world, key):
+    """Without a key it can not come back, since it never learnt the job, and does not pay."""
+    w = await world()
+    put_rows, go = w.store.put_rows, asyncio.Event()
+
+    async def write(*rows):
+        w.store.put_rows = put_rows
+        await go.wait()
+        await put_rows(*rows)
+
+    w.store.put_rows = lambda *rows: asyncio.ensure_future(write(*rows))
+    client = asyncio.create_task(create(w, "clip", key))
+    await until(lambda: w.store.put_rows == put_rows)  # it is being written
+    await leave(w, client)
+    back = asyncio.create_task(create(w, "clip", "a key"))
+    go.set()
+    assert (await w.end_of((await back).job_id)).state == "completed"
+    states = [job.state for job in w.store.jobs(oldest_first=True)]
+    assert states == (["completed"] if key else ["cancelled", "completed"])
+    await w.restart()
+    assert not w.jobs.open and len(w.paid()) == 1
+
+
+async def test_no_cancel_is_lost_in_the_moment_of_a_change(world):
+    """wait_for of Python 3.11 loses one that comes together with what it waits for."""
+    w = await world(video_seconds=30)
+    client, job = await queued(w, w.chat())
+    for turns in range(6):
+        watcher = asyncio.create_task(w.jobs.completed(job))
+        await asyncio.sleep(0.01)
+        w.jobs._tell(job)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        watcher.cancel()
+        ended, _ = await asyncio.wait([watcher], timeout=1)
+        assert ended, turns
+    await w.pool.update(w.token, paused_until=0)  # a lease, and the stop at once
+    async with asyncio.timeout(5):
+        await w.jobs.stop()
+    client.cancel()
+    assert not w.paid()
+
+
+# ---- A failure is told by its code and does no more than it must ----
+
+FAILURES = (  # code, what its message names, a fault of Flow, model
+    ("invalid_image", "TOO_LARGE", says(400, "IMAGE_TOO_LARGE", "uploadImage")),
+    ("content_policy_violation", "UNSAFE", None),
+    ("content_policy_violation", "UNSAFE", None, "veo_3_1-fast"),
+    ("upstream_changed", "Not so.", says(400)),
+    ("captcha_required", "UNUSUAL", says(403, "UNUSUAL_ACTIVITY")),
+    ("model_not_for_account", "ACCESS", says(403, "MODEL_ACCESS_DENIED")),
+    ("account_refused", "REGION", says(403, "USER_REGION_DISALLOWED")),
+    ("account_throttled", "THROTTLED", says(429, "USER_REQUESTS_THROTTLED")),
+    ("account_daily_quota", "DAILY", says(429, "PER_MODEL_DAILY_QUOTA_REACHED")),
+    ("account_no_credits", "QUOTA", says(429, "USER_QUOTA_REACHED")),
+    ("account_busy", "CONCURRENT", says(429, "CONCURRENT_LIMIT_REACHED")),
+    ("account_session_ended", "fresh access token", says(401)),
+    ("upstream_busy", "HIGH", says(503, "HIGH_TRAFFIC")),
+    ("upstream_error", "Not so.", says(503, "", "uploadImage")),
+    ("upstream_retired", "flow.google.com", fault("createProject", RETIRED)),
+    ("submit_unknown", "see project", fault(PAID, dropped)),
+    ("generation_failed", "ODD", replaced("batchCheck", "UNSAFE", "ODD"), "veo_3_1"),
+    ("generation_timeout", "9", replaced("batchCheck", "FAILED", "ACTIVE"), "veo_3_1"),
+)
+TRIES = {"RETRY": 3, "ACCOUNT": 2, "BAN": 2, "SESSION": 2}  # of two accounts; else 1
+
+
+@pytest.mark.parametrize("row", FAILURES, ids=lambda row: f"{row[0]} {row[1]}")
+async def test_a_failure_does_no_more_than_it_must(world, impatient, looks, row):
+    """To the accounts, and to Flow. While all accounts pause, it says until when."""
+    w = await world(((PRO, 100), (PRO, 100)), video_seconds=0.05, **{"flow.max_poll_attempts": 9})
+    for token in w.pool.tokens.values():
+        token.project_id = ""
+    code, named, w.fault, *model = row
+    ask = functools.partial(w.chat, *model or ["nano_banana_pro"], "unsafe", [DATA])
+    reply = await ask()
+    assert named in expect_error(w, reply, code)["message"]
+    assert reply.status != 401 and reply.headers["x-should-retry"] == "false"
+    if code == "account_throttled":
+        reply = await ask()
+        expect_error(w, reply, code)
+        assert 200 < int(reply.headers["Retry-After"]) < 400
+    effect = flow2api.ERRORS[code][1].name
+    tries = len(w.paid()) or len(w.fault.seen)
+    renewed = code == "account_session_ended"  # each account's access token, once
+    assert tries == TRIES.get(effect, 1) << renewed
+    blamed = effect in ("ACCOUNT", "BAN", "SESSION")
+    failed = w.jobs.open == {} and "veo" in "".join(model)  # a clip counts where it was made
+    errors = [token.error_count for token in w.pool.tokens.values()]
+    assert sorted(errors) == ([0, 1] if failed else [blamed] * 2)
+    for token in w.pool.tokens.values():
+        assert (token.is_active, token.failures) == (True, effect == "BAN")
+        assert (token.paused_until > 0) == blamed
+        assert (token.busy.total(), token.reserved) == (0, 0)
+
+
+MISTAKES = (  # code, param, method, path, body
+    ("invalid_request", "model", "POST", CHAT, chat_body("imagen_4" + "-4s" * 9999, "b")),
+    ("tier_required", None, "POST", CHAT, chat_body("veo_3_1-4k", "boat")),
+    ("no_credits", None, "POST", CHAT, chat_body("veo_3_1", "boat")),
+    ("mode_not_available", "model", "POST", CHAT, chat_body("veo_3_1", "b", [DATA] * 3)),
+    ("unsupported_parameter", "style_id", "POST", VIDEOS, BOAT | {"style_id": "x"}),
+    ("model_not_found", "model", "GET", "/v1/models/veo-9"),
+    ("method_not_allowed", None, "DELETE", CHAT),
+    ("request_too_large", None, "POST", CHAT, chat_body("veo_3_1", "boat" * 300_000)),
 )
 
 
-@pytest.mark.parametrize("row", STEPS_BACK)
-async def test_an_account_that_steps_back_is_left_alone_until_then(world, clock, monkeypatch, row):
-    monkeypatch.setattr(random, "uniform", lambda low, high: low)
-    w = await world()
-    refused, waits, seconds = row
-    first, sent = w.token, []
+async def test_a_mistake_in_a_request_is_told_before_anything_is_sent(world):
+    w = await world(((PRO, 90), (FREE, 50)), **{"limits.body_mb": 1})
+    w.flow.calls.clear()
+    for code, param, *request in MISTAKES:
+        reply = await w.call(*request)
+        assert expect_error(w, reply, code)["param"] == param and len(reply.body) < 1000
+        assert not {"x-should-retry", "X-Job-Id"} & set(reply.headers)
+        assert (w.flow.calls, w.jobs.open, w.store.jobs()) == ([], {}, [])
 
-    async def refuse(request, handler):  # all that were sent, one after the other
-        sent.append(number := len(sent))
-        await until(lambda: len(sent) == len(waits) and first.error_count == number)
-        answer = refusal(*refused)(request)
-        answer.headers["Retry-After"] = waits[number]
-        return answer
 
-    w.fault = refuse
-    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in waits))
+def test_every_error_code_is_produced_by_a_test():
+    produced = re.findall(r'expect_error\(w, .*"(\w+)"\)', pathlib.Path(__file__).read_text())
+    produced += [row[0] for row in (*FAILURES, *MISTAKES)]
+    produced.append("too_many_logins")  # test_guessing_…: the admin API tells no codes
+    assert set(produced) == set(flow2api.ERRORS)
+
+
+async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
+    w = await world(**{"limits.queue": 2})
+    w.token.paused_until = flow2api.now() + 30
+    put_rows, burst = w.store.put_rows, asyncio.Barrier(8)
+
+    async def write(*rows):  # there was room for each of them, when it was let in
+        await burst.wait()
+        w.store.put_rows = put_rows
+        await put_rows(*rows)
+
+    w.store.put_rows = lambda *rows: asyncio.ensure_future(write(*rows))
+    clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(8)]
+    await until(lambda: sum(client.done() for client in clients) == 6)
+    picture = asyncio.create_task(w.chat("nano_banana_pro"))  # these have a queue of their own
+    await until(lambda: len(w.pool.queue) == 3)
+    reply = await w.chat()
+    expect_error(w, reply, "queue_full")
+    assert int(reply.headers["Retry-After"]) > 0
+    job = w.pool.queue[0].job  # deleted as Jobs.get has it, when it reads before create goes on
+    await w.jobs.delete(w.store.job(job.id))
+    await w.pool.update(w.token, paused_until=0)
+    replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.status)
+    expect_error(w, replies[1], "cancelled")
+    assert [reply.status for reply in replies] == [200, 409] + [429] * 6
+    assert (await picture).content and job.state == "cancelled" and len(w.paid()) == 2
+
+
+# ---- The process never ends by itself ----
+
+NOUGHTS, PLAIN = bytes(6), b"HTTP/1.1 200 OK\r\n"
+HANDSHAKES = {  # way -> the bytes that it reads (0: a head) and answers; a refusal; odd
+    "socks5": [(3, b"\5\0"), (10, b"\5\0\0\1" + NOUGHTS), b"\5\2\0\1" + NOUGHTS, b"\5\0\0\x09"],
+    "socks4": [(9, b"\0\x5a" + NOUGHTS), b"\0\x5b" + NOUGHTS, b"\7\x5a" + NOUGHTS],
+    "http": [(0, PLAIN + b"Content-Length: 9\r\n\r\nh"), b"HTTP/1.1 407 No\r\n\r\n", b"HTTP/9\n"],
+    # an HTTP proxy before an https address
+    "connect": [(0, PLAIN + b"\r\n"), b"HTTP/1.1 403 No\r\n\r\n", PLAIN[:9] + b"odd\r\n\r\n"],
+}
+MANNERS = ("close", "close after greeting", "garbage", "half", "refused", "odd", "hang", "leave")
+
+
+async def break_off(way, manner, reader, writer):
+    """What a proxy does that is broken in this manner; `leave`: it does so when all is said."""
+    *steps, refused, odd = HANDSHAKES[way]
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        for size, answer in steps if manner != "close" else ():
+            await (reader.readexactly(size) if size else reader.readuntil(b"\r\n\r\n"))
+            if manner == "hang":
+                await reader.read()
+            if manner in ("hang", "close after greeting"):
+                break
+            last = {"refused": refused, "odd": odd, "half": answer[: len(answer) // 2]}
+            answer = last.get(manner, answer) if answer is steps[-1][1] else answer
+            writer.write(b"\x99garbage\r\n\r\n" * 9 if manner == "garbage" else answer)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize(("way", "manner"), [*itertools.product(HANDSHAKES, MANNERS)])
+async def test_a_broken_proxy_ends_nothing(world, impatient, looks, endless, way, manner):
+    """Neither a check, nor a clip under way, nor a request; and nothing is sent twice."""
+    w = await world(video_seconds=0.05)
+    broken = functools.partial(break_off, way, manner)
+    server = await asyncio.start_server(broken, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    await w.post(VIDEOS, BOAT)
+    (running,) = await w.running()
+    file, api = w.live.layers["file"], w.live["flow.api_base_url"]
+    file["flow.api_base_url"] = api.replace("http:", "https:") if way == "connect" else api
+    file["proxy.proxy_url"] = f"{'http' if way == 'connect' else way}://{host}:{port}"
+    file.update({"proxy.proxy_enabled": True, "flow.timeout": 0.2})
+    w.token.checked_at = 0
+    await w.pool.ask(w.token, flow2api.now())
+    with pytest.raises(flow2api.GatewayError):
+        await w.pool.check(w.token)
+    client, jobs = asyncio.create_task(w.chat(text="a lost boat")), w.jobs.open
+    await until(lambda: client.done() or any(job.state == "unknown" for job in jobs.values()))
+    file.update({"proxy.proxy_enabled": False, "flow.api_base_url": api})
+    codes = "upstream_unreachable proxy_unavailable"
+    if way == "http" or (manner == "leave" and way != "connect"):  # it may have arrived
+        codes += " submit_unknown upstream_changed upstream_error"
+    reply = await client
+    assert reply.error["code"] in codes.split() and expect_error(w, reply, reply.error["code"])
+    assert (await w.end_of(running.id)).state == "completed"
+    assert (await w.chat(text="a boat that arrives")).content
+    assert not w.jobs.open and w.token.is_active and not w.token.busy.total()
+    assert len(w.paid()) == len(w.flow.media) == 2
+    server.close()
+
+
+CALLS_TO_FLOW = {  # a part of their path -> a model that leads to them
+    **dict.fromkeys(("auth/session", "createProject", "/credits", "uploadImage"), BANANA),
+    **dict.fromkeys(("batchCheck", "projectInitialData", "UrlRedirect"), FAST),
+    **{"batchGenerateImages": BANANA, "GenerateVideoText": FAST},
+    **{"upsampleImage": f"{BANANA}-2K", "UpsampleVideo": f"{FAST}-1080p"},
+}
+NESTED = '{"a":' * 500 + "1" + "}" * 500
+EVERY_NAME = """{"name": @, "projectId": @, "credits": @, "remainingCredits": @, "access_token": @,
+ "userPaygateTier": @, "user": {"email": @, "name": @}, "expires": @, "encodedImage": @,
+ "media": [{"name": @, "projectId": @, "mediaMetadata": {"mediaStatus": {"failureReasons": @}}}],
+ "workflows": [{"name": @, "metadata": {"primaryMediaId": @, "batchId": @}}],
+ "result": {"data": {"json": {"status": @, "result": {"projectId": @}, "projectContents": @}}}}"""
+
+
+def replying(text, kind="application/json"):
+    return lambda request: web.Response(text=text, content_type=kind)
+
+
+BAD_REPLIES = {"half": cut_off, "HTML": replying("<html>hi</html>", "text/html")}
+BAD_REPLIES["without end"] = lambda request: web.Response(body=blanks(50_000, 0))
+for raw in ("Infinity", "null", "5", "[]", "[" * 10**5, "9" * 5000):
+    BAD_REPLIES[raw[:9]] = replying(raw)
+for raw in (NESTED, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
+    BAD_REPLIES[f"all {raw[:9]}"] = replying(EVERY_NAME.replace("@", raw))
+
+
+@pytest.mark.parametrize("on", CALLS_TO_FLOW)
+async def test_after_bad_replies_all_goes_on(world, impatient, looks, endless, monkeypatch, on):
+    """No job stands still, what Google has accepted is completed, and paid once."""
+    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
+    monkeypatch.setattr(flow2api, "MAX_REPLY", 1 << 17)
+    w = await world(((ULTRA, 10**6),), image_seconds=0, video_seconds=0.03)
+    model, through = CALLS_TO_FLOW[on], "Generate" in on or on == "UpsampleVideo"
+    for name, answer in BAD_REPLIES.items():
+        if (through and "²" in name) or (on == "UpsampleVideo" and "ud800" in name):
+            continue  # it could be a name
+        w.flow.media.clear()
+        w.fault = bad = fault(on, answer, through, times=2 - through)
+        if on == "projectInitialData":
+            w.fault = together([fault(PAID, dropped, through=True, times=1), bad])
+        gone = {"at": "", "project_id": ""} if on in ("auth/session", "createProject") else {}
+        w.token.update(checked_at=0, **gone)
+        await w.pool.ask(w.token, flow2api.now())
+        w.token.update(**flow2api.AWAKE)
+        call = w.chat(model, name, [DATA] * (on == "uploadImage"))
+        reply = await asyncio.wait_for(call, 10)
+        assert reply.status == 200 or reply.error["code"] != "internal_error", (name, reply)
+        await until(lambda: not w.jobs.open)
+        media = [made for made in w.flow.media.values() if "_upsampled" not in made.name]
+        job = await w.jobs.get(reply.job_id)
+        assert (len(media), len(bad.seen) > 0) == (len(job.done()), True), (name, job.error)
+        assert len(media) <= 1 and (job.state == "completed") is bool(media), name
     w.fault = None
-    await w.account()
-    for clock.ahead, works in ((1, False), (seconds - 2, False), (1.2 * seconds + 5, True)):
-        replies = await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(8)))
-        assert [reply.status for reply in replies] == [200] * 8
-        assert (0 < first.image_count < 8) is works
+    w.token.update(**flow2api.AWAKE)
+    assert (await w.chat(model, "at last")).content and not w.token.busy.total()
 
 
-async def dies(w, clock):
-    """Google says for minutes that the only account's session is dead."""
-    for number in (1, 2, 3):
-        await until(lambda number=number: len(w.token.suspicions) == number)
-        assert w.token.is_active
-        clock.ahead += 60
-    await until(lambda: not w.token.is_active)
+@pytest.mark.parametrize("error", [RuntimeError("odd"), EOFError(), OSError(28, "No space")])
+async def test_each_background_loop_goes_on(world, impatient, endless, monkeypatch, error):
+    """After an exception in each of them."""
+    w, calls = await world(video_seconds=0.3), []
+    running, old = await w.post(VIDEOS, BOAT), w.data / "tmp" / f"{'a' * 32}.png"
+    await w.running()
+    old.write_bytes(PNG)
+    os.utime(old, (0, 0))
+    places = {"ask": w.pool, "expire": w.gateway.media, "_poll": w.jobs, "unfinished": flow2api}
+    for name, owner in places.items():
+        effects = itertools.chain([error], itertools.repeat(mock.DEFAULT))
+        calls.append(mock.Mock(wraps=getattr(owner, name), side_effect=effects))
+        monkeypatch.setattr(owner, name, calls[-1])
+    w.token.update(checked_at=0, asked_at=0)
+    w.live.put("file", "cache.timeout", 1, "test")
+    await until(lambda: w.token.checked_at and not old.exists())
+    assert (await w.end_of(running.job_id)).state == "completed"
+    assert min(call.call_count for call in calls) > 1
 
 
-async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient, clock):
+@pytest.mark.parametrize("file", [False, True])
+@pytest.mark.parametrize("on", ["UrlRedirect", "batchCheck", PAID])
+async def test_five_paid_clips_end_when_a_full_disk_has_room_again(world, impatient, on, file):
+    """Whichever of their steps did not fit; no restart is needed, and nothing is paid again."""
+    w = await world(video_seconds=0.05, **{"cache.enabled": file})
+    w.fault = hold("^/media/" if file and on == "UrlRedirect" else on, through=on == PAID)
+    clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(5)]
+    await w.fault.seen.wait()
+    await until(lambda: len(w.flow.media) == 5)
+    jobs = list(w.jobs.open)
+    with full_disk(w.store) as writes:
+        w.fault.release.set()
+        await until(lambda: writes.call_count > 4)
+    for job_id in jobs:
+        assert (await w.end_of(job_id)).state == "completed"
+    assert len(jobs) == len(w.paid()) == 5 and not w.token.busy.total()
+    for reply in await asyncio.gather(*clients):
+        assert reply.status == 200 or reply.job_id in jobs
+
+
+async def test_what_does_not_fit_is_told_logged_and_leaves_nothing(world, monkeypatch, caplog):
+    """The second of two pictures, or the database. When there is room again, all is well."""
     w = await world()
+    inputs, pictures = w.data / "inputs", [DATA, DATA]
+    orders = {CHAT: chat_body(BANANA, "a boat", pictures), VIDEOS: BOAT | {"image": pictures}}
+    orders[EDITS] = BOAT | {"image": pictures}
+    real = pathlib.Path.open
+
+    def limited(path, mode="r", *more, **options):
+        full = "r" not in mode and path.name.endswith("_1")
+        return open("/dev/full", "wb", 0) if full else real(path, mode, *more, **options)
+
+    for full in (monkeypatch.context(), full_disk(w.store)):
+        with full as patch:
+            if isinstance(patch, pytest.MonkeyPatch):
+                patch.setattr(pathlib.Path, "open", limited)
+            for path, body in [*orders.items()] * 3:
+                error = expect_error(w, await w.post(path, body), "disk_full")
+                assert "disk" in error["message"] and not list(inputs.iterdir())
+        told = [line for line in caplog.messages if re.search("disk|space", line)]
+        assert 0 < len({*told}) < 5 and not w.jobs.open and not w.paid()  # the same are folded
+        caplog.clear()
+    for path, body in orders.items():
+        assert (await w.post(path, body)).status == 200
+
+
+# ---- What is full, dead, slow or junk harms nobody else ----
+
+
+@pytest.mark.parametrize("on", ["session", "uploadImage", "createProject", "credits"])
+async def test_a_dead_network_blames_and_disables_nobody(world, impatient, clock, on):
+    w = await world()
+    w.fault = fault(on, dropped)
+    await w.pool.update(w.token, project_id="")
+    clock.ahead += 7200  # a new access token is due
+    await w.chat(BANANA, pictures=[DATA])
+    await until(lambda: w.fault.seen)
+    blame = (w.token.failures, w.token.error_count, w.token.paused_until)
+    assert w.token.is_active and blame == (0, 0, 0)
+    w.fault = None
+    assert (await w.chat(BANANA)).content
+    old = w.token.at
+    clock.ahead += 3600 - 300  # it is renewed before its end, without anybody asking
+    await until(lambda: w.token.at != old)
+    assert w.token.at_expires > flow2api.now() + 600
+
+
+async def test_a_sick_account_holds_up_no_other_and_swallows_no_jobs(world, impatient):
+    """Its status calls hang; then its proxy is dead, and there is no other account."""
+    w = await world(((PRO, 1000), (PRO, 500)), video_seconds=0.1)
+    sick, other = w.pool.tokens.values()
+    held = hold("batchCheck")
+    w.fault = lambda request, handler: (
+        held(request, handler) if flow2api.bearer(request) == sick.at else handler(request)
+    )
+    clients = [asyncio.create_task(w.chat()) for _ in range(2)]
+    await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
+    assert sum(client.done() for client in clients) == 1
+    held.release.set()
+    assert [reply.status for reply in await asyncio.gather(*clients)] == [200, 200]
+    sick.proxy_url = "http://127.0.0.1:9"
+    for model in ("nano_banana_pro", "veo_3_1-fast", "nano_banana_pro"):
+        assert (await w.chat(model)).content  # the clip is first tried where most credits are
+    assert sick.is_active and sick.error_count == 0
+    sick.proxy_url, other.is_active = "socks5://", False
+    expect_error(w, await w.chat("nano_banana_pro"), "proxy_unavailable")
+
+
+async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world):
+    """lost+found is such a folder, where data/tmp is a volume."""
+    w = await world(((ULTRA, 1000),))
+    owner, kept = await w.owner(), w.data / "tmp"
+    (kept / "lost+found").mkdir()
+    (kept / "a.mp4").write_bytes(CLIP)
+    assert (await owner("DELETE", "/api/cache")).json["cache_bytes"] == 0
+    assert (kept / "lost+found").exists()
+    shutil.rmtree(kept)
+    assert (await owner("GET", "/api/system/info")).json["cache_bytes"] == 0
+    content = (await w.chat("nano_banana_pro-2K")).content
+    assert "this is the original" in content and w.token.busy.total() == 0
+    w.live.put("file", "cache.enabled", True, "test")
+    for text in (content, (await w.chat("nano_banana_pro")).content):
+        assert links_in(text)[0].startswith(w.url)
+    refuse_rows(w, "jobs", "NEW.state = 'failed'")
+    expect_error(w, await w.chat(text="unsafe"), "content_policy_violation")
+    with contextlib.closing(sqlite3.connect(w.store.path)) as database:
+        database.execute("DROP TRIGGER \"NEW.state = 'failed'\"")
+    await until(lambda: not w.token.busy.total() and not w.pool.leases)
+    refuse_rows(w, "tokens", "TRUE")
+    w.token.checked_at = 0
+    await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
+    assert w.token.checked_at and w.token.is_active
+
+
+async def test_more_or_larger_requests_than_are_set_are_refused_and_harm_nobody(world):
+    """A body that is too large is not called busy, which clients would repeat."""
+    w = await world(**{"limits.requests": 3, "limits.bodies_mb": 1})
+    w.fault = hold(PAID)
+    streams = [asyncio.create_task(w.stream()) for _ in range(3)]
+    await until(lambda: len(w.jobs.open) == 3)
+    for reply in (await w.chat(), await w.get("/v1/models"), await w.get(VIDEOS)):
+        expect_error(w, reply, "queue_full")
+        assert int(reply.headers["Retry-After"]) > 0
+    assert (await w.get("/health")).status == 200
+    assert (await w.get("/api/tokens", key=await w.admin())).status == 200
+    w.fault.release.set()
+    for stream in await asyncio.gather(*streams):
+        assert links_in(stream.content)
+    half, large = [data_url(PNG + bytes(size)) for size in (500_000, 900_000)]
+    expect_error(w, await w.chat("nano_banana_pro", pictures=[large]), "queue_full")
+    for _ in range(3):  # the room is given back
+        assert (await w.chat("nano_banana_pro", pictures=[half])).content
+    assert (await w.post("/api/login", data=b" " * 200_000)).status == 413
+    for path, lines, status in (
+        (IMAGES, "Content-Length: 600000000", b" 413 "),
+        ("/api/login", "Content-Length: 1048576\r\nExpect: 100-continue", b" 100 "),
+    ):  # no more than the head is sent
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.url.split(":")[2])
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {w.key}\r\n{lines}"
+        writer.write(f"{head}\r\n\r\n".encode())
+        assert status in await reader.readline()
+        assert (await w.chat("nano_banana_pro")).content
+        writer.close()
+
+
+# ---- Nobody can freeze, fatten or fill it ----
+
+
+async def test_with_few_files_and_many_idle_connections_it_still_answers(run, tmp_path):
+    """Half of them have sent a part of a head. The log stays short."""
+    options = (REPOSITORY / "flow2api.py", "--data", tmp_path, "--host", "127.0.0.1", "--port", "0")
+    command = ("bash", "-c", "ulimit -n 120 && exec $0 $@", sys.executable, *options)
+    program, idle = await run(*command), []
+    await until(lambda: program.serves or program.process.returncode is not None, 30)
+    health = head_of("none", "/health", "Host: x", method="GET")
+    for number in range(300):
+        with contextlib.suppress(OSError):
+            idle.append((await connect(program.url))[1])
+            idle[-1].write(health[:20] * (number % 2))
+    assert re.match(rb"HTTP/1.1 (200|429|503) |\Z", await exactly(program.url, health))
+    for writer in idle:
+        writer.transport.abort()
+    async with asyncio.timeout(20):
+        while b"200 OK" not in await exactly(program.url, health):
+            await asyncio.sleep(0.1)
+    assert len(program.log) < 20, program.log[:30]
+
+
+async def test_no_compressed_body_is_unpacked(world):
+    """Whoever sends it; a part of a form neither."""
+    w = await world()
+    login = json.dumps({"username": "admin", "password": w.password}).encode()
+    headers, packed = {"Content-Type": "application/json"}, zlib.compress(login)
+    paths = (CHAT, IMAGES, VIDEOS, f"{VIDEOS}/x/remix", "/api/login", "/api/admin/login")
+    for coding in ("gzip", "deflate", "br", "GZip", "identity, gzip"):
+        headers["Content-Encoding"] = coding
+        for path, key in itertools.product(paths, (w.key, "none")):
+            reply = await w.post(path, data=packed, headers=headers, key=key)
+            if "/api" in path:
+                expect_detail(reply, 415)
+            elif key == w.key or reply.status != 401:
+                expect_error(w, reply, "unsupported_encoding")
+        file = ("image", packed, f"{FILE}\r\nContent-Encoding: {coding}")
+        reply = await w.post(EDITS, **form([("prompt", "x"), file]))
+        expect_error(w, reply, "unsupported_encoding")
+    headers["Content-Encoding"] = "identity"
+    assert (await w.post("/api/login", data=login, headers=headers)).status == 200
+
+
+async def test_slow_and_chunked_bodies_lock_nobody_out(world, monkeypatch):
+    """What is announced takes no room; what was read gives it back; what stalls is ended."""
+    w = await world(**{"limits.bodies_mb": 4})
+    w.fault, clients = hold(PAID), []
+
+    async def pieces():
+        body = json.dumps(chat_body(BANANA, "a boat") | {"stream": True}).encode()
+        yield body[:50]
+        yield body[50:]
+
+    async def ask_for_more(request):
+        clients.append(asyncio.create_task(request))
+        before = len(w.jobs.open)
+        await until(lambda: len(w.jobs.open) > before or clients[-1].done())
+
+    lines = ("Transfer-Encoding: chunked", "Content-Length: 60000000")
+    starts = [head_of(w.key, CHAT, *JSON_HEAD, line) + b"9\r\n{" for line in lines]
+    stalled = [asyncio.create_task(exactly(w.url, start, 1)) for start in starts * 4]
+    for _ in range(16):
+        await ask_for_more(w.post(CHAT, data=pieces(), headers={"Content-Type": "text/json"}))
+    large = data_url(PNG + bytes(1_500_000))
+    for number in range(6):
+        await ask_for_more(w.chat(BANANA, f"{number}", [large]))
+    w.fault.release.set()
+    assert [reply.status for reply in await asyncio.gather(*clients)] == [200] * 22
+    for task in stalled:
+        task.cancel()
+    monkeypatch.setattr(flow2api, "BODY_STALL", 0.2)
+    starts.append(starts[0].replace(CHAT.encode(), b"/api/login"))
+    for answer in await asyncio.gather(*(exactly(w.url, start, 1) for start in starts)):
+        assert re.match(rb"HTTP/1.1 408 |\Z", answer), answer
+
+    async def stall():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    reply = await w.post(CHAT, data=stall(), headers={"Content-Type": "text/json"})
+    expect_error(w, reply, "request_timeout")
+
+
+SAYS = '{"role": "user", "content": "make it darker"}'
+LONG = '[{"role": "user", "content": "'
+HOSTILE = {  # name (may: it can be read, too) -> field, and its start, what is repeated, its end
+    "depth": ("x", "", "[", 65, "1" + "]" * 65),
+    "depth of objects": ("x", "", '{"a":', 65, "1" + "}" * 65),
+    "depth without end": ("x", "", "[", 10**6, ""),
+    "lists": ("x", "[", "[],", 3_000_000, "1]"),
+    "objects": ("x", "[", "{},", 3_000_000, "1]"),
+    "numbers": ("x", "[", "1,", 3_000_000, "1]"),
+    "names": ("x", "{", '"a":1,', 1_000_000, '"b":1}'),
+    "text": ("x", '"', "a, b", 3_000_000, '"'),
+    "a name": ("x", '{"', "a, b", 3_000_000, '":1}'),
+    "escapes": ("x", '"', r"\u0041", 5_000_000, '"'),
+    "quotes": ("x", '"', r"\"", 4_000_000, '"'),
+    "half escapes": ("x", '"', r"\ud83d", 5_000_000, '"'),
+    "digits": ("n", "", "9", 5_000_000, ""),
+    "a large number": ("n", "", "1e999", 1, ""),
+    "spaces": ("x", "", " ", 6_000_000, "1"),
+    "no end": ("x", '"', "x", 10**6, ""),
+    "a prompt": ("messages", LONG, "ü", 20_001, '"}]'),
+    "a model": ("model", '"veo_3_1', "-4s", 10**6, '"'),
+    "a size": ("size", '"', "9", 10**6, 'x"'),
+    "may: longest prompt": ("messages", LONG, "ü", 20_000, '"}]'),
+    "may: messages": ("messages", "[", f"{SAYS},", 100_000, f"{SAYS}]"),
+    "may: parts": ("messages", LONG[:-1] + "[", '{"type":"text","text":"a"},', 10**5, "{}]}]"),
+    "may: links": ("messages", LONG.replace("user", "assistant"), "![](", 10**5, f'"}},{SAYS}]'),
+    "may: labels": ("messages", LONG.replace("user", "assistant"), "![", 10**6, f'"}},{SAYS}]'),
+    "may: side prompt": ("messages", LONG + "### Task: ", "tags ", 3_900, '"}]'),
+    "may: system": ("messages", LONG.replace("user", "system"), "a title", 10**5, f'"}},{SAYS}]'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_body_is_read_or_refused_and_what_comes_next_served(world, name):
+    w = await world(image_seconds=0)
+    field, start, repeated, times, end = HOSTILE[name]
+    body = json.dumps(chat_body(BANANA, "a boat") | BOAT | {field: "@"})
+    body = body.replace('"@"', start + repeated * times + end).encode()
+    for path in (CHAT, IMAGES):
+        reply = await w.post(path, data=body, headers={"Content-Type": "application/json"})
+        may = name.startswith("may") or (field in ("messages", "n") and path == IMAGES)
+        good = reply.status == 200 and may
+        assert good or 400 <= reply.status < 500, (path, reply.status, reply.body[:200])
+    part = b'--b\r\nContent-Disposition: form-data; name="a[]"\r\n\r\n1\r\n'
+    request = form([("prompt", "ü" * 20_001), ("image", PNG, FILE)])
+    request["data"] = part * (50_000 * (name == "names")) + request["data"]
+    reply = await w.post(VIDEOS, **request)
+    assert 400 <= reply.status < 500 and (await w.chat(BANANA)).content
+
+
+KEY = "canary-4f9e-secret"
+AT, LOGIN = r" HTTP/1.1\r\nHost: x\r\n", r"POST /api/login HTTP/1.1\r\nHost: x\r\n"
+BAD_HEADS = rf"""GET / HTTP/1.1\r\nAuthorization Bearer {KEY} ;; GET /{KEY} HTTP/9.9 ;; {KEY}
+GET /?key={KEY} HTTP/1.1 {KEY} ;; B@D{KEY} /{AT} ;; GET /{AT}Authorization: Bearer {KEY}\x00
+GET /{AT}Cookie : flow2api_session={KEY} ;; GET /{AT}Cookie: a={KEY}\r\n folded {KEY}
+GET /{AT}X: {KEY * 2000} ;; GET /{KEY * 2000}{AT} ;; GET http://[{KEY}{AT} ;; GET http://{KEY}:x/{AT}
+{LOGIN}Content-Length: {KEY} ;; {LOGIN}Transfer-Encoding: {KEY} ;; GET /{AT}Host: {KEY}é[
+{LOGIN}Transfer-Encoding: chunked\r\n\r\n{KEY} ;; \x16\x03\x01\x02{KEY}\x00\xff
+{LOGIN}Connection: close\r\nContent-Encoding: gzip\r\nContent-Length: 18\r\n\r\n{KEY}
+{LOGIN}Content-Length: 1\r\nContent-Length: 2\r\n\r\n{KEY}"""
+
+
+async def test_a_malformed_request_puts_no_secret_in_the_log_and_few_lines(flow2, tmp_path):
+    """At most a line for each; many of the same are folded. Nor does an answer tell the server."""
+    program, heads = await flow2("--data", tmp_path), re.split(" ;; |\n", BAD_HEADS)
+    for line in [*heads, *[heads[0]] * 100]:
+        before, head = len(program.log), line.encode().decode("unicode_escape").encode("latin-1")
+        answer = await exactly(program.url, head + b"\r\n" * 4)
+        assert b"aiohttp" not in answer.lower() and b" 500 " not in answer[:20], line[:80]
+        await ask(f"{program.url}/health")  # what it logs has come by then
+        assert len(program.log) <= before + 1, (line[:80], program.log[before:])
+        assert KEY not in str(program.log[before:]), (line[:80], program.log[before:])
+    assert len(program.log) < 40, program.log
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="no /proc here")
+async def test_200_mb_pass_in_constant_memory(world, tmp_path):
+    def resident():
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    w = await world(**QUICK)
+    video = await finished_clip(w)
+    with (tmp_path / "huge.mp4").open("w+b") as huge:
+        for number in range(200):
+            huge.write(bytes([number]) * (1 << 20))
+        huge.seek(0)
+        w.fault = fault("^/media/", lambda request: web.FileResponse(huge.name))
+        before = resident()
+        async with w.http.get(video["url"]) as reply:
+            async for chunk in reply.content.iter_chunked(1 << 18):
+                assert chunk == huge.read(len(chunk))
+                assert resident() - before < 30 << 20
+        assert huge.tell() == 200 << 20 == int(reply.headers["Content-Length"])
+
+
+# ---- Whatever comes, in masses ----
+
+ODD_VALUES = json.loads(r"""[null, true, 0, -1, 1.5, "", "x", "\ud800", [], {}, [null], {"a": {}},
+ [[]], {"type": "text"}, {"type": "image_url"}, {"url": "http://["}, "4:3", "2K"]""")
+ODD_VALUES += ["9" * 6000, "a" * 70_000, 10**400, DATA]
+ODD_NAMES = """model messages stream n size image modalities stream_options aspect_ratio type text
+ url image_url role content prompt orientation image_size images mask references response_format"""
+
+
+async def test_whatever_the_shape_of_a_body_the_answer_is_never_a_500(world):
+    w, dice = await world(image_seconds=0), random.Random(2)
+    for path in [CHAT, CHAT, IMAGES, EDITS] * 150:
+        content = text_and_link("boat", {"url": DATA})
+        body = {"prompt": "boat", "model": BANANA, "image": DATA} | turns(("system", "s"), content)
+        places = [body, body, body, *body["messages"], *content, content[1]["image_url"]]
+        for place in dice.choices(places, k=dice.randint(1, 3)):
+            place[dice.choice(ODD_NAMES.split())] = dice.choice(ODD_VALUES)
+        reply = await w.post(path, body)
+        assert reply.status in (200, 400, 404, 413), (reply.body, path, str(body)[:300])
+
+
+RANDOM = int(os.environ.get("FLOW2API_RANDOM", 300))  # 20000: the long form
+DESIGNED = {status for status, _ in flow2api.ERRORS.values()} - {500}
+FIELDS = """model messages prompt stream n size seconds image images input_reference video metadata
+ response_format async_mode remix_target_id orientation aspect_ratio image_size username password
+ session_token st tokens remark is_active proxy_url image_concurrency enabled timeout base_url
+ limits.queue flow.poll_interval chat.video_content cache.timeout old_password new_password"""
+SOME_MODELS = ["", BANANA, FAST, "imagen_4", f"{FAST}-1080p", "veo_3_1-fl", "gpt-image-1", "x"]
+
+
+def random_request(dice, ids):
+    """-> options of World.call"""
+    method, path, _ = dice.choice(EVERY_CALL)
+    path = path.replace("nothing", dice.choice(ids)).replace("999", dice.choice(("1", "999")))
+    if dice.random() < 0.2:
+        name = dice.choice(("limit", "after", "state", "mask", "index", "variant"))
+        path += f"?{name}={dice.choice(('1', *ids, 'x', '-1', '%00', '9' * 99))}"
+    odd = [*ODD_VALUES, *SOME_MODELS, *ids, [DATA], {"url": DATA}, {"id": ids[0]}, True, "url"]
+    body = {name: dice.choice(odd) for name in dice.sample(FIELDS.split(), dice.randint(0, 6))}
+    if dice.random() < 0.7:
+        body = chat_body(dice.choice(SOME_MODELS), "a boat") | BOAT | body
+    texts = [(name, f"{body[name]}"[:99].encode(errors="replace")) for name in body]
+    parts = [*texts, ("image", dice.choice((PNG, b"x", b"")), FILE)]
+    cut = {"data": json.dumps(body)[: dice.randint(0, 999)]}
+    options = dice.choices((form(parts), cut, {"body": body}), (3, 1, 7))[0]
+    return {"method": method, "path": path, **options}
+
+
+def resident():
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+async def test_random_requests_get_no_5xx_but_by_design(world, impatient, endless, monkeypatch):
+    """And leave nothing in memory."""
+    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
+    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.01)
+    seed, ids, before = secrets.randbits(32), ["x"], 0
+    dice = random.Random(seed)
+    for number in range(0, RANDOM, 10):
+        w.live.layers["admin page"].clear()
+        if not w.pool.tokens:
+            await w.account(ULTRA, 10**9)
+        for token in w.pool.tokens.values():
+            token.update(**flow2api.AWAKE, proxy_url="", credits=10**9)
+        keys = dice.choices((w.key, await w.admin(), "none"), (6, 6, 1), k=10)
+        requests = [random_request(dice, ids) | {"key": key} for key in keys]
+        replies = await asyncio.gather(*(w.call(**request) for request in requests))
+        for request, reply in zip(requests, replies, strict=True):
+            by_design = reply.status < 500 or reply.status in DESIGNED
+            assert by_design, (seed, number, str(request)[:900], reply)
+            ids = [*ids, reply.headers.get("X-Job-Id", "x")][-9:]
+        w.flow.calls.clear()
+        before = before or (number > RANDOM // 4 and resident())
+    await until(lambda: not w.jobs.open)
+    assert RANDOM < 5000 or resident() - before < 10 << 20
+    w.live.layers["admin page"].clear()
+    await w.account(ULTRA, 10**6)
+    assert (await w.chat(BANANA, "at last")).content
+
+
+async def test_many_streams_dropped_at_once_harm_nothing(world, endless):
+    count, writers = 100 if RANDOM < 5000 else 1200, []
+    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.1)
+    w.fault = hold(PAID)
+    body = json.dumps(chat_body(FAST, "a boat") | {"stream": True}).encode()
+    head = head_of(w.key, CHAT, *JSON_HEAD, f"Content-Length: {len(body)}")
+    for _ in range(count):
+        writers.append((await connect(w.url))[1])
+        writers[-1].write(head + body)
+    await until(lambda: len(w.jobs.open) == count, 60)
+    for writer in writers:
+        writer.transport.abort()
+    assert (await w.get("/health")).status == 200
+    w.fault.release.set()
+    await until(lambda: not w.jobs.open, 60)
+    states = collections.Counter(job.state for job in w.store.jobs())
+    assert states["completed"] == len(w.flow.media) == len(w.paid())
+    assert states["completed"] + states["cancelled"] == count
+    assert (await w.chat(BANANA)).content and not w.token.busy.total()
+
+
+# ---- Accounts, sessions, settings and secrets stay what they are ----
+
+
+async def test_a_clip_of_which_nothing_can_be_learnt_ends_after_a_day(world, impatient, clock):
+    w = await world(video_seconds=10**6)
+    w.live.layers["file"]["generation.video_timeout"] = 20000
     client = asyncio.create_task(w.chat())
     (job,) = await w.running()
-    (account,) = w.flow.accounts.values()
-    w.flow.accounts.clear()
-    await dies(w, clock)
-    assert "Sign in to Flow again" in w.token.reason and job.state == "running"
-    assert w.token.reason_code == "account_session_ended"
-    expect_error(w, await w.chat(), "no_accounts")
-    w.flow.accounts["another.session"] = account
-    await w.pool.add("another.session")
-    assert (w.token.is_active, w.token.reason, w.token.reason_code) == (True, "", "")
-    assert (await client).content and (await w.chat()).content
-    assert (len(w.paid()), account.credits, w.token.busy.total()) == (2, 960, 0)
-    w.flow.accounts.clear()
-    w.token.at = ""
-    w.fault = held = hold("auth/session", through=True)
-    client = asyncio.create_task(w.chat())
-    await held.seen.wait()
-    w.fault = None
-    w.flow.accounts["a.third.session"] = account
-    adding = asyncio.create_task(w.pool.add("a.third.session"))
-    await until(lambda: w.token.st == "a.third.session")
-    held.release.set()  # only now the refusal of the old one arrives
-    await adding
-    assert (await client).content and w.token.is_active
+
+    def two_hours_later(request):
+        clock.ahead += 7200
+        w.jobs._tell(job)
+        return refusal(503)(request)
+
+    w.fault = fault("batchCheck", two_hours_later)
+    expect_error(w, await asyncio.wait_for(client, 20), "generation_timeout")
+    assert len(w.fault.seen) >= 12 and not w.token.busy.total()
 
 
-HICCUPS = (  # what answers, so many times: each is one dead look of the session
-    ("auth/session", lambda request: web.json_response({}), 1),
-    ("batchGenerateImages", refusal(401), 2),
-)
-
-
-@pytest.mark.parametrize(("on", "answer", "times"), HICCUPS)
-async def test_a_hiccup_of_a_session_disables_nobody(world, impatient, clock, on, answer, times):
-    """While the account is suspect, another serves."""
-    w = await world()
-    w.token.at = ""
-    w.fault = fault(on, answer, times=times)
-    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
-    assert w.token.is_active and w.token.paused_until > flow2api.now()
-    first, second = w.token, await w.account()
-    assert (await w.chat("nano_banana_pro")).content and second.image_count == 1
-    second.paused_until = flow2api.now() + 900
-    clock.ahead = 60
-    assert (await w.chat("nano_banana_pro")).content and first.image_count == 1
-    assert first.suspicions == () and first.is_active
-
-
-async def test_what_we_have_disabled_is_asked_ever_more_rarely_and_comes_back(
-    world, impatient, clock
-):
-    """What the owner has disabled is not."""
-    w = await world(**{"token_refresh.enabled": False})
-    (account,) = w.flow.accounts.values()
-    st, _ = w.token.st, w.flow.accounts.clear()
-    w.token.at = ""
-    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
-    await dies(w, clock)
-    for hours in (1, 2, 4):
-        w.flow.calls.clear()
-        clock.ahead += hours * 3600 - 60
-        await asyncio.sleep(0.1)
-        assert not w.flow.calls
-        clock.ahead += 120
-        await until(lambda: w.flow.calls)
-    w.flow.accounts[st] = account
-    clock.ahead += 8 * 3600
-    await until(lambda: w.token.is_active and not w.token.reason)
-    assert (await w.chat("nano_banana_pro")).content
-    await (await w.owner())("POST", "/api/tokens/1/disable")
-    clock.ahead += 90 * 3600
-    await asyncio.sleep(0.1)
-    assert not w.token.is_active
-
-
-async def test_four_sessions_at_most_are_renewed_at_a_time(world, clock):
-    w = await world(((PRO, 1000),) * 10)
-    asked = []
-
-    async def count(request, handler):
-        if not request.path.endswith("auth/session"):
-            return await handler(request)
-        asked.append(asked[-1] + 1 if asked else 1)
-        await asyncio.sleep(0.2)
-        asked.append(asked[-1] - 1)
-        return await handler(request)
-
-    w.fault = count
-    clock.ahead = 4000
-    for account in w.flow.accounts.values():
-        account.at = ""
-    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(20)))
-    assert len(asked) == 20 and max(asked) == 4
-
-
-async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
-    """Once a minute at most, and after a spend whose answer names no balance."""
-    w = await world(((PRO, 5),), **{"token_refresh.enabled": False})
-    expect_error(w, await w.chat(), "no_credits")
-    (account,) = w.flow.accounts.values()
-    account.credits = 20
-    expect_error(w, await w.chat(), "no_credits")
-    clock.ahead = 61
-    w.fault = edited(PAID, lambda body: {"media": body["media"]})
-    assert (await w.chat()).content
-    assert (account.credits, w.token.credits) == (0, 0)
-    clock.ahead = 150
-    w.flow.calls.clear()
-    for reply in await asyncio.gather(*(w.chat() for _ in range(9))):
-        expect_error(w, reply, "no_credits")
-    assert [path for path, _ in w.flow.calls] == ["/v1/credits"]
-
-
-ASLEEP = (  # Google's refusal of a picture; then go: a clip, another picture, the same
-    ((429, "USER_REQUESTS_THROTTLED"), (True, False, False)),
-    ((429, "PER_MODEL_DAILY_QUOTA_REACHED"), (True, True, False)),
-)
-
-
-@pytest.mark.parametrize(("refused", "goes"), ASLEEP)
-async def test_only_what_is_refused_is_left_alone(world, clock, refused, goes):
-    w = await world()
-    for _ in range(2):
-        clock.ahead += 1000
-        w.fault = fault(PAID, refusal(refused[0], f"PUBLIC_ERROR_{refused[1]}"))
-        reply = await w.chat("nano_banana_pro")
-        assert reply.status == 429 and int(reply.headers["Retry-After"]) >= 60
-        w.fault = None
-    for model, works in zip(
-        ("veo_3_1-fast", "nano_banana_2", "nano_banana_pro"), goes, strict=True
-    ):
-        assert (await w.chat(model)).status == (200 if works else 429), model
-
-
-@pytest.mark.parametrize("answer", [says(403, "UNUSUAL_ACTIVITY"), says(401), says(403)])
-async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answer):
-    w = await world(((PRO, 100),) * 5)
-    w.fault = answer
-    assert (await w.chat("nano_banana_pro")).status == 503
-    paused = [token.paused_until > flow2api.now() for token in w.pool.tokens.values()]
-    assert sum(paused) == 2 == sum(token.error_count for token in w.pool.tokens.values())
-    w.fault = None
-    assert (await w.chat("nano_banana_pro")).content
-
-
-def without(projects):
-    """Flow has these projects no more."""
-
-    async def middleware(request, handler):
-        text = request.path + await request.text() * ("json" in request.content_type)
-        gone = any(project in text for project in projects)
-        return (
-            refusal(404, "", "Requested entity was not found.")(request)
-            if gone
-            else (await handler(request))
-        )
-
-    return middleware
-
-
-@pytest.mark.parametrize("pictures", [(), (DATA,)])
-@pytest.mark.parametrize("model", ["nano_banana_pro", "veo_3_1-fast"])
-async def test_a_project_that_is_gone_is_made_anew_once(world, model, pictures):
-    w = await world()
-    gone = w.token.project_id
-    w.fault = without([gone])
-    replies = await asyncio.gather(*(w.chat(model, f"{i}", pictures) for i in range(5)))
-    assert all(reply.content for reply in replies) and len(w.flow.media) == 5
-    assert len(w.asked("createProject")) == 2 and w.token.project_id != gone
-    assert w.store.tokens()[0].project_id == w.token.project_id
-    w.fault = says(404)  # that is the key, which a new project does not make known
-    for _ in range(3):
-        expect_error(w, await w.chat(model), "model_unavailable")
-    assert len(w.asked("createProject")) == 3
-
-
-async def test_where_projects_are_retired_another_account_takes_the_job(world):
-    w = await world(((PRO, 1000), (PRO, 100)))
-    moved, other = w.pool.tokens.values()
-    w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
-    assert (await w.chat()).content and other.video_count == 1
-    assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
-    assert (moved.cause(), moved.reason_code) == ("upstream_retired", "")
-
-
-SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
-
-
-@pytest.mark.parametrize("on", SLOW)
-async def test_a_picture_ends_by_its_timeout_and_speaks_of_no_credits(world, on):
-    w = await world(((ULTRA, 100),), **{"generation.image_timeout": 1})
-    w.token.project_id = ""
-    w.fault = hold(on)
-    reply = await asyncio.wait_for(w.chat("nano_banana_pro-2K", pictures=[DATA]), 5)
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_deleted_account_never_comes_back_and_nobody_gets_its_jobs(world, restart):
+    """Not with a late answer of Google; and two admins may delete the same ones at once."""
+    w = await world(video_seconds=0.05)
+    owner, path = await w.owner(), f"/api/tokens/{w.token.id}"
+    job = w.store.job((await w.chat()).job_id)
+    w.fault = hold("/credits")
+    check = asyncio.create_task(owner("POST", f"{path}/refresh-credits"))
+    await w.fault.seen.wait()
+    assert (await owner("DELETE", path)).status == 200
     w.fault.release.set()
-    if on == "upsampleImage":
-        assert "this is the original" in reply.content
-    else:
-        code = "submit_unknown" if "Generate" in on else "generation_timeout"
-        assert "credit" not in expect_error(w, reply, code)["message"]
-    assert (w.token.busy.total(), w.jobs.open) == (0, {})
+    await check
+    assert not w.store.tokens()
+    others = [await w.account(is_active=False) for _ in range(4)]
+    deletes = (owner("DELETE", "/api/tokens/batch-delete-disabled") for _ in range(3))
+    assert {reply.status for reply in await asyncio.gather(*deletes)} == {200}
+    assert not w.pool.tokens
+    if restart:
+        await w.restart()
+    others.append(await w.account())
+    assert job.token_id not in [token.id for token in others]
+    assert (await owner("GET", f"/api/jobs/{job.id}")).json["job"]["account"] == ""
 
 
-async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(world):
-    w = await world(((PRO, 100), (PRO, 100), (PRO, 900)))
-    tokens = w.pool.tokens.values()
-    for _ in range(9):
-        await w.chat("nano_banana_pro")
-    assert [token.image_count for token in tokens] == [3, 3, 3]
-    for _ in range(4):
-        await w.chat()
-    assert [token.video_count for token in tokens] == [0, 0, 4]
-    await w.pool.update(w.pool.tokens[3], is_active=False)
-    for _ in range(4):
-        await w.chat()
-    assert [token.video_count for token in tokens] == [2, 2, 4]
-
-
-async def test_pictures_and_clips_wait_in_queues_of_their_own(world):
-    w = await world(**{"limits.queue": 1})
-    w.token.paused_until = flow2api.now() + 30
-    models = ("veo_3_1-fast", "nano_banana_pro")
-    waiting = [asyncio.create_task(w.chat(model)) for model in models]
-    await until(lambda: len(w.pool.queue) == 2)
-    for model in models:
-        expect_error(w, await w.chat(model), "queue_full")
-    await w.pool.update(w.token, paused_until=0)
-    assert all(reply.content for reply in await asyncio.gather(*waiting))
-
-
-async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, monkeypatch):
-    """It waits for those of its own account; another account takes it at once."""
-    start = time.time()  # with a clock that runs twenty times as fast
-    monkeypatch.setattr(flow2api, "now", lambda: start + 20 * (time.time() - start))
-    w = await world(video_seconds=5)
-    first = w.token
-
-    async def limit(request, handler):
-        of_first = "AsyncGenerate" in request.path and first.project_id in await request.text()
-        open_clips = sum(clip.ready > flow2api.now() for clip in w.flow.media.values())
-        if of_first and open_clips >= limit.most:
-            limit.refusals += 1
-            return refusal(429, "PUBLIC_ERROR_CONCURRENT_LIMIT_REACHED")(request)
-        return await handler(request)
-
-    w.fault = limit
-    for limit.most, number, refusals, counts in (
-        (2, 6, 6, [6]),  # four of the first burst, and two of those once more
-        (0, 4, 2, [6, 4]),
+async def test_a_session_counts_for_our_own_page_alone(world):
+    """Its cookie also behind Basic auth."""
+    w = await world()
+    session = await w.admin()
+    expect_error(w, await w.get("/v1/models", key=session), "invalid_api_key")
+    cookie = {"Cookie": f"flow2api_session={session}", "Origin": "http://127.0.0.1:1"}
+    disable = f"POST /api/tokens/{w.token.id}/disable"
+    for call, site, kind, authorization, status in (
+        (disable, "same-site", "application/json", "", 401),
+        (disable, "cross-site", "application/json", "", 401),
+        (disable, "", "text/plain", "", 401),  # plain http tells no site
+        (disable, "", "application/json", "", 200),
+        (disable, "none", "text/plain", "", 200),
+        ("GET /api/stats", "same-origin", "text/plain", "Basic eDp5", 200),
+        ("GET /api/stats", "same-origin", "text/plain", "Bearer admin-x", 401),
+        ("GET /api/stats", "same-origin", "text/plain", w.key, 401),
     ):
-        limit.refusals = 0
-        replies = await asyncio.gather(*(w.chat() for _ in range(number)))
-        assert [reply.status for reply in replies] == [200] * number
-        assert limit.refusals <= refusals and (first.is_active, first.failures) == (True, 0)
-        assert [token.video_count for token in w.pool.tokens.values()] == counts
-        await w.account()
+        w.token.is_active = True
+        headers = {"Content-Type": kind, "Authorization": authorization}
+        headers |= cookie | ({"Sec-Fetch-Site": site} if site else {})
+        reply = await w.call(*call.split(), headers=headers, data="{}")
+        assert reply.status == status
+        assert w.token.is_active is (call != disable or status == 401)
+
+
+async def test_neither_odd_answers_nor_odd_addresses_break_an_account(world, impatient):
+    w = await world(((PRO, 1), (PRO, 1)))
+    owner = await w.owner()
+    odd_balance = edited("/credits", lambda body: {"credits": {"amount": 3}})
+    w.fault = together([odd_balance, replaced("auth/session", '"email"', '"x"')])
+    for token in list(w.pool.tokens.values())[::-1]:
+        path = f"/api/tokens/{token.id}"
+        assert (await owner("POST", f"{path}/refresh-at")).status == 200
+        token.checked_at = 0
+        await w.pool.ask(token, flow2api.now())  # what it raises ends the process
+        assert token.asked_at
+    known = [(token.email, token.is_active, token.credits) for token in w.store.tokens()]
+    assert known == [("user1@example.com", True, 1), ("user2@example.com", True, 1)]
+    w.fault = None
+    for url in ("http://[", "http://a..b", "http://x:99999"):
+        for name in ("flow.labs_base_url", "flow.api_base_url"):
+            w.live.put("admin page", name, url, "test")
+        token.checked_at = 0
+        await w.pool.ask(token, flow2api.now())
+        expect_detail(await owner("POST", f"{path}/test"), 502)
+        expect_error(w, await w.chat("nano_banana_pro"), "upstream_unreachable")
+    assert (await owner("POST", "/api/settings", {"server.host": None})).status == 200
+    for url, status in (("http://u:canary@host:1", 200), ("http://…@other:1", 400)):
+        reply = await owner("POST", "/api/settings", {"proxy.proxy_url": url})
+        assert reply.status == status  # an edited mask is not saved in silence
+        assert (await owner("PUT", path, {"proxy_url": url})).status == status
+
+
+BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.1:9
+ http://user:canary@127.0.0.1:99999 http://user:canary@[x ftp://canary@x socks5://u:canary@
+ user:canary@127.0.0.1:9 canary"""
+
+
+async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock, caplog):
+    caplog.set_level(logging.DEBUG)
+    w = await world(((PRO, 100), (ULTRA, 100)), **{"cache.enabled": True})
+    tokens, owner = list(w.pool.tokens.values()), await w.owner()
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    for proxy in ("", *BROKEN_PROXIES.split()):  # none is not meant to be direct
+        w.live.put("file", "proxy.proxy_url", proxy, "test")
+        reply = await w.chat(BANANA)
+        assert reply.error["code"] in ("proxy_unavailable", "upstream_unreachable"), proxy
+        expect_error(w, reply, reply.error["code"])
+        assert "canary" not in f"{caplog.text}{reply.json}"
+        assert {(t.is_active, t.error_count, t.busy.total()) for t in tokens} == {(True, 0, 0)}
+    w.live.put("file", "proxy.proxy_enabled", False, "test")
+    hidden, replies = {owner.keywords["key"]}, [await w.chat(BANANA), await w.chat(text="unsafe")]
+    answers = (refusal(403), refusal(500), dropped, lambda request: web.Response(text="<"))
+    for answer, on in itertools.product(answers, (PAID, "upload", "session")):
+        hidden.update(w.secrets())
+        clock.ahead += 4000
+        for token in tokens:
+            w.flow.accounts[token.st].at = ""
+            await w.pool.update(token, is_active=True, failures=0)
+        w.fault = fault(on, answer, times=3)
+        replies.append(await w.chat(FAST, pictures=[DATA]))
+    hidden.update(w.secrets())
+    w.flow.accounts.clear()
+    replies += [await w.chat(), await owner("POST", "/api/tokens", {"st": tokens[0].st})]
+    errors = [str(reply) for reply in replies if reply.status >= 400]
+    assert len(errors) > 8 and caplog.records
+    assert re.search(
+        rf"{replies[0].job_id} completed: {BANANA} user\d@\S+ \d+ s 0 credits", caplog.text
+    )
+    assert not [secret for secret in hidden if secret in caplog.text + str(errors)]
 
 
 # ---- A data folder of the version before works as it is ----
@@ -2322,13 +2740,6 @@ sora-2 =? | veo_3_1x =? | VEO_3_1 =? | veo =? | gpt-image-1 =?
 """
 
 
-def refused(call, *arguments, **options):
-    """The error that a call ends with."""
-    with pytest.raises(flow2api.GatewayError) as caught:
-        call(*arguments, **options)
-    return caught.value
-
-
 def test_size_and_seconds_decide_and_what_does_not_fit_is_refused_by_name():
     """The nearest shape and the very length are taken."""
     for row in re.split(r"[\n|]", WISHES.strip()):
@@ -2345,6 +2756,312 @@ def test_size_and_seconds_decide_and_what_does_not_fit_is_refused_by_name():
             assert (error.code, error.param) == (code, [*wish][0] if sent else "model"), row
             text = str(error) if result == "?" else str(error).replace(model, "")
             assert (model if result == "?" else result[1:] or str(*wish.values())) in text, row
+
+
+# ---- Records and store ----
+
+
+def opened(folder):
+    store = flow2api.Store(folder)
+    store.open()
+    return contextlib.closing(store)
+
+
+def stored(record):
+    """Its fields, less those that live in memory."""
+    fields = dataclasses.fields(record)
+    names = [field.name for field in fields if "in_memory" not in field.metadata]
+    return {name: getattr(record, name) for name in names}
+
+
+async def test_what_is_put_is_read_back_after_a_restart(tmp_path):
+    """As it was when it was put; what another version stored beside it is left out."""
+    token = flow2api.Token(3, "ü@example.com", st="s" * 900, credits=None, tier=PRO)
+    token.update(today={"video": 2}, paused_until=99.0)
+    plan = flow2api.resolve("veo_3_1_t2v_fast_landscape")
+    job = flow2api.Job("video_1", "running", 12.5, token_id=3, plan=plan, prompt="雨\n\0")
+    job.update(notes=["a"], inputs=["video_1_0"], metadata={"a": "\ud800"})
+    outputs = [flow2api.Output(job.id, number, f"n{number}", url=SIGNED) for number in (0, 1)]
+    outputs[1].update(upscale=flow2api.Upscale.RUNNING, original=outputs[0].handle())
+    with opened(tmp_path) as store:
+        written = store.put(token, job, *reversed(outputs))
+        token.remark = "changed"
+        await written
+    token.update(remark="", paused_until=0)  # a pause is not kept
+    with opened(tmp_path) as store:
+        (read,) = store.jobs(states=flow2api.OPEN, oldest_first=True)
+        assert stored(read) == stored(job) == stored(store.job("video_1"))
+        assert [*map(stored, read.outputs)] == [*map(stored, outputs)]
+        (read,) = store.tokens()
+        assert stored(read) == stored(token) and read.paused_until == 0
+    row = {"id": 3, "email": "a", "data": '{"ghost": 1, "tier": "x"}'}
+    (read,) = flow2api.Token.from_rows([row])
+    assert stored(read) == stored(flow2api.Token(3, "a", tier="x"))
+    with pytest.raises(AttributeError):
+        read.update(ghost=1)
+
+
+async def test_writes_end_in_their_order_and_a_refused_one_takes_no_other_along(tmp_path):
+    """However they are grouped: nobody overtakes, the last state wins, and nothing is half done."""
+    rows = {n: ("settings", {"name": n % 7, "data": f"{n}"}) for n in range(1000)}
+    bad = {500: ("nowhere", {"name": "b"})}
+    for number, name in ((600, "\ud800"), (700, 2**70)):
+        bad[number] = ("settings", {"name": name, "data": "1"})
+    with opened(tmp_path) as store:
+        for row in bad.values():
+            with pytest.raises(flow2api.StoreError):
+                await store.put_rows(rows[0], row)
+        assert store.settings() == {}
+        ended, writes = [], [store.put_rows(row) for row in (rows | bad).values()]
+        for number, write in enumerate(writes):
+            write.add_done_callback(lambda _, n=number: ended.append(n))
+        results = await asyncio.gather(*writes, return_exceptions=True)
+        assert [number for number, result in enumerate(results) if result] == list(bad)
+        assert ended == list(rows)
+        assert store.settings() == {f"{n % 7}": n for n in rows if n not in bad}
+
+
+async def test_a_database_of_the_first_version_is_taken_over(tmp_path, monkeypatch):
+    """That of the version before: test_a_data_folder_of_…. A key is dropped after two days."""
+    plan = flow2api.resolve("veo_3_1-fast")
+    token, job = flow2api.Token(1, "a"), flow2api.Job("j", "running", plan=plan, token_id=1)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(flow2api, "MIGRATIONS", flow2api.MIGRATIONS[:1])
+        with opened(tmp_path) as store:
+            await store.put(token, job)
+    with opened(tmp_path) as store:
+        read = *store.tokens(), *store.jobs(states=("running",))
+        assert [*map(stored, read)] == [*map(stored, (token, job))]
+        for explicit, at, left in ((True, 1, 1), (False, 1000, 2), (False, 172_802, 1)):
+            key = {"value": "k", "request": "r", "explicit": explicit}
+            await store.put_rows(("request_keys", key | {"job_id": "j", "created_at": at}))
+            keys = [flow2api.RequestKey(**key | {"explicit": word}) for word in (True, False)]
+            assert [store.job_of_key(key, 0) for key in keys].count(("r", "j")) == left
+
+
+async def test_a_backup_is_whole_and_for_its_owner_only(world, run, tmp_path):
+    w = await world()
+    job_id = (await w.chat()).job_id
+
+    async def backup(target, data=w.data):
+        command = (REPOSITORY / "flow2api.py", "--data", data, "--backup", tmp_path / target)
+        program = await run(sys.executable, *command)
+        return await program.end(), " ".join(program.log)
+
+    copy = tmp_path / "copy" / "flow2api.db"
+    copy.parent.mkdir()
+    assert await backup(copy) == (0, "")  # of a running gateway
+    with opened(copy.parent) as store:
+        assert store.job(job_id).row() == w.store.job(job_id).row()
+        assert [token.row() for token in store.tokens()] == [w.token.row()]
+    for path in (copy, *w.data.glob("*.db*")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    before = copy.read_bytes()
+    await w.stop_gateway()
+    assert await backup("stopped.db") == (0, "")
+    for target, data in ((copy, w.data), ("no/x", w.data), ("x", tmp_path / "empty")):
+        code, log = await backup(target, data)
+        assert code == 2 and "no copy of" in log
+    assert copy.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "data", "stopped.db"}
+
+
+UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
+    "empty": lambda whole: b"",
+    "no header": lambda whole: bytes(100) + whole[100:],
+    "a text": lambda whole: b"not a database\n" * 999,
+    "half": lambda whole: whole[: len(whole) // 8192 * 4096],
+    "half a page": lambda whole: whole[: len(whole) // 2 + 99],
+    "a header": lambda whole: whole[:100],
+    "a page": lambda whole: whole[:4096],
+    "overwritten": lambda whole: whole[:4096].ljust(len(whole), b"\xff"),
+    "half-migrated": lambda whole: whole[:60] + (1).to_bytes(4) + whole[64:],
+    "newer": lambda whole: whole[:60] + (99).to_bytes(4) + whole[64:],
+    **{f"no {name}": f"DROP TABLE {name}" for name in ("settings", "outputs", "request_keys")},
+    "no column": "ALTER TABLE jobs RENAME COLUMN created_at TO created",
+    "foreign": "PRAGMA user_version=0; DROP TABLE tokens; CREATE TABLE moz_places (id)",
+    "foreign, numbered": "DROP TABLE tokens; CREATE TABLE tokens (name)",
+    "a folder": None,
+    **dict.fromkeys(("locked", "whose migration fails"), lambda whole: whole),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
+    tmp_path, monkeypatch, capsys, name
+):
+    made, real = tmp_path / "made", sqlite3.connect
+    with opened(made) as store:
+        for number in range(100):
+            row = flow2api.Token(number, f"{number}", st="x" * 500).row()
+            store._commit([("INSERT INTO tokens VALUES (:id, :email, :data)", row)])
+    change, file = UNUSABLE[name], made / "flow2api.db"
+    if isinstance(change, str):
+        with contextlib.closing(real(file)) as database:
+            database.executescript(f"PRAGMA journal_mode=DELETE; {change}")
+    whole = file.read_bytes()
+    data = change(whole) if callable(change) else whole
+    file.write_bytes(data) if change else (file.unlink(), file.mkdir())
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **b: real(*a, **b | {"timeout": 0.1}))
+    if name == "whose migration fails":
+        scripts = (*flow2api.MIGRATIONS, "CREATE TABLE later (x); NOT SQL;")
+        monkeypatch.setattr(flow2api, "MIGRATIONS", scripts)
+    monkeypatch.setattr(flow2api, "greet", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(flow2api, "start_log", lambda: None)  # it would fold other tests' lines
+    (tmp_path / "setting.toml").write_text("server.host = '127.0.0.1'\nserver.port = 0")
+    with contextlib.closing(real(file if name == "locked" else ":memory:")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        options = ("--data", str(made), "--config", str(tmp_path / "setting.toml"))
+        code, told = flow2api.main(options), capsys.readouterr().err.splitlines()
+    assert code == 2 and re.search("flow2api.db|locked", told[0]), (code, told)
+    assert len(told) <= 1 + (name == "overwritten"), told  # SQLite's own word of it has two lines
+    assert ("newer Flow2API" in told[0]) is (name == "newer")
+    assert file.is_dir() or file.read_bytes() == data
+    assert not [part for part in made.glob("flow2api.db-*") if part.stat().st_size]
+    monkeypatch.undo()
+    if callable(change) and data == whole:
+        with opened(made) as store:  # it was let go
+            assert len(store.tokens()) == 100
+
+
+BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
+
+
+@pytest.mark.parametrize("data", BROKEN_ROWS)
+async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
+    """Of an account, a finished and an open job, an output, a setting."""
+    w = await world(((PRO, 1000), (PRO, 1000)), video_seconds=0.02)
+    jobs = [await w.post(VIDEOS, BOAT | {"async_mode": False}) for _ in range(4)]
+    first, second, third, good = (reply.job_id for reply in jobs)
+    await (await log_in(w))("POST admin/debug", enabled=True)
+    await w.stop_gateway()
+    rows = {"tokens": "id = 1", "jobs": f"id IN ('{first}', '{second}')"}
+    rows |= {"outputs": f"job_id = '{third}'", "settings": "name LIKE 'admin page%'"}
+    with contextlib.closing(sqlite3.connect(w.data / "flow2api.db")) as database:
+        for table, where in rows.items():
+            database.execute(f"UPDATE {table} SET data = ? WHERE {where}", [data])
+        database.execute("UPDATE jobs SET state = 'running' WHERE id = ?", [second])
+        database.commit()
+        await w.start_gateway()
+        assert "user2@example.com" in {token.email for token in w.pool.tokens.values()}
+        assert (await w.get(f"{VIDEOS}/{good}/content")).status == 200
+        listed = await w.get(VIDEOS)
+        assert listed.status == 200 and good in listed.body.decode(), listed
+        for job_id in (first, second, third):
+            assert (await w.get(f"{VIDEOS}/{job_id}")).status in (200, 404)
+        owner = await log_in(w)
+        for name in ("tokens", "settings", "jobs", "logs", "state"):
+            await owner(f"GET {name}")
+        assert (await w.chat()).content
+        for table, where in rows.items() if data in ("{", "", "[]") else ():
+            sql = f"SELECT data FROM {table} WHERE {where}"
+            assert {*database.execute(sql)} == {(data,)}, table
+
+
+# ---- Network: addresses of strangers ----
+
+INNER = """0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.255 127.0.0.1 127.1.2.3
+ 169.254.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.10
+ 192.0.0.170 192.0.0.255 192.0.2.1 192.168.0.1 192.168.255.255 198.18.0.1 198.19.255.255
+ 198.51.100.1 203.0.113.1 224.0.0.1 224.0.1.1 232.0.0.1 239.255.255.250 240.0.0.1 250.1.2.3
+ 255.255.255.255 :: ::1 ::2 ::7f00:1 ::10.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:10.0.0.1
+ ::ffff:169.254.169.254 ::ffff:192.0.0.9 ::ffff:0.0.0.0 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+ 64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::1 64:ff9b:1::10.0.0.1 64:ff9b:1:ffff::1 100::1
+ 200::1 400::1 800::1 1000::1 2001::1 2001:0:7f00:1::1 2001:2::1 2001:10::1 2001:db8::1
+ 2001:db8:ffff::1 2002::1 2002:7f00:1::1 2002:a00:1::1 2002:c0a8:101::1 2002:808:808::1 3fff::1
+ 4000::1 5f00::1 6000::1 8000::1 a000::1 c000::1 e000::1 f000::1 f800::1 fc00::1 fd00::1
+ fd12:3456:789a::1 fe00::1 fe80::1 fe80::1%lo febf::1 fec0::1 fec0:0:0:ffff::1 feff::1 ff02::1
+ ff05::2 ff0e::1 ff0e::808:808"""
+PUBLIC = """1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.1 100.63.255.255 100.128.0.1 126.255.255.255
+ 128.0.0.1 142.250.1.1 169.253.255.255 169.255.0.1 172.15.255.255 172.32.0.1 192.0.1.1
+ 192.167.255.255 192.169.0.1 198.17.255.255 198.20.0.1 203.0.112.255 203.0.114.1 223.255.255.254
+ ::ffff:8.8.8.8 2003::1 2400:cb00::1 2606:4700:4700::1111 2001:4860:4860::8888 2a00:1450:4001::1
+ 2620:fe::fe 2c0f:fb50::1"""
+
+
+def test_only_public_addresses_are_connected_to(monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *arguments: "a socket")
+    for host in f"{INNER} {PUBLIC}".split():
+        family, rest = (socket.AF_INET6, (80, 0, 0)) if ":" in host else (socket.AF_INET, (80,))
+        passes = None
+        with contextlib.suppress(OSError):
+            passes = flow2api.public_socket((family, socket.SOCK_STREAM, 6, "", (host, *rest)))
+        assert (passes == "a socket") is (host in PUBLIC.split()), host
+
+
+PRIVATE_HOSTS = """127.0.0.1:{0} [::1]:{0} localhost:{0} 127.1:{0} 0:{0} 2130706433:{0} [::]:{0}
+ 0x7f000001:{0} 0x7f.1:{0} 0177.0.0.1:{0} 0.0.0.0:{0} [::ffff:127.0.0.1]:{0} LOCALHOST:{0}
+ [::ffff:7f00:1]:{0} [0:0:0:0:0:0:0:1]:{0} x@127.0.0.1:{0} 127.0.0.1.:{0} ①②⑦.⓪.⓪.①:{0}
+ 127。0。0。1:{0} １２７.0.0.1:{0} ip6-localhost:{0} 169.254.169.254
+ [fe80::1] example.com@127.0.0.1:{0} 127.0.0.1:{0}\\@example.com"""
+NO_URLS = "file:///etc/passwd ftp://127.0.0.1:{0} gopher://127.0.0.1:{0} //127.0.0.1:{0}"
+
+
+async def test_no_picture_is_fetched_from_a_private_address(world, monkeypatch):
+    """Not even one of the history; that stops nothing. Nor does a redirect lead to one."""
+    w = await world(**{"server.allow_private_urls": False})
+    w.fault = fault("private", lambda request: web.Response(body=PNG))
+    port = w.flow.address.rpartition(":")[2]
+    urls = [f"http://{host}" for host in PRIVATE_HOSTS.format(port).split()]
+    urls += [f"http:127.0.0.1:{port}", *NO_URLS.format(port).split()]
+    chats = (w.chat(BANANA, pictures=[f"{url}/private/a.png"]) for url in urls)
+    for url, reply in zip(urls, await asyncio.gather(*chats), strict=True):
+        message = expect_error(w, reply, "invalid_image")["message"]
+        if re.fullmatch(r"http://([\d.]+|\[.+\])", url):
+            assert "is not a public address" in message, url
+    link = f"![x]({w.flow.address}/private/{'a' * 40}.png)"
+    assert (await w.chat(BANANA, **turns("a cat", link, "make it darker"))).content
+    assert not w.fault.seen and not w.asked("uploadImage") and not w.jobs.open
+    answers = []  # the first address counts as public now, for once
+    public = property(lambda address: bool(answers) and answers.pop())
+    monkeypatch.setattr(ipaddress.IPv4Address, "is_global", public)
+    for target in ("http://[::ffff:127.0.0.1]", "http://localhost", "file://"):
+        answers.append(True)
+        hop = web.Response(status=302, headers={"Location": f"{target}:{port}/private"})
+        w.fault = fault("hop|private", lambda request, hop=hop: hop)
+        reply = await w.chat(BANANA, pictures=[f"{w.flow.address}/hop.png"])
+        expect_error(w, reply, "invalid_image")
+        assert w.fault.seen == ["/hop.png"]
+
+
+@pytest.mark.parametrize("public", [True, False])
+async def test_a_file_at_an_inner_address_is_fetched_where_flow_is_inner(world, public):
+    w = await world(image_seconds=0)
+    job_id = (await w.chat(BANANA)).job_id
+    w.pool.tokens.clear()  # so that no new address is asked for
+    w.fault = fault("^/media/", dropped)
+    for name in ("labs", "api") if public else ():
+        w.live.put("file", f"flow.{name}_base_url", f"https://{name}.google.com/v1", "test")
+    reply = await w.get(f"{VIDEOS}/{job_id}/content")
+    expect_error(w, reply, "upstream_unreachable")
+    assert bool(w.fault.seen) is not public
+
+
+async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
+    """A signature can be over each byte. A redirect's, too; by our own name."""
+    path = "/p%2Fq/a%7Eb.png?sig=a%2Bb%3D&x=%e4+c&empty"
+    seen = []
+
+    async def answer(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        seen.append(head.split()[1])
+        assert f"User-Agent: Flow2API/{flow2api.__version__}\r\n" in head
+        if head.split()[1].startswith("/start"):
+            writer.write(f"HTTP/1.1 302 x\r\nLocation: {path}\r\n".encode())
+            writer.write(b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            writer.write(b"HTTP/1.1 200 x\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        w = await world()
+        for start in (path, "/start" + path):
+            assert (await w.chat(BANANA, pictures=[host + start])).content
+    assert seen == [path, "/start" + path, path]
+    w.live.put("file", "proxy.proxy_enabled", True, "test")
+    reply = await w.chat(BANANA, pictures=[f"{host}/gone"])
+    assert "proxy" in expect_error(w, reply, "invalid_image")["message"]
 
 
 # ---- Upstream ----
@@ -2617,142 +3334,668 @@ async def test_one_bad_name_in_a_status_call_hides_no_other(world, clock):
     assert await poll(names) == ([38, 1, 1], [*good, "7"])
 
 
-# ---- Store ----
+# ---- Pool: which account does what ----
 
 
-def opened(folder):
-    store = flow2api.Store(folder)
-    store.open()
-    return contextlib.closing(store)
+async def test_jobs_are_spread_over_the_accounts_that_are_switched_on_for_them(world):
+    """What one is refused another one does; by all: test_a_failure_does_no_more_than_it_must."""
+    w = await world(accounts=())
+    clips = [await w.account(credits=much, image_enabled=False) for much in (2000, 1000)]
+    pictures = await w.account(video_enabled=False)
+    await asyncio.gather(*(w.chat(model) for model in [FAST, FAST, BANANA] * 3))
+    for token, videos, images in (*((one, 3, 0) for one in clips), (pictures, 0, 3)):
+        assert (token.video_count, token.image_count, token.use_count) == (videos, images, 3)
+    first, second = clips
+    for reason, credits in (("MODEL_ACCESS_DENIED", 1940), ("USER_QUOTA_REACHED", 0)):
+        first.paused_until = 0
+        w.fault = fault(PAID, refusal(403, f"PUBLIC_ERROR_{reason}"), times=1)
+        assert (await w.chat()).content and len(w.fault.seen) == 1
+        assert (first.credits, first.is_active, second.error_count) == (credits, True, 0)
+    assert (first.error_count, second.credits) == (2, 900)
+    for token in clips:
+        await w.pool.update(token, video_enabled=False)
+    expect_error(w, await w.chat(), "no_accounts")
 
 
-def stored(record):
-    """Its fields, less those that live in memory."""
-    fields = dataclasses.fields(record)
-    names = [field.name for field in fields if "in_memory" not in field.metadata]
-    return {name: getattr(record, name) for name in names}
+async def test_accounts_take_turns_and_credits_decide_only_for_what_costs_any(world):
+    w = await world(((PRO, 100), (PRO, 100), (PRO, 900)))
+    tokens = w.pool.tokens.values()
+    for _ in range(9):
+        await w.chat("nano_banana_pro")
+    assert [token.image_count for token in tokens] == [3, 3, 3]
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [0, 0, 4]
+    await w.pool.update(w.pool.tokens[3], is_active=False)
+    for _ in range(4):
+        await w.chat()
+    assert [token.video_count for token in tokens] == [2, 2, 4]
 
 
-async def test_what_is_put_is_read_back_after_a_restart(tmp_path):
-    """As it was when it was put; what another version stored beside it is left out."""
-    token = flow2api.Token(3, "ü@example.com", st="s" * 900, credits=None, tier=PRO)
-    token.update(today={"video": 2}, paused_until=99.0)
-    plan = flow2api.resolve("veo_3_1_t2v_fast_landscape")
-    job = flow2api.Job("video_1", "running", 12.5, token_id=3, plan=plan, prompt="雨\n\0")
-    job.update(notes=["a"], inputs=["video_1_0"], metadata={"a": "\ud800"})
-    outputs = [flow2api.Output(job.id, number, f"n{number}", url=SIGNED) for number in (0, 1)]
-    outputs[1].update(upscale=flow2api.Upscale.RUNNING, original=outputs[0].handle())
-    with opened(tmp_path) as store:
-        written = store.put(token, job, *reversed(outputs))
-        token.remark = "changed"
-        await written
-    token.update(remark="", paused_until=0)  # a pause is not kept
-    with opened(tmp_path) as store:
-        (read,) = store.jobs(states=flow2api.OPEN, oldest_first=True)
-        assert stored(read) == stored(job) == stored(store.job("video_1"))
-        assert [*map(stored, read.outputs)] == [*map(stored, outputs)]
-        (read,) = store.tokens()
-        assert stored(read) == stored(token) and read.paused_until == 0
-    row = {"id": 3, "email": "a", "data": '{"ghost": 1, "tier": "x"}'}
-    (read,) = flow2api.Token.from_rows([row])
-    assert stored(read) == stored(flow2api.Token(3, "a", tier="x"))
-    with pytest.raises(AttributeError):
-        read.update(ghost=1)
-
-
-async def test_writes_end_in_their_order_and_a_refused_one_takes_no_other_along(tmp_path):
-    """However they are grouped: nobody overtakes, the last state wins, and nothing is half done."""
-    rows = {n: ("settings", {"name": n % 7, "data": f"{n}"}) for n in range(1000)}
-    bad = {500: ("nowhere", {"name": "b"})}
-    for number, name in ((600, "\ud800"), (700, 2**70)):
-        bad[number] = ("settings", {"name": name, "data": "1"})
-    with opened(tmp_path) as store:
-        for row in bad.values():
-            with pytest.raises(flow2api.StoreError):
-                await store.put_rows(rows[0], row)
-        assert store.settings() == {}
-        ended, writes = [], [store.put_rows(row) for row in (rows | bad).values()]
-        for number, write in enumerate(writes):
-            write.add_done_callback(lambda _, n=number: ended.append(n))
-        results = await asyncio.gather(*writes, return_exceptions=True)
-        assert [number for number, result in enumerate(results) if result] == list(bad)
-        assert ended == list(rows)
-        assert store.settings() == {f"{n % 7}": n for n in rows if n not in bad}
-
-
-async def test_a_database_of_the_first_version_is_taken_over(tmp_path, monkeypatch):
-    """That of the version before: test_a_data_folder_of_…. A key is dropped after two days."""
-    plan = flow2api.resolve("veo_3_1-fast")
-    token, job = flow2api.Token(1, "a"), flow2api.Job("j", "running", plan=plan, token_id=1)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(flow2api, "MIGRATIONS", flow2api.MIGRATIONS[:1])
-        with opened(tmp_path) as store:
-            await store.put(token, job)
-    with opened(tmp_path) as store:
-        read = *store.tokens(), *store.jobs(states=("running",))
-        assert [*map(stored, read)] == [*map(stored, (token, job))]
-        for explicit, at, left in ((True, 1, 1), (False, 1000, 2), (False, 172_802, 1)):
-            key = {"value": "k", "request": "r", "explicit": explicit}
-            await store.put_rows(("request_keys", key | {"job_id": "j", "created_at": at}))
-            keys = [flow2api.RequestKey(**key | {"explicit": word}) for word in (True, False)]
-            assert [store.job_of_key(key, 0) for key in keys].count(("r", "j")) == left
-
-
-async def test_a_database_that_can_not_be_used_is_left_as_it_was(tmp_path, monkeypatch):
-    """One whose migration fails, one of a newer version, those that are corrupt."""
-    path = tmp_path / "flow2api.db"
-    with opened(tmp_path) as store:
-        await store.put(*(flow2api.Token(i, f"{i}", st="x" * 500) for i in range(100)))
-    whole = path.read_bytes()
-    scripts = (*flow2api.MIGRATIONS, "CREATE TABLE later (x); NOT SQL;")
-    newer = whole[:60] + (99).to_bytes(4) + whole[64:]  # user_version
-    corrupt = [whole[:sound].ljust(len(whole), b"\xff") for sound in (0, 4096)]
-    for data in (whole, newer, *corrupt):
-        path.write_bytes(data)
-        told = {whole: "NOT", newer: "newer Flow2API"}.get(data, re.escape(str(path)))
-        with monkeypatch.context() as broken, pytest.raises(flow2api.StoreError, match=told):
-            broken.setattr(flow2api, "MIGRATIONS", scripts if data is whole else scripts[:-1])
-            opened(tmp_path)
-        assert path.read_bytes() == data
-    path.write_bytes(whole)
-    with opened(tmp_path) as store:  # it was let go
-        assert len(store.tokens()) == 100
-
-
-async def test_a_backup_is_whole_and_for_its_owner_only(world, run, tmp_path):
+async def test_over_its_limit_an_account_lets_jobs_wait_and_credits_are_reserved(world):
+    """And a hundred simultaneous 401s need one refresh."""
     w = await world()
-    job_id = (await w.chat()).job_id
+    await w.pool.update(w.token, video_concurrency=2)
+    w.fault = hold(PAID)
+    clients = [asyncio.create_task(w.chat()) for _ in range(5)]
+    await until(lambda: len(w.pool.queue) == 3)
+    w.fault.release.set()
+    assert all(reply.content for reply in await asyncio.gather(*clients))
+    ends = sorted(made.ready for made in w.flow.media.values())
+    for end, later in zip(ends, ends[2:], strict=False):  # it began when that had ended
+        assert later - w.flow.video_seconds >= end
+    assert (w.token.busy.total(), w.token.reserved) == (0, 0)
+    w.flow.accounts[w.token.st].credits = w.token.credits = 50  # of which two clips need 40
+    w.flow.calls.clear()
+    w.fault = hold(PAID)
+    first = asyncio.create_task(w.chat(n=2))
+    await w.fault.seen.wait()
+    expect_error(w, await w.chat(), "no_credits")
+    w.fault.release.set()
+    assert (await first).content and len(w.paid()) == 1
+    assert w.token.credits == 10 == w.flow.accounts[w.token.st].credits
+    w.flow.media.clear()
+    w.flow.accounts[w.token.st].at = "forgotten by Google"
+    before = len(w.asked("auth/session"))
+    sent = []
 
-    async def backup(target, data=w.data):
-        command = (REPOSITORY / "flow2api.py", "--data", data, "--backup", tmp_path / target)
-        program = await run(sys.executable, *command)
-        return await program.end(), " ".join(program.log)
+    async def together(request, handler):
+        sent.append(request.path)
+        await until(lambda: sum(bool(re.search(PAID, path)) for path in sent) >= 100)
+        return await handler(request)
 
-    copy = tmp_path / "copy" / "flow2api.db"
-    copy.parent.mkdir()
-    assert await backup(copy) == (0, "")  # of a running gateway
-    with opened(copy.parent) as store:
-        assert store.job(job_id).row() == w.store.job(job_id).row()
-        assert [token.row() for token in store.tokens()] == [w.token.row()]
-    for path in (copy, *w.data.glob("*.db*")):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    before = copy.read_bytes()
-    await w.stop_gateway()
-    assert await backup("stopped.db") == (0, "")
-    for target, data in ((copy, w.data), ("no/x", w.data), ("x", tmp_path / "empty")):
-        code, log = await backup(target, data)
-        assert code == 2 and "no copy of" in log
-    assert copy.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"copy", "data", "stopped.db"}
+    w.fault = together
+    replies = await asyncio.gather(*(w.chat(BANANA) for _ in range(100)))
+    assert [reply.status for reply in replies] == [200] * 100
+    assert len(w.asked("auth/session")) - before == 1
+    assert len(w.flow.media) == 100 and w.token.error_count == 0
+
+
+async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, monkeypatch):
+    """It waits for those of its own account; another account takes it at once."""
+    start = time.time()  # with a clock that runs twenty times as fast
+    monkeypatch.setattr(flow2api, "now", lambda: start + 20 * (time.time() - start))
+    w = await world(video_seconds=5)
+    first = w.token
+
+    async def limit(request, handler):
+        of_first = "AsyncGenerate" in request.path and first.project_id in await request.text()
+        open_clips = sum(clip.ready > flow2api.now() for clip in w.flow.media.values())
+        if of_first and open_clips >= limit.most:
+            limit.refusals += 1
+            return refusal(429, "PUBLIC_ERROR_CONCURRENT_LIMIT_REACHED")(request)
+        return await handler(request)
+
+    w.fault = limit
+    for limit.most, number, refusals, counts in (
+        (2, 6, 6, [6]),  # four of the first burst, and two of those once more
+        (0, 4, 2, [6, 4]),
+    ):
+        limit.refusals = 0
+        replies = await asyncio.gather(*(w.chat() for _ in range(number)))
+        assert [reply.status for reply in replies] == [200] * number
+        assert limit.refusals <= refusals and (first.is_active, first.failures) == (True, 0)
+        assert [token.video_count for token in w.pool.tokens.values()] == counts
+        await w.account()
+
+
+async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
+    """Once a minute at most, and after a spend whose answer names no balance."""
+    w = await world(((PRO, 5),), **{"token_refresh.enabled": False})
+    expect_error(w, await w.chat(), "no_credits")
+    (account,) = w.flow.accounts.values()
+    account.credits = 20
+    expect_error(w, await w.chat(), "no_credits")
+    clock.ahead = 61
+    w.fault = edited(PAID, lambda body: {"media": body["media"]})
+    assert (await w.chat()).content
+    assert (account.credits, w.token.credits) == (0, 0)
+    clock.ahead = 150
+    w.flow.calls.clear()
+    for reply in await asyncio.gather(*(w.chat() for _ in range(9))):
+        expect_error(w, reply, "no_credits")
+    assert [path for path, _ in w.flow.calls] == ["/v1/credits"]
+
+
+async def test_sixty_clips_over_two_tokens_need_two_status_calls_a_tick(world):
+    """A tick is a row of status calls in which no clip is asked for twice."""
+    w = await world(((PRO, 5000), (ULTRA, 5000)), video_seconds=0.8)
+    replies = await asyncio.gather(*(w.chat(text=f"boat {i}") for i in range(60)))
+    assert [reply.status for reply in replies] == [200] * 60
+    ticks = [[]]
+    for body in w.asked("batchCheckAsync"):
+        names = {item["name"] for item in body["media"]}
+        if any(names & earlier for earlier in ticks[-1]):
+            ticks.append([])
+        ticks[-1].append(names)
+    assert len(ticks) > 2 >= max(map(len, ticks))
+    assert max(len(set().union(*tick)) for tick in ticks) == 60
+
+
+@pytest.mark.parametrize("pictures", [(), (DATA,)])
+@pytest.mark.parametrize("model", ["nano_banana_pro", "veo_3_1-fast"])
+async def test_a_project_that_is_gone_is_made_anew_once(world, model, pictures):
+    w = await world()
+    gone = w.token.project_id
+    w.fault = without([gone])
+    replies = await asyncio.gather(*(w.chat(model, f"{i}", pictures) for i in range(5)))
+    assert all(reply.content for reply in replies) and len(w.flow.media) == 5
+    assert len(w.asked("createProject")) == 2 and w.token.project_id != gone
+    assert w.store.tokens()[0].project_id == w.token.project_id
+    w.fault = says(404)  # that is the key, which a new project does not make known
+    for _ in range(3):
+        expect_error(w, await w.chat(model), "model_unavailable")
+    assert len(w.asked("createProject")) == 3
+
+
+async def test_where_projects_are_retired_another_account_takes_the_job(world):
+    w = await world(((PRO, 1000), (PRO, 100)))
+    moved, other = w.pool.tokens.values()
+    w.fault = together([without([moved.project_id]), fault("createProject", RETIRED)])
+    assert (await w.chat()).content and other.video_count == 1
+    assert "flow.google.com" in str(moved.paused_for()) and moved.is_active
+    assert (moved.cause(), moved.reason_code) == ("upstream_retired", "")
+
+
+# ---- Pool: which account rests, and until when ----
+
+
+async def test_a_step_back_grows_is_capped_and_ends_and_three_refusals_disable(world, clock):
+    w = await world()
+    throttled = fault(PAID, refusal(429, "PUBLIC_ERROR_USER_REQUESTS_THROTTLED"))
+    pauses = []
+    for refused in (*[True] * 7, False, True):
+        w.fault = throttled if refused else None
+        reply = await w.chat(BANANA)
+        assert expect_error(w, reply, "account_throttled") if refused else reply.content
+        if refused:
+            pauses.append(w.token.paused_until - flow2api.now())
+            clock.ahead += pauses[-1] + 1
+    assert all(after > 1.5 * before for before, after in itertools.pairwise(pauses[:4]))
+    assert 200 < pauses[0] < 400 and max(pauses) <= 1.1 * 3600 and pauses[-1] < 400
+    for failures in (1, 2, 0, 1, 2, 3):  # in a row, after each request
+        clock.ahead += 4000
+        w.fault = fault(PAID, refusal(403, "", "Not you.")) if failures else None
+        reply = await w.chat(BANANA)
+        assert expect_error(w, reply, "account_refused") if failures else reply.content
+        assert (w.token.failures, w.token.is_active) == (failures, failures < 3)
+    await w.restart()
+    assert "Not you." in expect_error(w, await w.chat(BANANA), "no_accounts")["message"]
+    assert "Not you." in w.token.reason and not w.token.is_active
+
+
+STEPS_BACK = (  # what is refused; a burst names in Retry-After; the least seconds of it
+    ((429, "THROTTLED"), [""], 0.9 * 300),
+    ((403, "UNUSUAL_ACTIVITY"), [""], 0.9 * 300),
+    ((403, ""), [""], 0.9 * 60),
+    ((429, ""), ["100", "5000", "200"], 5000),  # nothing makes that less
+)
+
+
+@pytest.mark.parametrize("row", STEPS_BACK)
+async def test_an_account_that_steps_back_is_left_alone_until_then(world, clock, monkeypatch, row):
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    w = await world()
+    refused, waits, seconds = row
+    first, sent = w.token, []
+
+    async def refuse(request, handler):  # all that were sent, one after the other
+        sent.append(number := len(sent))
+        await until(lambda: len(sent) == len(waits) and first.error_count == number)
+        answer = refusal(*refused)(request)
+        answer.headers["Retry-After"] = waits[number]
+        return answer
+
+    w.fault = refuse
+    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in waits))
+    w.fault = None
+    await w.account()
+    for clock.ahead, works in ((1, False), (seconds - 2, False), (1.2 * seconds + 5, True)):
+        replies = await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(8)))
+        assert [reply.status for reply in replies] == [200] * 8
+        assert (0 < first.image_count < 8) is works
+
+
+async def dies(w, clock):
+    """Google says for minutes that the only account's session is dead."""
+    for number in (1, 2, 3):
+        await until(lambda number=number: len(w.token.suspicions) == number)
+        assert w.token.is_active
+        clock.ahead += 60
+    await until(lambda: not w.token.is_active)
+
+
+async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world, impatient, clock):
+    w = await world()
+    client = asyncio.create_task(w.chat())
+    (job,) = await w.running()
+    (account,) = w.flow.accounts.values()
+    w.flow.accounts.clear()
+    await dies(w, clock)
+    assert "Sign in to Flow again" in w.token.reason and job.state == "running"
+    assert w.token.reason_code == "account_session_ended"
+    expect_error(w, await w.chat(), "no_accounts")
+    w.flow.accounts["another.session"] = account
+    await w.pool.add("another.session")
+    assert (w.token.is_active, w.token.reason, w.token.reason_code) == (True, "", "")
+    assert (await client).content and (await w.chat()).content
+    assert (len(w.paid()), account.credits, w.token.busy.total()) == (2, 960, 0)
+    w.flow.accounts.clear()
+    w.token.at = ""
+    w.fault = held = hold("auth/session", through=True)
+    client = asyncio.create_task(w.chat())
+    await held.seen.wait()
+    w.fault = None
+    w.flow.accounts["a.third.session"] = account
+    adding = asyncio.create_task(w.pool.add("a.third.session"))
+    await until(lambda: w.token.st == "a.third.session")
+    held.release.set()  # only now the refusal of the old one arrives
+    await adding
+    assert (await client).content and w.token.is_active
+
+
+HICCUPS = (  # what answers, so many times: each is one dead look of the session
+    ("auth/session", lambda request: web.json_response({}), 1),
+    ("batchGenerateImages", refusal(401), 2),
+)
+
+
+@pytest.mark.parametrize(("on", "answer", "times"), HICCUPS)
+async def test_a_hiccup_of_a_session_disables_nobody(world, impatient, clock, on, answer, times):
+    """While the account is suspect, another serves."""
+    w = await world()
+    w.token.at = ""
+    w.fault = fault(on, answer, times=times)
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    assert w.token.is_active and w.token.paused_until > flow2api.now()
+    first, second = w.token, await w.account()
+    assert (await w.chat("nano_banana_pro")).content and second.image_count == 1
+    second.paused_until = flow2api.now() + 900
+    clock.ahead = 60
+    assert (await w.chat("nano_banana_pro")).content and first.image_count == 1
+    assert first.suspicions == () and first.is_active
+
+
+async def test_what_we_have_disabled_is_asked_ever_more_rarely_and_comes_back(
+    world, impatient, clock
+):
+    """What the owner has disabled is not."""
+    w = await world(**{"token_refresh.enabled": False})
+    (account,) = w.flow.accounts.values()
+    st, _ = w.token.st, w.flow.accounts.clear()
+    w.token.at = ""
+    expect_error(w, await w.chat("nano_banana_pro"), "account_session_ended")
+    await dies(w, clock)
+    for hours in (1, 2, 4):
+        w.flow.calls.clear()
+        clock.ahead += hours * 3600 - 60
+        await asyncio.sleep(0.1)
+        assert not w.flow.calls
+        clock.ahead += 120
+        await until(lambda: w.flow.calls)
+    w.flow.accounts[st] = account
+    clock.ahead += 8 * 3600
+    await until(lambda: w.token.is_active and not w.token.reason)
+    assert (await w.chat("nano_banana_pro")).content
+    await (await w.owner())("POST", "/api/tokens/1/disable")
+    clock.ahead += 90 * 3600
+    await asyncio.sleep(0.1)
+    assert not w.token.is_active
+
+
+async def test_four_sessions_at_most_are_renewed_at_a_time(world, clock):
+    w = await world(((PRO, 1000),) * 10)
+    asked = []
+
+    async def count(request, handler):
+        if not request.path.endswith("auth/session"):
+            return await handler(request)
+        asked.append(asked[-1] + 1 if asked else 1)
+        await asyncio.sleep(0.2)
+        asked.append(asked[-1] - 1)
+        return await handler(request)
+
+    w.fault = count
+    clock.ahead = 4000
+    for account in w.flow.accounts.values():
+        account.at = ""
+    await asyncio.gather(*(w.chat("nano_banana_pro") for _ in range(20)))
+    assert len(asked) == 20 and max(asked) == 4
+
+
+ASLEEP = (  # Google's refusal of a picture; then go: a clip, another picture, the same
+    ((429, "USER_REQUESTS_THROTTLED"), (True, False, False)),
+    ((429, "PER_MODEL_DAILY_QUOTA_REACHED"), (True, True, False)),
+)
+
+
+@pytest.mark.parametrize(("refused", "goes"), ASLEEP)
+async def test_only_what_is_refused_is_left_alone(world, clock, refused, goes):
+    w = await world()
+    for _ in range(2):
+        clock.ahead += 1000
+        w.fault = fault(PAID, refusal(refused[0], f"PUBLIC_ERROR_{refused[1]}"))
+        reply = await w.chat("nano_banana_pro")
+        assert reply.status == 429 and int(reply.headers["Retry-After"]) >= 60
+        w.fault = None
+    for model, works in zip(
+        ("veo_3_1-fast", "nano_banana_2", "nano_banana_pro"), goes, strict=True
+    ):
+        assert (await w.chat(model)).status == (200 if works else 429), model
+
+
+@pytest.mark.parametrize("answer", [says(403, "UNUSUAL_ACTIVITY"), says(401), says(403)])
+async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answer):
+    w = await world(((PRO, 100),) * 5)
+    w.fault = answer
+    assert (await w.chat("nano_banana_pro")).status == 503
+    paused = [token.paused_until > flow2api.now() for token in w.pool.tokens.values()]
+    assert sum(paused) == 2 == sum(token.error_count for token in w.pool.tokens.values())
+    w.fault = None
+    assert (await w.chat("nano_banana_pro")).content
+
+
+# ---- Media: files and their links ----
+
+FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
+BASES = (  # the setting cache.base_url, the headers of a proxy, what links begin with
+    ("", {}, "{0}/tmp/"),
+    ("", FORWARDED, "https://flow.example.com/tmp/"),
+    ("", FORWARDED | {"X-Forwarded-Host": "a b"}, "https://127.0.0.1:"),
+    ("https://me.example", FORWARDED, "https://me.example/tmp/"),
+    ("https://me.example/flow/", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/flow/v1", {}, "https://me.example/flow/tmp/"),
+    ("https://me.example/v1/", {}, "https://me.example/tmp/"),
+)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_links_and_the_cookie_are_for_where_the_client_is(world, trusted):
+    networks = "10.0.0.0/8, 127.0.0.0/8" if trusted else "10.0.0.0/8"
+    w = await world(**{"server.trusted_proxies": networks})
+    for base, headers, start in BASES if trusted else BASES[:1]:
+        w.live.put("file", "cache.base_url", base, "test")
+        headers = headers if trusted else FORWARDED
+        body = BOAT | {"response_format": "url"}
+        url = (await w.post(IMAGES, body, headers=headers)).json["data"][0]["url"]
+        assert url.startswith(start.format(w.url)) and url.endswith(".png")
+    body = {"username": "admin", "password": w.password}
+    cookie = (await w.post("/api/login", body, headers=FORWARDED)).headers["Set-Cookie"]
+    assert ("Secure" in cookie) is trusted
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_a_link_is_ours_and_outlives_googles(world, cache):
+    """In a chat, too, with the cache or not; it ends in the name of a file, which players want."""
+    w = await world(video_seconds=0.02, **{"cache.enabled": cache})
+    links = [links_in((await w.chat(model)).content)[0] for model in (BANANA, "veo_3_1")]
+    for job in w.store.jobs():
+        job.outputs[0].url_expires = 0
+        await w.store.put(*job.outputs)
+    for link in links:
+        assert re.fullmatch(rf"{w.url}/tmp/[\w-]+\.(png|mp4)", link)
+        assert (await w.fetch(link)).body in [made.file() for made in w.flow.media.values()]
+    w.live.put("file", "videos.content", "redirect", "test")
+    for link in links:
+        reply = await w.call("GET", link, headers={"Authorization": ""}, allow_redirects=False)
+        target = reply.headers.get("Location", "")
+        assert reply.status == 200 if cache else target.startswith(w.flow.address)
+
+
+TRAVERSALS = """../flow2api.db ..%2fflow2api.db %2e%2e/flow2api.db %2e%2e%2fflow2api.db
+ ..%5cflow2api.db ..%252fflow2api.db .%00./flow2api.db %2fetc%2fpasswd /etc/passwd . %2e %2e%2e
+ other.txt {part}.part {part} {part}.png/../other.txt {part}.png%00.mp4 {part}.PNG
+ ..%2finputs%2fsecret {part}.png%0a %F0%9F {part}.png; ~ {part}.png/"""
+
+
+async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient, endless):
+    """One that somebody else removes at the same time does not end that."""
+    w = await world(**{"cache.enabled": True})
+    part = "a" * 32
+    for path in ("tmp/other.txt", f"tmp/{part}.part", f"tmp/{part}.png", "inputs/secret"):
+        (w.data / path).write_bytes(PNG)
+    assert (await send_raw(w, "GET", f"/tmp/{part}.png")).status == 200
+    for name in TRAVERSALS.format(part=part).split():
+        expect_error(w, await send_raw(w, "GET", f"/tmp/{name}"), "not_found")
+    w.fault = fault("^/media/", lambda r: web.Response(body=JPEG, content_type="image/png"))
+    links = [links_in((await w.chat(BANANA)).content)[0] for _ in range(2)]
+    assert all(re.fullmatch(rf"{w.url}/tmp/[\w-]{{22,}}\.jpg", link) for link in links)
+    files = [job.outputs[0].file for job in w.store.jobs(oldest_first=True)]
+    links = [f"{w.url}/tmp/{name}" for name in files]
+    part = await w.fetch(links[0], Range="bytes=1-4")
+    assert (part.status, part.body) == (206, JPEG[1:5])
+    assert part.headers["Content-Type"] == "image/jpeg"
+    assert part.headers["Access-Control-Allow-Origin"] == "*"
+    (w.data / "tmp/vanished.part").symlink_to("nowhere")
+    for link, expected in zip(links, ([404, 200], [404, 404]), strict=True):
+        file = w.data / "tmp" / link.rpartition("/")[2]
+        os.utime(file, (0, time.time() - 7300))
+        await until(lambda file=file: not file.exists())
+        assert [(await w.fetch(link)).status for link in links] == expected
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_a_clip_that_cannot_be_fetched_is_completed_all_the_same(world, impatient, cut):
+    w = await world(**{"cache.enabled": True})
+    nowhere = {"status": 307, "headers": {"Location": "http://["}}
+    no_file = {"body": b"half a clip", "headers": {"Content-Encoding": "gzip"}}
+    on, answer = ("^/media/", no_file) if cut else ("UrlRedirect", nowhere)
+    w.fault = fault(on, lambda request: web.Response(**answer))
+    reply = await w.chat()
+    job = await w.jobs.get(reply.job_id)
+    assert job.state == "completed" and not list((w.data / "tmp").iterdir())
+    assert "at Flow" in job.notes[0] and job.notes[0] in reply.content
+    link = links_in(reply.content)[0]
+    assert link.startswith(w.url)
+    w.fault = None
+    assert (await w.fetch(link)).body == w.flow.media[job.outputs[0].media].file()
+
+
+HTML, NO_TYPE = b"<html><script>fetch('/api/tokens')</script></html>", "application/octet-stream"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+ODD_FILES = (  # what Google says that it is, what it is, as what it is served
+    *((kind, HTML, NO_TYPE) for kind in ("text/html", "video/mp4", "image/png")),
+    ("image/svg+xml", SVG, NO_TYPE),
+    ("text/javascript", b"alert(1)", NO_TYPE),
+    ("text/html", PNG, "image/png"),
+    ("text/html", CLIP, "video/mp4"),
+)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_googles_files_are_served_as_what_they_are_and_run_nothing(world, kept):
+    w = await world(video_seconds=0.02, **{"cache.enabled": kept, "flow.poll_interval": 0.05})
+    for kind, data, served in ODD_FILES:
+        answer = {"body": data, "content_type": kind}
+        w.fault = fault("^/media/", lambda request, answer=answer: web.Response(**answer))
+        video = (await w.post(VIDEOS, BOAT | {"async_mode": False})).json
+        content = f"{VIDEOS}/{video['id']}/content"
+        urls = (content, video["url"], f"{content}?variant=thumbnail")
+        for url, method, part in itertools.product(urls, ("GET", "HEAD"), ("", "bytes=4-")):
+            reply = await w.call(method, url, headers={"Range": part} if part else {})
+            told, what = reply.headers["Content-Type"], (kind, data[:9], url, method, part, reply)
+            assert reply.status in (200, 206 if part else 200), what
+            assert told == served or (part and told in (NO_TYPE, "video/mp4")), what
+            assert reply.headers["X-Content-Type-Options"] == "nosniff", what
+            assert "sandbox" in reply.headers["Content-Security-Policy"], what
+
+
+# ---- Doors: keys, paths and answers ----
+
+
+async def test_nothing_is_open_without_the_key_in_one_of_its_spellings(world):
+    """A browser may ask first, and is told why it is refused."""
+    w = await world()
+    paths = [f"{prefix}/models" for prefix in ("/v1", "", "/flow/v1", "/v1/v1")]
+    for path, scheme in itertools.product(paths, ("Bearer ", "bearer ", "")):
+        models = await w.get(path, headers={"Authorization": scheme + w.key})
+        assert {"id", "object", "owned_by"} <= set(models.json["data"][0])
+    keys = ("", "Bearer", "Bearer ", "Bearer sk-wrong", "Basic x", "Bearer é", "\udcff")
+    for path, key in itertools.product([*paths, CHAT], keys):
+        method = "POST" if path == CHAT else "GET"
+        reply = await send_raw(w, method, path, f"Authorization: {key}")
+        expect_error(w, reply, "invalid_api_key")
+    ask = {"Authorization": "", "Access-Control-Request-Headers": "x-stainless-os"}
+    headers = (await w.call("OPTIONS", CHAT, headers=ask)).headers
+    assert headers["Access-Control-Allow-Headers"] == "x-stainless-os"
+    assert headers["Access-Control-Allow-Methods"] == "GET, POST, DELETE"
+    assert "credentials" not in str(headers).lower()
+    async with w.http.get(w.url + "/v1/models") as reply:
+        assert reply.reason == "invalid api key"  # all that Open WebUI's picture panel shows
+        assert reply.headers["Access-Control-Allow-Origin"] == "*"
+        assert "x-job-id" in reply.headers["Access-Control-Expose-Headers"]
+    reply = await w.call("OPTIONS", "/api/tokens", headers=ask)
+    assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+def paths_of(pattern):
+    """The paths that a route's pattern means; they name no token and no job that there is."""
+    path = re.sub(r"\{\w+\}", "nothing", pattern.replace(flow2api.TOKEN_ID, "999"))
+    choice = re.search(r"\{\w+:(.*)\}", path)
+    words = choice[1].replace(".*", "x").split("|") if choice else [""]
+    words = [re.sub(r"\((.*?)\)\?", kept, word) for word in words for kept in (r"\1", "")]
+    return dict.fromkeys(path.replace(choice[0], word) if choice else path for word in words)
+
+
+EVERY_CALL = [
+    (route.split()[0].replace("*", "GET"), path, role.name)
+    for role, routes in flow2api.ROUTES.items()
+    for route in routes
+    for path in paths_of(route.split()[1])
+]
+ADMIN_CALLS = [call for call in EVERY_CALL if re.match("/api/|/metrics", call[1])]
+
+
+async def test_every_route_is_closed_to_all_but_those_who_may(world):
+    """Health and the page are open; they tell nothing, and run only their own code."""
+    w = await world()
+    for path in ("/health", "/", "/login", "/manage"):
+        reply = await w.fetch(w.url + path)
+        assert reply.status == 200
+        assert not [text for text in (*w.secrets(), "example.com") if text in str(reply.body)]
+        policy = reply.headers.get("Content-Security-Policy", "")
+        code = "(; (script|style)-src 'sha256-[^']+'){2}"  # a browser proves these right
+        safe = re.fullmatch(f"default-src 'none';(?!.*unsafe).*{code}", policy)
+        assert bool(safe) == (path != "/health"), policy
+    text = reply.body.decode()  # of the page, which needs nothing from elsewhere
+    fetching = r"<(link|img|iframe|form)\b|\bsrc=|@import|url\("
+    assert not re.search(rf"{fetching}|<(script|style)\s|\s(on\w+|style)=", text)
+    assert text.count("<script>") == text.count("<style>") == 1 and "/v1" in text
+    assert (await w.call("HEAD", "/", key="none")).status == 200
+    assert len(ADMIN_CALLS) > 60 and len(EVERY_CALL) - len(ADMIN_CALLS) > 30
+    calls = [call for call in EVERY_CALL if call[1].startswith("/v1/")]
+    for (method, path, _), prefix in itertools.product(calls, ("/v1", "", "/flow/v1", "/v1/v1")):
+        reply = await w.call(method, prefix + path.removeprefix("/v1"), key="sk-wrong")
+        expect_error(w, reply, "invalid_api_key")
+    for method, path, role in ADMIN_CALLS:
+        if path.endswith("login"):
+            continue  # a door without a lock
+        session = await w.admin()
+        keys = ["none", session[:-1], session + "x", session.upper(), "admin-", "admin-x"]
+        keys += [w.key] * (role == "ADMIN")
+        for sent in ("", *(f"Bearer {key}" for key in keys)):
+            reply = await w.call(method, path, headers={"Authorization": sent})
+            cors = "Access-Control-Allow-Origin" in reply.headers
+            assert (reply.status, cors) == (401, path == "/metrics"), path
+            assert cors or reply.json["detail"]
+        if role != "PUBLIC":
+            reply = await w.call(method, path, key=await w.admin())
+            absent = re.search("999|nothing", path)
+            assert reply.status in ((404, 501) if absent else (200, 400, 501)), path
+    assert (await w.get("/metrics", key=w.key)).status == 200
+
+
+async def test_every_answer_has_its_id_and_tells_no_server(world):
+    w = await world()
+    session, ids = await w.admin(), []
+    calls = [call for call in EVERY_CALL if not call[1].endswith("logout")]
+    calls += [("GET", path, "") for path in ("/nothing", "/api/nothing", "/tmp/x.png")]
+    calls += [("DELETE", "/api/stats", ""), ("OPTIONS", CHAT, ""), ("HEAD", "/", "")]
+    for (method, path, _), key in itertools.product(calls, ("none", w.key, session)):
+        headers = (await w.call(method, path, key=key)).headers
+        ids.append(headers["X-Request-Id"])
+        assert "aiohttp" not in headers.get("Server", "").lower(), path
+        assert "/api/" not in path or headers["Cache-Control"] == "no-store", path
+    assert len({*ids}) == len(ids) and all(re.fullmatch(r"[\w-]{8,64}", name) for name in ids)
+
+
+ODD_HOSTS = ("", "a b", "[", "]", ":::", ":", "x:99999999", "a@b", "//", "é", "\udcff", "\x7f")
+ODD_HOSTS += ("x" * 5000, "x:-1", "[::1", "x/y?z#", "%", "ⓧ.com")
+HOST_LINES = [*(f"Host: {host}" for host in ODD_HOSTS), "X: no host", "Host: a\r\nHost: b"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_an_odd_host_gives_an_answer_and_no_error_after_paying(world, kept):
+    w = await world(image_seconds=0, video_seconds=0, **{"cache.enabled": kept})
+    w.live.layers["file"]["flow.poll_interval"] = 0.02
+    orders = {CHAT: chat_body(FAST, "a boat"), VIDEOS: BOAT | {"async_mode": False}}
+    orders[IMAGES] = BOAT | {"response_format": "url"}
+    for line, (path, order) in itertools.product(HOST_LINES, orders.items()):
+        before, body = len(w.paid()), json.dumps(order).encode()
+        head = head_of(w.key, path, line, JSON_HEAD[1], f"Content-Length: {len(body)}")
+        status = int((await exactly(w.url, head + body)).split()[1])
+        paid = len(w.paid()) - before
+        assert (status, paid) == (200, 1) or (400 <= status < 500 and not paid), (line, path)
+    session = await w.admin()
+    for line, path in itertools.product(HOST_LINES, ("/api/cache/config", "/api/state", VIDEOS)):
+        head = head_of(w.key if path == VIDEOS else session, path, line, method="GET")
+        assert int((await exactly(w.url, head)).split()[1]) < 500, (line, path)
+
+
+PATHS = """GET //v1/models, GET /v1//models, GET /v1/models/, GET /flow/models, GET /models//
+ POST /v1/chat/completions/, POST /v1//chat//completions, POST /v1/v1/chat/completions/
+ POST /v1/chat/completions/chat/completions, POST /flow/v1/chat/completions, GET //v1//videos/
+ POST /v1/images/generations/images/generations, POST /images//generations"""
+
+
+async def test_a_path_that_people_get_wrong_is_found(world):
+    w = await world()
+    for row in re.split(r",|\n", PATHS):
+        method, path = row.split()
+        body = chat_body(BANANA, "a cat") | BOAT if method == "POST" else None
+        assert (await w.call(method, path, body)).status == 200, path
+    for path in ("/v1/nothing", "/v1/v1/modelsx", "/xv1/models", "/v1/chat/completions/x"):
+        assert (await w.get(path)).status in (404, 405), path
+
+
+NOT_HERE = "POST characters,GET characters/search,GET feed,GET profiles/x,POST videos/characters,"
+NOT_HERE += "GET videos/characters/x,GET users/x/feed,GET invite-codes,POST enhance_prompt"
+
+
+async def test_what_is_not_here_is_told_as_such_and_a_wrong_route_what_is(world):
+    w = await world()
+    for prefix, call in itertools.product(("/v1/", "/", "/flow/v1/"), NOT_HERE.split(",")):
+        method, path = call.split()
+        reply = await w.call(method, prefix + path)
+        assert prefix + path in expect_error(w, reply, "not_implemented")["message"]
+        assert reply.headers["x-should-retry"] == "false"
+        expect_error(w, await w.call(method, prefix + path, key="x"), "invalid_api_key")
+    for path in ("/v1/responses", "/responses", "/v1/image/generations"):
+        message = expect_error(w, await w.post(path, {"input": "a boat"}), "not_found")["message"]
+        assert {CHAT, IMAGES, VIDEOS} <= set(re.findall(r"/v1/[a-z/]+\b", message))
+        assert "Responses API" in message
+    assert f"did you mean POST {IMAGES}?" in message
+    detail = expect_detail(await w.get("/api/setings"), 404)
+    assert "did you mean GET /api/settings?" in detail and "/v1/" not in detail
+    assert "did you mean" not in expect_detail(await w.get("/api/nothing/like/it"), 404)
+
+
+async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_not(world):
+    w = await world(())
+    browser = {"Accept": "text/html,*/*;q=0.8", "Authorization": ""}
+    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/favicon"):
+        guess = await w.call("GET", path, headers=browser, allow_redirects=False)
+        assert (guess.status, guess.headers.get("Location")) == (302, "/"), path
+        expect_error(w, await w.call("POST", path, headers=browser), "not_found")
+        expect_error(w, await w.call("GET", path), "not_found")
+    for path in ("/v1/docs", "/flow/v1/docs"):
+        expect_error(w, await w.call("GET", path, headers=browser), "not_found")
+    expect_detail(await w.call("GET", "/api/docs", headers=browser), 404)
+    expect_error(w, await w.call("GET", "/v1/models", headers=browser), "invalid_api_key")
 
 
 # ---- Chat: requests and answers ----
 
-BANANA = "nano_banana_pro"
-FAST = "veo_3_1-fast"
-JPEG = b"\xff\xd8\xff\xe0" + b"jpeg" * 10
-GIF = b"GIF89a" + b"x" * 9
-BASE64 = base64.b64encode(PNG).decode()
 HISTORY = ("a cat", f"![x]({DATA})")  # and the picture that was made
 
 
@@ -2767,7 +4010,6 @@ def text_and_link(text, link):
     return [{"type": "text", "text": text}, {"type": "image_url", "image_url": link}]
 
 
-OMNI = "omni_flash"
 PICTURE_PARTS = (  # a picture in a chat, as it comes from elsewhere
     {"type": "file", "file": {"file_data": DATA, "filename": "a.png"}},
     {"type": "input_image", "image_url": DATA},
@@ -2776,6 +4018,8 @@ PICTURE_PARTS = (  # a picture in a chat, as it comes from elsewhere
     {"type": "video_url", "video_url": {"url": DATA}},
 )
 UNUSED = "temperature max_tokens tools stop seed user metadata stream_options modalities"
+WIDE_PICTURE = {"ratio": "landscape", "kind": "image"}
+BOAT_AND_PICTURE = {"prompt": "a boat", "images": [PNG]}
 CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is read
     ({}, {"prompt": "a boat", "n": 1, "images": []}),
     (turns(text_and_link("two", DATA) * 2), {"prompt": "two\ntwo", "images": [PNG, PNG]}),
@@ -2792,37 +4036,22 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
     (turns(*HISTORY, "b", f"![x]({data_url(JPEG)})", "add it"), {"images": [JPEG]}),
     (turns(*HISTORY, "a paper boat at sea"), {"images": [], "notes": []}),
     (turns("a", "![](" * 99 + HISTORY[1] + "![" * 99, "crop it"), {"images": [PNG]}),
-    (
-        turns(
-            "a",
-            ("assistant", [{"type": "image_url", "image_url": {"url": DATA}}]),
-            ("user", "fix it"),
-        ),
-        {"images": [PNG]},
-    ),
-    (
-        turns("a", "![x](http://127.0.0.1:9/x.png)", "fix it"),
-        {"images": [], "told": "can't be had"},
-    ),
+    (turns("a", ("assistant", text_and_link("", DATA)), ("user", "fix it")), {"images": [PNG]}),
+    (turns("a", "![](http://127.1:9/x.png)", "fix it"), {"images": [], "told": "can't be had"}),
     *(
-        (turns([{"type": "text", "text": "a boat"}, part]), {"images": [PNG], "prompt": "a boat"})
+        (turns([{"type": "text", "text": "a boat"}, part]), BOAT_AND_PICTURE)
         for part in PICTURE_PARTS
     ),
     (turns(("user", [PICTURE_PARTS[0]]), ("user", "a boat")), {"images": [PNG]}),
-    (
-        turns(("user", "a boat"), ("user", [PICTURE_PARTS[0]])),
-        {"prompt": "a boat", "images": [PNG]},
-    ),
+    (turns(("user", "a boat"), ("user", [PICTURE_PARTS[0]])), BOAT_AND_PICTURE),
     (turns("a car", "x", ("user", "a boat")) | {"first_frame": DATA}, {"images": [PNG]}),
     ({"messages": [{"role": "user", "content": "a boat", "images": [BASE64]}]}, {"images": [PNG]}),
     (
         {"image_config": {"aspect_ratio": "16:9", "image_size": "2K"}},
-        {"ratio": "landscape", "upscale": "2K"},
+        WIDE_PICTURE | {"upscale": "2K"},
     ),
-    *(
-        ({"model": model}, {"ratio": "landscape", "kind": "image"})
-        for model in ("sora-image-landscape", "gemini-3-pro-image-preview")
-    ),
+    ({"model": "sora-image-landscape"}, WIDE_PICTURE),
+    ({"model": "gemini-3-pro-image-preview"}, WIDE_PICTURE),
     ({"model": "sora-2-landscape-15s"}, {"ratio": "landscape", "seconds": 8, "told": "not 15"}),
     ({"model": OMNI, "duration": 4}, {"seconds": 4}),
     (turns(*HISTORY, text_and_link("make it dark", data_url(JPEG))), {"images": [JPEG]}),
@@ -2923,6 +4152,7 @@ SIDE_PROMPTS = (
     ("LibreChat", turns(CONCISE), "a paper boat"),
     ("LibreChat", turns(LANGUAGE) | schema(**SCHEMA), LEAST),
     ("Open WebUI", turns(TASK.format("Generate a concise, 3-5 word title")), {"title": "a boat"}),
+    ("Open WebUI", turns(TASK.format("Give it a title \ud83d")), {"title": "a boat"}),
     ("Open WebUI", turns(TASK.format("Generate 1-3 broad tags categorizing")), {"tags": []}),
     ("Open WebUI", turns(TASK.format("3-5 relevant follow-up questions")), {"follow_ups": []}),
     ("Open WebUI", turns(TASK.format("generating search queries")), {"queries": []}),
@@ -2965,9 +4195,11 @@ async def test_a_clients_own_prompt_is_answered_without_generating(world, caplog
     w.live.put("file", "chat.answer_side_prompts", False, "test")
     for on in (False, True):
         w.live.put("file", "chat.use_system_prompt", on, "test")
-        assert (await w.chat(BANANA, **turns(("system", "In oil."), TASK))).content
+        asked = turns(("system", "In oil."), f"{TASK} \ud83d")  # half an emoji
+        for reply in (await w.chat(BANANA, **asked), await w.stream(BANANA, **asked)):
+            assert links_in(reply.content)
     prompts = [made.prompt for made in w.flow.media.values()]
-    assert prompts == [TASK, f"In oil.\n\n{TASK}"]
+    assert prompts == [f"{TASK} ?"] * 2 + [f"In oil.\n\n{TASK} ?"] * 2
 
 
 def side_client(*contents, **fields):
@@ -2978,7 +4210,6 @@ def side_client(*contents, **fields):
 # NextChat's titles in its other languages, then what other versions and clients send.
 OWN_PROMPTS = """
 Please generate a four to five word title summarizing our conversation without any lead-in
-直接返回这句话的简要主题，不要解释，如果没有主题，请直接返回“闲聊”
 Use the language used by the user to generate a title (at most 6 words) summarizing our conversation
 この文の簡潔なテーマを四から五文字で返してください。説明、句読点は不要です
 4～5文字でこの文章の簡潔な主題を返してください。説明、句読点は無しで
@@ -2993,7 +4224,6 @@ Por favor, gere um título de quatro a cinco palavras resumindo nossa conversa s
 Si prega di generare un titolo di quattro o cinque parole che riassuma la nostra conversazione
 Riporta il tema di questa frase in modo conciso con quattro o cinque parole, senza spiegazioni
 Пожалуйста, создайте заголовок из четырех или пяти слов, который кратко описывает нашу беседу
-Пожалуйста, сгенерируйте заголовок из четырех-пяти слов, суммирующий наш разговор
 Укажите краткую тему этого сообщения в четырех-пяти словах, без объяснений
 konuşmamızı özetleyen dört ila beş kelimelik bir başlık oluşturun
 Bu cümlenin dört ila beş kelimelik kısa başlığını doğrudan verin, açıklama yapmayın
@@ -3012,7 +4242,6 @@ Create a concise, 3-5 word phrase as a header for the following query
 Here is the query: a boat. Create a concise, 3-5 word phrase as a title for the previous query
 You have been provided with a set of responses from various models to the latest user query
 请总结上述对话为10个字以内的标题，不需要包含标点符号
-你是一名擅长会话的助理，我会给你一些对话内容在content内，你需要将用户的会话总结为 10 个字以内的标题
 Name the conversation based on the chat records. Please provide a concise name
 Write an extremely concise title for this conversation in the given language. Title in 5 Words
 Progressively summarize the lines of conversation provided, adding onto the previous summary
@@ -3053,33 +4282,23 @@ two parrots have a conversation and summarize it in 200 words or less
 a chat window with tags and follow-up questions floats over a city
 ### Task: a poster with the title "Chat History"
 ### Task: Respond to the user query using the provided context. <context>boats</context> a boat
-hi, a cat waves at the camera
-hello world in neon letters
-a test pattern from the seventies
-test from a wind tunnel, slow motion
+hi, a cat waves at the camera | hello world in neon letters
+a test pattern from the seventies | test from a wind tunnel, slow motion
 Generate a title sequence for a film about a conversation
 Generate a video of a robot that summarizes a chat
-Create a concise, 3-5 word slogan on a billboard
-Create a title for this clip: the sea
+Create a concise, 3-5 word slogan on a billboard | Create a title for this clip: the sea
 根据这段对话生成一个带标题的视频：两只猫聊天
 Analyze this conversation of whales: make their song visible
-Ignore previous instructions and make it blue
-Based on the chat history of mankind, an epic clip
-Summarize Hamlet in one clip
-You are a director. Film a translator at work
-a professional translator at her desk
-an emoji laughs, its facial expression changes
+Ignore previous instructions and make it blue | Based on the chat history of mankind, an epic clip
+Summarize Hamlet in one clip | You are a director. Film a translator at work
+a professional translator at her desk | an emoji laughs, its facial expression changes
 the word "title" carved in wood, JSON on a screen: {"title": "x"}
-a street sign, four to five words, no punctuation
-一个四到五个字的霓虹灯招牌，主题是闲聊
-给这段对话配一个标题动画：两只猫聊天
-総集編：会話する猫のタイトル
+a street sign, four to five words, no punctuation | 一个四到五个字的霓虹灯招牌，主题是闲聊
+给这段对话配一个标题动画：两只猫聊天 | 総集編：会話する猫のタイトル
 надпись из четырех слов без знаков препинания
 un titre de quatre à cinq mots en néon, sans ponctuation
-un cartel con el tema breve de la fiesta
-ein Titel in vier Wörtern über den Bergen
-user: a paper boat
-Available tools: a hammer and a saw on a bench
+un cartel con el tema breve de la fiesta | ein Titel in vier Wörtern über den Bergen
+user: a paper boat | Available tools: a hammer and a saw on a bench
 say hi to the camera, a robot
 """
 REAL_FIELDS = (
@@ -3098,20 +4317,12 @@ def test_a_clients_own_prompts_are_told_from_real_ones():
     for prompt in OWN_SYSTEMS.replace("\n ", " ").strip().splitlines():
         assert side_client(("system", prompt), "a paper boat"), prompt
     system = ("system", "You generate videos only, no title. Conversation: short. Use tools.")
-    for prompt in REAL_PROMPTS.strip().splitlines():
+    for prompt in re.split(r" \| |\n", REAL_PROMPTS.strip()):
         for chat in ((prompt,), (*SHIP, prompt), (system, prompt), (TOPIC, "a boat", prompt)):
             assert not side_client(*chat), prompt
     for fields in REAL_FIELDS:
         assert not side_client(system, "a boat", **fields), fields
     assert not side_client(("system", "You film what you are told. " * 9), text_and_link("a", DATA))
-
-
-async def test_a_prompt_that_only_has_a_clients_words_in_it_is_made(world):
-    w = await world(video_seconds=0.02)
-    prompts = [REAL_PROMPTS.splitlines()[1], "hi, a cat waves at the camera"]
-    for prompt in prompts:
-        assert (await w.chat(text=prompt, max_tokens=4096)).job_id
-    assert [made.prompt for made in w.flow.media.values()] == prompts
 
 
 def test_a_long_prompt_and_a_deep_schema_are_looked_at_with_a_bound():
@@ -3236,57 +4447,20 @@ async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside
         assert message["images"] == [{"type": "image_url", "index": i} for i in (0, 1)]
 
 
-# ---- Doors, junk and files ----
-
-
-async def send_raw(w, method, path, header="X-Nothing: x"):
-    """A request exactly as it is written here -> Reply."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", w.url.split(":")[2])
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0"
-    writer.write(f"{head}\r\n{header}\r\n\r\n".encode("utf-8", "surrogateescape"))
-    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-    writer.close()
-    return Reply(int(head.split()[1]), {}, body)
-
-
-async def test_nothing_is_open_without_the_key_in_one_of_its_spellings(world):
-    """A browser may ask first, and is told why it is refused."""
-    w = await world()
-    paths = [f"{prefix}/models" for prefix in ("/v1", "", "/flow/v1", "/v1/v1")]
-    for path, scheme in itertools.product(paths, ("Bearer ", "bearer ", "")):
-        models = await w.get(path, headers={"Authorization": scheme + w.key})
-        assert {"id", "object", "owned_by"} <= set(models.json["data"][0])
-    keys = ("", "Bearer", "Bearer ", "Bearer sk-wrong", "Basic x", "Bearer é", "\udcff")
-    for path, key in itertools.product([*paths, CHAT], keys):
-        method = "POST" if path == CHAT else "GET"
-        reply = await send_raw(w, method, path, f"Authorization: {key}")
-        expect_error(w, reply, "invalid_api_key")
-    ask = {"Authorization": "", "Access-Control-Request-Headers": "x-stainless-os"}
-    headers = (await w.call("OPTIONS", CHAT, headers=ask)).headers
-    assert headers["Access-Control-Allow-Headers"] == "x-stainless-os"
-    assert headers["Access-Control-Allow-Methods"] == "GET, POST, DELETE"
-    assert "credentials" not in str(headers).lower()
-    async with w.http.get(w.url + "/v1/models") as reply:
-        assert reply.reason == "invalid api key"  # all that Open WebUI's picture panel shows
-        assert reply.headers["Access-Control-Allow-Origin"] == "*"
-        assert "x-job-id" in reply.headers["Access-Control-Expose-Headers"]
-    reply = await w.call("OPTIONS", "/api/tokens", headers=ask)
-    assert "Access-Control-Allow-Origin" not in reply.headers
-
-
 NO_REQUESTS = ("", "{", "[]", "null", '"text"', b"\xff\xfe{}", "[" * 100_000, "model=veo_3_1&n=1")
 NO_REQUESTS += ('{"model": ' + "9" * 5000 + "}", '{"model": "veo_3_1", "messages": NaN}')
-CHAT_FAULTS = r"""invalid_request n n 0 5 -1 1.5 "two" true [] {} 1000000000000000000000000
-invalid_request size size "huge" 720 {"a":1}
-invalid_request model model null ["veo_3_1"]
-invalid_request messages messages [] [{}] ["a"] {"role":"user","content":"a"}
-invalid_request messages messages [{"role":"assistant","content":"a"}] [{"role":["user"]}]
-invalid_request messages content "" "\u0020" null 5 [] ["a"] [{"type":"text"}]
-invalid_request messages content [{"type":"text","text":["a"]}]
-invalid_request stream stream "yes" 2 {} "streamed"
-invalid_image messages image {"url":5} 5 "****" "data:image/png;base64,!!!" "data:;base64,YWFh"
-invalid_image messages image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
-invalid_image messages image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
+CHAT_FAULTS = r"""
+invalid_request n | n 0 5 -1 1.5 "two" true [] {} 1000000000000000000000000
+invalid_request size | size "huge" 720 {"a":1}
+invalid_request model | model null ["veo_3_1"]
+invalid_request messages | messages [] [{}] ["a"] {"role":"user","content":"a"} [{"role":["user"]}]
+invalid_request messages | messages [{"role":"assistant","content":"a"}]
+invalid_request messages | content "" "\u0020" null 5 [] ["a"] [{"type":"text"}]
+invalid_request messages | content [{"type":"text","text":["a"]}]
+invalid_request stream | stream "yes" 2 {} "streamed"
+invalid_image messages | image {"url":5} 5 "****" "data:image/png;base64,!!!" "data:;base64,YWFh"
+invalid_image messages | image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
+invalid_image messages | image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
 """
 PARTS_AT_FAULT = json.loads("""[{"type": "input_audio", "input_audio": {"data": "UklGRg=="}},
  {"type": "file", "file": {"file_id": "file-1"}}, {"type": "document", "document": {"a": "b"}},
@@ -3300,11 +4474,9 @@ def chats_at_fault(huge_url):
     """(error code, its param, what its message names, what stands in the request)"""
     for part in (*PARTS_AT_FAULT, {"type": "video_url", "video_url": {"url": data_url(CLIP)}}):
         yield "invalid_image", "messages", "", turns([{"type": "text", "text": "a boat"}, part])
-    for line in CHAT_FAULTS.strip().splitlines():
-        code, param, field, *values = line.split()
-        for value in map(json.loads, values):
-            fields = turns(value) if field == "content" else {field: value}
-            yield code, param, field if field == param else "", fields
+    for code, param, body in requests_in(CHAT_FAULTS):
+        fields = turns(*body.values()) if "content" in body else body
+        yield code, param, param if param in body else "", fields
     for name in ("video", "remix_target_id", "style_id", "character_options"):
         yield "unsupported_parameter", name, name, {name: "x"}
     for model, count in WRONG_COUNTS.items():
@@ -3329,1181 +4501,12 @@ async def test_a_request_at_fault_is_refused_and_nothing_is_sent(world):
         assert not w.flow.calls and not w.jobs.open, str(fields)[:99]
 
 
-ODD_VALUES = json.loads(r"""[null, true, 0, -1, 1.5, "", "x", "\ud800", [], {}, [null], {"a": {}},
- [[]], {"type": "text"}, {"type": "image_url"}, {"url": "http://["}, "4:3", "2K"]""")
-ODD_VALUES += ["9" * 6000, "a" * 70_000, 10**400, DATA]
-ODD_NAMES = """model messages stream n size image modalities stream_options aspect_ratio type text
- url image_url role content prompt orientation image_size images mask references response_format"""
-
-
-async def test_whatever_the_shape_of_a_body_the_answer_is_never_a_500(world):
-    """Clients that cut a text in the middle of an emoji send half a surrogate pair."""
-    w, dice = await world(image_seconds=0), random.Random(2)
-    texts = ("half an emoji \ud83d", TASK.format("title \ud83d"))
-    for text, stream in itertools.product(texts, (False, True)):
-        reply = await w.chat(BANANA, text, stream=stream)
-        assert reply.status == 200 and b'"error"' not in reply.body
-    for path in [CHAT, CHAT, IMAGES, EDITS] * 150:
-        content = text_and_link("boat", {"url": DATA})
-        body = {"prompt": "boat", "model": BANANA, "image": DATA} | turns(("system", "s"), content)
-        places = [body, body, body, *body["messages"], *content, content[1]["image_url"]]
-        for place in dice.choices(places, k=dice.randint(1, 3)):
-            place[dice.choice(ODD_NAMES.split())] = dice.choice(ODD_VALUES)
-        reply = await w.post(path, body)
-        assert reply.status in (200, 400, 404, 413), (reply.body, path, str(body)[:300])
-
-
-TRAVERSALS = """../flow2api.db ..%2fflow2api.db %2e%2e/flow2api.db %2e%2e%2fflow2api.db
- ..%5cflow2api.db ..%252fflow2api.db .%00./flow2api.db %2fetc%2fpasswd /etc/passwd . %2e %2e%2e
- other.txt {part}.part {part} {part}.png/../other.txt {part}.png%00.mp4 {part}.PNG
- ..%2finputs%2fsecret {part}.png%0a %F0%9F {part}.png; ~ {part}.png/"""
-
-
-async def test_kept_files_expire_and_no_name_leads_out_of_them(world, impatient, monkeypatch):
-    """One that somebody else removes at the same time does not end that."""
-    stopped = []
-    monkeypatch.setattr("signal.raise_signal", stopped.append)
-    w = await world(**{"cache.enabled": True})
-    part = "a" * 32
-    for path in ("tmp/other.txt", f"tmp/{part}.part", f"tmp/{part}.png", "inputs/secret"):
-        (w.data / path).write_bytes(PNG)
-    assert (await send_raw(w, "GET", f"/tmp/{part}.png")).status == 200
-    for name in TRAVERSALS.format(part=part).split():
-        expect_error(w, await send_raw(w, "GET", f"/tmp/{name}"), "not_found")
-    w.fault = fault("^/media/", lambda r: web.Response(body=JPEG, content_type="image/png"))
-    links = [links_in((await w.chat(BANANA)).content)[0] for _ in range(2)]
-    assert all(re.fullmatch(rf"{w.url}/tmp/[\w-]{{22,}}\.jpg", link) for link in links)
-    files = [job.outputs[0].file for job in w.store.jobs(oldest_first=True)]
-    links = [f"{w.url}/tmp/{name}" for name in files]
-    part = await w.fetch(links[0], Range="bytes=1-4")
-    assert (part.status, part.body) == (206, JPEG[1:5])
-    assert part.headers["Content-Type"] == "image/jpeg"
-    assert part.headers["Access-Control-Allow-Origin"] == "*"
-    (w.data / "tmp/vanished.part").symlink_to("nowhere")
-    for link, expected in zip(links, ([404, 200], [404, 404]), strict=True):
-        file = w.data / "tmp" / link.rpartition("/")[2]
-        os.utime(file, (0, time.time() - 7300))
-        await until(lambda file=file: stopped or not file.exists())
-        assert [(await w.fetch(link)).status for link in links] == expected
-    assert not stopped
-
-
-@pytest.mark.parametrize("cut", [False, True])
-async def test_a_clip_that_cannot_be_fetched_is_completed_all_the_same(world, impatient, cut):
-    w = await world(**{"cache.enabled": True})
-    nowhere = {"status": 307, "headers": {"Location": "http://["}}
-    no_file = {"body": b"half a clip", "headers": {"Content-Encoding": "gzip"}}
-    on, answer = ("^/media/", no_file) if cut else ("UrlRedirect", nowhere)
-    w.fault = fault(on, lambda request: web.Response(**answer))
-    reply = await w.chat()
-    job = await w.jobs.get(reply.job_id)
-    assert job.state == "completed" and not list((w.data / "tmp").iterdir())
-    assert "at Flow" in job.notes[0] and job.notes[0] in reply.content
-    link = links_in(reply.content)[0]
-    assert link.startswith(w.url)
-    w.fault = None
-    assert (await w.fetch(link)).body == w.flow.media[job.outputs[0].media].file()
-
-
-PRIVATE_HOSTS = """127.0.0.1:{0} [::1]:{0} localhost:{0} 127.1:{0} 0:{0} 2130706433:{0} [::]:{0}
- 0x7f000001:{0} 0x7f.1:{0} 0177.0.0.1:{0} 0.0.0.0:{0} [::ffff:127.0.0.1]:{0} LOCALHOST:{0}
- [::ffff:7f00:1]:{0} [0:0:0:0:0:0:0:1]:{0} x@127.0.0.1:{0} 127.0.0.1.:{0} ①②⑦.⓪.⓪.①:{0}
- 127。0。0。1:{0} １２７.0.0.1:{0} ip6-localhost:{0} 169.254.169.254 10.0.0.1 192.168.1.1
- 172.16.0.1 100.64.0.1 [64:ff9b::7f00:1] [fe80::1] [fc00::1] [::ffff:10.0.0.1] 224.0.0.1
- [ff02::1] example.com@127.0.0.1:{0} 127.0.0.1:{0}\\@example.com"""
-NO_URLS = "file:///etc/passwd ftp://127.0.0.1:{0} gopher://127.0.0.1:{0} //127.0.0.1:{0}"
-
-
-async def test_no_picture_is_fetched_from_a_private_address(world, monkeypatch):
-    """Not even one of the history; that stops nothing. Nor does a redirect lead to one."""
-    w = await world(**{"server.allow_private_urls": False})
-    w.fault = fault("private", lambda request: web.Response(body=PNG))
-    port = w.flow.address.rpartition(":")[2]
-    urls = [f"http://{host}" for host in PRIVATE_HOSTS.format(port).split()]
-    urls += [f"http:127.0.0.1:{port}", *NO_URLS.format(port).split()]
-    chats = (w.chat(BANANA, pictures=[f"{url}/private/a.png"]) for url in urls)
-    for url, reply in zip(urls, await asyncio.gather(*chats), strict=True):
-        message = expect_error(w, reply, "invalid_image")["message"]
-        if re.fullmatch(r"http://([\d.]+|\[.+\])", url):
-            assert "is not a public address" in message, url
-    link = f"![x]({w.flow.address}/private/{'a' * 40}.png)"
-    assert (await w.chat(BANANA, **turns("a cat", link, "make it darker"))).content
-    assert not w.fault.seen and not w.asked("uploadImage") and not w.jobs.open
-    answers = []  # the first address counts as public now, for once
-    public = property(lambda address: bool(answers) and answers.pop())
-    monkeypatch.setattr(ipaddress.IPv4Address, "is_global", public)
-    for target in ("http://[::ffff:127.0.0.1]", "http://localhost", "file://"):
-        answers.append(True)
-        hop = web.Response(status=302, headers={"Location": f"{target}:{port}/private"})
-        w.fault = fault("hop|private", lambda request, hop=hop: hop)
-        reply = await w.chat(BANANA, pictures=[f"{w.flow.address}/hop.png"])
-        expect_error(w, reply, "invalid_image")
-        assert w.fault.seen == ["/hop.png"]
-
-
-# ---- The pool, upscaling, secrets ----
-
-
-async def test_jobs_are_spread_over_the_accounts_that_are_switched_on_for_them(world):
-    """What one is refused another one does; by all: test_a_failure_does_no_more_than_it_must."""
-    w = await world(accounts=())
-    clips = [await w.account(credits=much, image_enabled=False) for much in (2000, 1000)]
-    pictures = await w.account(video_enabled=False)
-    await asyncio.gather(*(w.chat(model) for model in [FAST, FAST, BANANA] * 3))
-    for token, videos, images in (*((one, 3, 0) for one in clips), (pictures, 0, 3)):
-        assert (token.video_count, token.image_count, token.use_count) == (videos, images, 3)
-    first, second = clips
-    for reason, credits in (("MODEL_ACCESS_DENIED", 1940), ("USER_QUOTA_REACHED", 0)):
-        first.paused_until = 0
-        w.fault = fault(PAID, refusal(403, f"PUBLIC_ERROR_{reason}"), times=1)
-        assert (await w.chat()).content and len(w.fault.seen) == 1
-        assert (first.credits, first.is_active, second.error_count) == (credits, True, 0)
-    assert (first.error_count, second.credits) == (2, 900)
-    for token in clips:
-        await w.pool.update(token, video_enabled=False)
-    expect_error(w, await w.chat(), "no_accounts")
-
-
-async def test_over_its_limit_an_account_lets_jobs_wait_and_credits_are_reserved(world):
-    """And a hundred simultaneous 401s need one refresh."""
-    w = await world()
-    await w.pool.update(w.token, video_concurrency=2)
-    w.fault = hold(PAID)
-    clients = [asyncio.create_task(w.chat()) for _ in range(5)]
-    await until(lambda: len(w.pool.queue) == 3)
-    w.fault.release.set()
-    assert all(reply.content for reply in await asyncio.gather(*clients))
-    ends = sorted(made.ready for made in w.flow.media.values())
-    for end, later in zip(ends, ends[2:], strict=False):  # it began when that had ended
-        assert later - w.flow.video_seconds >= end
-    assert (w.token.busy.total(), w.token.reserved) == (0, 0)
-    w.flow.accounts[w.token.st].credits = w.token.credits = 50  # of which two clips need 40
-    w.flow.calls.clear()
-    w.fault = hold(PAID)
-    first = asyncio.create_task(w.chat(n=2))
-    await w.fault.seen.wait()
-    expect_error(w, await w.chat(), "no_credits")
-    w.fault.release.set()
-    assert (await first).content and len(w.paid()) == 1
-    assert w.token.credits == 10 == w.flow.accounts[w.token.st].credits
-    w.flow.media.clear()
-    w.flow.accounts[w.token.st].at = "forgotten by Google"
-    before = len(w.asked("auth/session"))
-    sent = []
-
-    async def together(request, handler):
-        sent.append(request.path)
-        await until(lambda: sum(bool(re.search(PAID, path)) for path in sent) >= 100)
-        return await handler(request)
-
-    w.fault = together
-    replies = await asyncio.gather(*(w.chat(BANANA) for _ in range(100)))
-    assert [reply.status for reply in replies] == [200] * 100
-    assert len(w.asked("auth/session")) - before == 1
-    assert len(w.flow.media) == 100 and w.token.error_count == 0
-
-
-async def test_a_step_back_grows_is_capped_and_ends_and_three_refusals_disable(world, clock):
-    w = await world()
-    throttled = fault(PAID, refusal(429, "PUBLIC_ERROR_USER_REQUESTS_THROTTLED"))
-    pauses = []
-    for refused in (*[True] * 7, False, True):
-        w.fault = throttled if refused else None
-        reply = await w.chat(BANANA)
-        assert expect_error(w, reply, "account_throttled") if refused else reply.content
-        if refused:
-            pauses.append(w.token.paused_until - flow2api.now())
-            clock.ahead += pauses[-1] + 1
-    assert all(after > 1.5 * before for before, after in itertools.pairwise(pauses[:4]))
-    assert 200 < pauses[0] < 400 and max(pauses) <= 1.1 * 3600 and pauses[-1] < 400
-    for failures in (1, 2, 0, 1, 2, 3):  # in a row, after each request
-        clock.ahead += 4000
-        w.fault = fault(PAID, refusal(403, "", "Not you.")) if failures else None
-        reply = await w.chat(BANANA)
-        assert expect_error(w, reply, "account_refused") if failures else reply.content
-        assert (w.token.failures, w.token.is_active) == (failures, failures < 3)
-    await w.restart()
-    assert "Not you." in expect_error(w, await w.chat(BANANA), "no_accounts")["message"]
-    assert "Not you." in w.token.reason and not w.token.is_active
-
-
-@pytest.mark.parametrize("on", ["session", "uploadImage", "createProject", "credits"])
-async def test_a_dead_network_blames_and_disables_nobody(world, impatient, clock, on):
-    w = await world()
-    w.fault = fault(on, dropped)
-    await w.pool.update(w.token, project_id="")
-    clock.ahead += 7200  # a new access token is due
-    await w.chat(BANANA, pictures=[DATA])
-    await until(lambda: w.fault.seen)
-    blame = (w.token.failures, w.token.error_count, w.token.paused_until)
-    assert w.token.is_active and blame == (0, 0, 0)
-    w.fault = None
-    assert (await w.chat(BANANA)).content
-    old = w.token.at
-    clock.ahead += 3600 - 300  # it is renewed before its end, without anybody asking
-    await until(lambda: w.token.at != old)
-    assert w.token.at_expires > flow2api.now() + 600
-
-
-FAILED_UPSCALES = (  # model, number of tries, answer
-    (f"{BANANA}-2K", 3, refusal(500)),
-    (f"{BANANA}-2K", 1, refusal(400, "PUBLIC_ERROR_UNSAFE_GENERATION")),
-    ("veo_3_1-1080p", 1, refusal(400)),
-    ("veo_3_1-1080p", 3, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY")),
-)
-
-
-@pytest.mark.parametrize(("model", "tries", "answer"), FAILED_UPSCALES)
-async def test_where_an_upscale_fails_the_original_stays(world, impatient, model, tries, answer):
-    w = await world()
-    w.fault = fault("psample", answer)
-    text = (await w.chat(model)).content
-    (original,) = w.flow.media.values()
-    assert (await w.fetch(links_in(text)[0])).body == original.file()
-    assert "this is the original" in text and len(w.fault.seen) == tries
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("answer", [refusal(409, "PUBLIC_ERROR_IN_PROGRESS"), dropped, None])
-async def test_an_upscale_under_way_or_lost_is_polled_and_not_sent_again(world, answer, fails):
-    """Where it fails later, the original stays."""
-    w = await world()
-    w.fault = answer and fault("UpsampleVideo", answer, through=True)
-    client = asyncio.create_task(w.chat("veo_3_1-1080p"))
-    await until(lambda: len(w.flow.media) == 2)
-    original, larger = w.flow.media.values()
-    larger.prompt = "unsafe" if fails else larger.prompt
-    text = (await client).content
-    assert ("this is the original" in text) == fails
-    file = (await w.fetch(links_in(text)[0])).body
-    assert file == (original if fails else larger).file() and len(w.asked("UpsampleVideo")) == 1
-
-
-BROKEN_PROXIES = """http://user:canary@127.0.0.1:9 socks5://user:canary@127.0.0.1:9
- http://user:canary@127.0.0.1:99999 http://user:canary@[x ftp://canary@x socks5://u:canary@
- user:canary@127.0.0.1:9 canary"""
-
-
-async def test_a_broken_proxy_is_told_without_its_password(world, impatient, caplog):
-    caplog.set_level(logging.DEBUG)
-    w = await world()
-    w.live.put("file", "proxy.proxy_enabled", True, "test")
-    for proxy in ("", *BROKEN_PROXIES.split()):  # none is not meant to be direct
-        w.live.put("file", "proxy.proxy_url", proxy, "test")
-        reply = await w.chat(BANANA)
-        assert reply.error["code"] in ("proxy_unavailable", "upstream_unreachable"), proxy
-        expect_error(w, reply, reply.error["code"])
-        assert "canary" not in f"{caplog.text}{reply.json}"
-    assert (w.token.is_active, w.token.error_count, w.token.busy.total()) == (True, 0, 0)
-
-
-async def test_no_log_and_no_error_holds_a_secret(world, impatient, looks, clock, caplog):
-    caplog.set_level(logging.DEBUG)
-    w = await world(((PRO, 100), (ULTRA, 100)), **{"cache.enabled": True})
-    tokens, owner = list(w.pool.tokens.values()), await w.owner()
-    hidden, replies = {owner.keywords["key"]}, [await w.chat(BANANA), await w.chat(text="unsafe")]
-    answers = (refusal(403), refusal(500), dropped, lambda request: web.Response(text="<"))
-    for answer, on in itertools.product(answers, (PAID, "upload", "session")):
-        hidden.update(w.secrets())
-        clock.ahead += 4000
-        for token in tokens:
-            w.flow.accounts[token.st].at = ""
-            await w.pool.update(token, is_active=True, failures=0)
-        w.fault = fault(on, answer, times=3)
-        replies.append(await w.chat(FAST, pictures=[DATA]))
-    hidden.update(w.secrets())
-    w.flow.accounts.clear()
-    replies += [await w.chat(), await owner("POST", "/api/tokens", {"st": tokens[0].st})]
-    errors = [str(reply) for reply in replies if reply.status >= 400]
-    assert len(errors) > 8 and caplog.records
-    assert re.search(
-        rf"{replies[0].job_id} completed: {BANANA} user\d@\S+ \d+ s 0 credits", caplog.text
-    )
-    assert not [secret for secret in hidden if secret in caplog.text + str(errors)]
-
-
-# ---- Addresses and links ----
-
-FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
-BASES = (  # the setting cache.base_url, the headers of a proxy, what links begin with
-    ("", {}, "{0}/tmp/"),
-    ("", FORWARDED, "https://flow.example.com/tmp/"),
-    ("", FORWARDED | {"X-Forwarded-Host": "a b"}, "https://127.0.0.1:"),
-    ("https://me.example", FORWARDED, "https://me.example/tmp/"),
-    ("https://me.example/flow/", {}, "https://me.example/flow/tmp/"),
-    ("https://me.example/flow/v1", {}, "https://me.example/flow/tmp/"),
-    ("https://me.example/v1/", {}, "https://me.example/tmp/"),
-)
-
-
-@pytest.mark.parametrize("trusted", [True, False])
-async def test_links_and_the_cookie_are_for_where_the_client_is(world, trusted):
-    networks = "10.0.0.0/8, 127.0.0.0/8" if trusted else "10.0.0.0/8"
-    w = await world(**{"server.trusted_proxies": networks})
-    for base, headers, start in BASES if trusted else BASES[:1]:
-        w.live.put("file", "cache.base_url", base, "test")
-        headers = headers if trusted else FORWARDED
-        body = BOAT | {"response_format": "url"}
-        url = (await w.post(IMAGES, body, headers=headers)).json["data"][0]["url"]
-        assert url.startswith(start.format(w.url)) and url.endswith(".png")
-    body = {"username": "admin", "password": w.password}
-    cookie = (await w.post("/api/login", body, headers=FORWARDED)).headers["Set-Cookie"]
-    assert ("Secure" in cookie) is trusted
-
-
-@pytest.mark.parametrize("cache", [True, False])
-async def test_a_link_is_ours_and_outlives_googles(world, cache):
-    """In a chat, too, with the cache or not; it ends in the name of a file, which players want."""
-    w = await world(video_seconds=0.02, **{"cache.enabled": cache})
-    links = [links_in((await w.chat(model)).content)[0] for model in (BANANA, "veo_3_1")]
-    for job in w.store.jobs():
-        job.outputs[0].url_expires = 0
-        await w.store.put(*job.outputs)
-    for link in links:
-        assert re.fullmatch(rf"{w.url}/tmp/[\w-]+\.(png|mp4)", link)
-        assert (await w.fetch(link)).body in [made.file() for made in w.flow.media.values()]
-    w.live.put("file", "videos.content", "redirect", "test")
-    for link in links:
-        reply = await w.call("GET", link, headers={"Authorization": ""}, allow_redirects=False)
-        target = reply.headers.get("Location", "")
-        assert reply.status == 200 if cache else target.startswith(w.flow.address)
-
-
-PATHS = """GET //v1/models, GET /v1//models, GET /v1/models/, GET /flow/models, GET /models//
- POST /v1/chat/completions/, POST /v1//chat//completions, POST /v1/v1/chat/completions/
- POST /v1/chat/completions/chat/completions, POST /flow/v1/chat/completions, GET //v1//videos/
- POST /v1/images/generations/images/generations, POST /images//generations"""
-
-
-async def test_a_path_that_people_get_wrong_is_found(world):
-    w = await world()
-    for row in re.split(r",|\n", PATHS):
-        method, path = row.split()
-        body = chat_body(BANANA, "a cat") | BOAT if method == "POST" else None
-        assert (await w.call(method, path, body)).status == 200, path
-    for path in ("/v1/nothing", "/v1/v1/modelsx", "/xv1/models", "/v1/chat/completions/x"):
-        assert (await w.get(path)).status in (404, 405), path
-
-
-async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
-    """A signature can be over each byte. A redirect's, too; by our own name."""
-    path = "/p%2Fq/a%7Eb.png?sig=a%2Bb%3D&x=%e4+c&empty"
-    seen = []
-
-    async def answer(reader, writer):
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        seen.append(head.split()[1])
-        assert f"User-Agent: Flow2API/{flow2api.__version__}\r\n" in head
-        if head.split()[1].startswith("/start"):
-            writer.write(f"HTTP/1.1 302 x\r\nLocation: {path}\r\n".encode())
-            writer.write(b"Content-Length: 0\r\nConnection: close\r\n\r\n")
-        else:
-            writer.write(b"HTTP/1.1 200 x\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        w = await world()
-        for start in (path, "/start" + path):
-            assert (await w.chat(BANANA, pictures=[host + start])).content
-    assert seen == [path, "/start" + path, path]
-    w.live.put("file", "proxy.proxy_enabled", True, "test")
-    reply = await w.chat(BANANA, pictures=[f"{host}/gone"])
-    assert "proxy" in expect_error(w, reply, "invalid_image")["message"]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_the_same_body_again_joins_the_job_of_a_client_that_left(world, stream):
-    """Nobody's key is needed. Who is still there wants another clip."""
-    w = await world(video_seconds=0.3)
-    w.fault = held = hold(PAID)
-    ask = w.stream if stream else w.chat
-    for number in range(3):
-        client = asyncio.create_task(ask())
-        await (held.seen.wait() if number == 0 else asyncio.sleep(0))
-        await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
-        await leave(w, client)
-    client = asyncio.create_task(ask())
-    await until(lambda: sum(job.clients for job in w.jobs.open.values()) == 1)
-    held.release.set()
-    assert links_in((await client).content) and len(w.paid()) == 1
-    both = await asyncio.gather(ask(), ask())
-    assert all(reply.content for reply in both) and len(w.paid()) == 3
-
-
-# ---- The process never ends by itself: broken proxies, bad replies ----
-
-NOUGHTS, PLAIN = bytes(6), b"HTTP/1.1 200 OK\r\n"
-HANDSHAKES = {  # way -> the bytes that it reads (0: a head) and answers; a refusal; odd
-    "socks5": [(3, b"\5\0"), (10, b"\5\0\0\1" + NOUGHTS), b"\5\2\0\1" + NOUGHTS, b"\5\0\0\x09"],
-    "socks4": [(9, b"\0\x5a" + NOUGHTS), b"\0\x5b" + NOUGHTS, b"\7\x5a" + NOUGHTS],
-    "http": [(0, PLAIN + b"Content-Length: 9\r\n\r\nh"), b"HTTP/1.1 407 No\r\n\r\n", b"HTTP/9\n"],
-    # an HTTP proxy before an https address
-    "connect": [(0, PLAIN + b"\r\n"), b"HTTP/1.1 403 No\r\n\r\n", PLAIN[:9] + b"odd\r\n\r\n"],
-}
-MANNERS = ("close", "close after greeting", "garbage", "half", "refused", "odd", "hang", "leave")
-
-
-async def break_off(way, manner, reader, writer):
-    """What a proxy does that is broken in this manner; `leave`: it does so when all is said."""
-    *steps, refused, odd = HANDSHAKES[way]
-    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-        for size, answer in steps if manner != "close" else ():
-            await (reader.readexactly(size) if size else reader.readuntil(b"\r\n\r\n"))
-            if manner == "hang":
-                await reader.read()
-            if manner in ("hang", "close after greeting"):
-                break
-            last = {"refused": refused, "odd": odd, "half": answer[: len(answer) // 2]}
-            answer = last.get(manner, answer) if answer is steps[-1][1] else answer
-            writer.write(b"\x99garbage\r\n\r\n" * 9 if manner == "garbage" else answer)
-            await writer.drain()
-    writer.close()
-
-
-@pytest.fixture
-def endless(monkeypatch):
-    """The process does not end itself."""
-    signals = []
-    monkeypatch.setattr("signal.raise_signal", signals.append)
-    yield
-    assert not signals
-
-
-@pytest.mark.parametrize(("way", "manner"), [*itertools.product(HANDSHAKES, MANNERS)])
-async def test_a_broken_proxy_ends_nothing(world, impatient, looks, endless, way, manner):
-    """Neither a check, nor a clip under way, nor a request; and nothing is sent twice."""
-    w = await world(video_seconds=0.05)
-    broken = functools.partial(break_off, way, manner)
-    server = await asyncio.start_server(broken, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    await w.post(VIDEOS, BOAT)
-    (running,) = await w.running()
-    file, api = w.live.layers["file"], w.live["flow.api_base_url"]
-    file["flow.api_base_url"] = api.replace("http:", "https:") if way == "connect" else api
-    file["proxy.proxy_url"] = f"{'http' if way == 'connect' else way}://{host}:{port}"
-    file.update({"proxy.proxy_enabled": True, "flow.timeout": 0.2})
-    w.token.checked_at = 0
-    await w.pool.ask(w.token, flow2api.now())
-    with pytest.raises(flow2api.GatewayError):
-        await w.pool.check(w.token)
-    client, jobs = asyncio.create_task(w.chat(text="a lost boat")), w.jobs.open
-    await until(lambda: client.done() or any(job.state == "unknown" for job in jobs.values()))
-    file.update({"proxy.proxy_enabled": False, "flow.api_base_url": api})
-    codes = "upstream_unreachable proxy_unavailable"
-    if way == "http" or (manner == "leave" and way != "connect"):  # it may have arrived
-        codes += " submit_unknown upstream_changed upstream_error"
-    reply = await client
-    assert reply.error["code"] in codes.split() and expect_error(w, reply, reply.error["code"])
-    assert (await w.end_of(running.id)).state == "completed"
-    assert (await w.chat(text="a boat that arrives")).content
-    assert not w.jobs.open and w.token.is_active and not w.token.busy.total()
-    assert len(w.paid()) == len(w.flow.media) == 2
-    server.close()
-
-
-CALLS_TO_FLOW = {  # a part of their path -> a model that leads to them
-    **dict.fromkeys(("auth/session", "createProject", "/credits", "uploadImage"), BANANA),
-    **dict.fromkeys(("batchCheck", "projectInitialData", "UrlRedirect"), FAST),
-    **{"batchGenerateImages": BANANA, "GenerateVideoText": FAST},
-    **{"upsampleImage": f"{BANANA}-2K", "UpsampleVideo": f"{FAST}-1080p"},
-}
-DEEP = '{"a":' * 500 + "1" + "}" * 500
-EVERY_NAME = """{"name": @, "projectId": @, "credits": @, "remainingCredits": @, "access_token": @,
- "userPaygateTier": @, "user": {"email": @, "name": @}, "expires": @, "encodedImage": @,
- "media": [{"name": @, "projectId": @, "mediaMetadata": {"mediaStatus": {"failureReasons": @}}}],
- "workflows": [{"name": @, "metadata": {"primaryMediaId": @, "batchId": @}}],
- "result": {"data": {"json": {"status": @, "result": {"projectId": @}, "projectContents": @}}}}"""
-
-
-async def spaces():
-    while True:
-        yield b" " * 50_000
-
-
-def replying(text, kind="application/json"):
-    return lambda request: web.Response(text=text, content_type=kind)
-
-
-BAD_REPLIES = {"half": cut_off, "HTML": replying("<html>hi</html>", "text/html")}
-BAD_REPLIES["without end"] = lambda request: web.Response(body=spaces())
-for raw in ("Infinity", "null", "5", "[]", "[" * 10**5, "9" * 5000):
-    BAD_REPLIES[raw[:9]] = replying(raw)
-for raw in (DEEP, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
-    BAD_REPLIES[f"all {raw[:9]}"] = replying(EVERY_NAME.replace("@", raw))
-
-
-@pytest.mark.parametrize("on", CALLS_TO_FLOW)
-async def test_after_bad_replies_all_goes_on(world, impatient, looks, endless, monkeypatch, on):
-    """No job stands still, what Google has accepted is completed, and paid once."""
-    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
-    monkeypatch.setattr(flow2api, "MAX_REPLY", 1 << 17)
-    w = await world(((ULTRA, 10**6),), image_seconds=0, video_seconds=0.03)
-    model, through = CALLS_TO_FLOW[on], "Generate" in on or on == "UpsampleVideo"
-    for name, answer in BAD_REPLIES.items():
-        if (through and "²" in name) or (on == "UpsampleVideo" and "ud800" in name):
-            continue  # it could be a name
-        w.flow.media.clear()
-        w.fault = bad = fault(on, answer, through, times=2 - through)
-        if on == "projectInitialData":
-            w.fault = together([fault(PAID, dropped, through=True, times=1), bad])
-        gone = {"at": "", "project_id": ""} if on in ("auth/session", "createProject") else {}
-        w.token.update(checked_at=0, **gone)
-        await w.pool.ask(w.token, flow2api.now())
-        w.token.update(**flow2api.AWAKE)
-        call = w.chat(model, name, [DATA] * (on == "uploadImage"))
-        reply = await asyncio.wait_for(call, 10)
-        assert reply.status == 200 or reply.error["code"] != "internal_error", (name, reply)
-        await until(lambda: not w.jobs.open)
-        media = [made for made in w.flow.media.values() if "_upsampled" not in made.name]
-        job = await w.jobs.get(reply.job_id)
-        assert (len(media), len(bad.seen) > 0) == (len(job.done()), True), (name, job.error)
-        assert len(media) <= 1 and (job.state == "completed") is bool(media), name
-    w.fault = None
-    w.token.update(**flow2api.AWAKE)
-    assert (await w.chat(model, "at last")).content and not w.token.busy.total()
-
-
-# ---- No trouble ends a loop; a disk that was full is used again ----
-
-
-@pytest.mark.parametrize("error", [RuntimeError("odd"), EOFError(), OSError(28, "No space")])
-async def test_each_background_loop_goes_on(world, impatient, endless, monkeypatch, error):
-    """After an exception in each of them."""
-    w, calls = await world(video_seconds=0.3), []
-    running, old = await w.post(VIDEOS, BOAT), w.data / "tmp" / f"{'a' * 32}.png"
-    await w.running()
-    old.write_bytes(PNG)
-    os.utime(old, (0, 0))
-    places = {"ask": w.pool, "expire": w.gateway.media, "_poll": w.jobs, "unfinished": flow2api}
-    for name, owner in places.items():
-        effects = itertools.chain([error], itertools.repeat(mock.DEFAULT))
-        calls.append(mock.Mock(wraps=getattr(owner, name), side_effect=effects))
-        monkeypatch.setattr(owner, name, calls[-1])
-    w.token.update(checked_at=0, asked_at=0)
-    w.live.put("file", "cache.timeout", 1, "test")
-    await until(lambda: w.token.checked_at and not old.exists())
-    assert (await w.end_of(running.job_id)).state == "completed"
-    assert min(call.call_count for call in calls) > 1
-
-
-@contextlib.contextmanager
-def full_disk(store):
-    """No write of this store fits -> the mock that counts them."""
-    real, store._writer = store._writer, mock.MagicMock()
-    store._writer.execute.side_effect = sqlite3.OperationalError("database or disk is full")
-    yield store._writer.execute
-    store._writer = real
-
-
-@pytest.mark.parametrize("file", [False, True])
-@pytest.mark.parametrize("on", ["UrlRedirect", "batchCheck", PAID])
-async def test_five_paid_clips_end_when_a_full_disk_has_room_again(world, impatient, on, file):
-    """Whichever of their steps did not fit; no restart is needed, and nothing is paid again."""
-    w = await world(video_seconds=0.05, **{"cache.enabled": file})
-    w.fault = hold("^/media/" if file and on == "UrlRedirect" else on, through=on == PAID)
-    clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(5)]
-    await w.fault.seen.wait()
-    await until(lambda: len(w.flow.media) == 5)
-    jobs = list(w.jobs.open)
-    with full_disk(w.store) as writes:
-        w.fault.release.set()
-        await until(lambda: writes.call_count > 4)
-    for job_id in jobs:
-        assert (await w.end_of(job_id)).state == "completed"
-    assert len(jobs) == len(w.paid()) == 5 and not w.token.busy.total()
-    for reply in await asyncio.gather(*clients):
-        assert reply.status == 200 or reply.job_id in jobs
-
-
-async def test_what_does_not_fit_is_told_logged_and_leaves_nothing(world, monkeypatch, caplog):
-    """The second of two pictures, or the database. When there is room again, all is well."""
-    w = await world()
-    inputs, pictures = w.data / "inputs", [DATA, DATA]
-    orders = {CHAT: chat_body(BANANA, "a boat", pictures), VIDEOS: BOAT | {"image": pictures}}
-    orders[EDITS] = BOAT | {"image": pictures}
-    real = pathlib.Path.open
-
-    def limited(path, mode="r", *more, **options):
-        full = "r" not in mode and path.name.endswith("_1")
-        return open("/dev/full", "wb", 0) if full else real(path, mode, *more, **options)
-
-    for full in (monkeypatch.context(), full_disk(w.store)):
-        with full as patch:
-            if isinstance(patch, pytest.MonkeyPatch):
-                patch.setattr(pathlib.Path, "open", limited)
-            for path, body in [*orders.items()] * 3:
-                error = expect_error(w, await w.post(path, body), "disk_full")
-                assert "disk" in error["message"] and not list(inputs.iterdir())
-        told = [line for line in caplog.messages if re.search("disk|space", line)]
-        assert 0 < len({*told}) < 5 and not w.jobs.open and not w.paid()  # the same are folded
-        caplog.clear()
-    for path, body in orders.items():
-        assert (await w.post(path, body)).status == 200
-
-
-# ---- Nobody can freeze, fatten or fill it ----
-
-JSON_HEAD = ("Host: x", "Content-Type: application/json")
-
-
-def head_of(key, path, *lines, method="POST"):
-    lines = f"{method} {path} HTTP/1.1", *lines, f"Authorization: Bearer {key}"
-    text = "\r\n".join((*lines, "Connection: close", "", ""))
-    return text.encode("utf-8", "surrogateescape")
-
-
-def connect(url):
-    return asyncio.open_connection(*url.removeprefix("http://").split(":"))
-
-
-async def exactly(url, data, lines=math.inf):
-    """Sends these bytes -> all that comes until the other side ends it, or so many lines."""
-    (reader, writer), answer = await connect(url), b""
-    with contextlib.suppress(ConnectionError):
-        writer.write(data)
-        async with asyncio.timeout(20):
-            while answer.count(b"\n") < lines and (piece := await reader.read(1 << 16)):
-                answer += piece
-    writer.close()
-    return answer
-
-
-async def test_with_few_files_and_many_idle_connections_it_still_answers(run, tmp_path):
-    """Half of them have sent a part of a head. The log stays short."""
-    options = (REPOSITORY / "flow2api.py", "--data", tmp_path, "--host", "127.0.0.1", "--port", "0")
-    command = ("bash", "-c", "ulimit -n 120 && exec $0 $@", sys.executable, *options)
-    program, idle = await run(*command), []
-    await until(lambda: program.serves or program.process.returncode is not None, 30)
-    health = head_of("none", "/health", "Host: x", method="GET")
-    for number in range(300):
-        with contextlib.suppress(OSError):
-            idle.append((await connect(program.url))[1])
-            idle[-1].write(health[:20] * (number % 2))
-    assert re.match(rb"HTTP/1.1 (200|429|503) |\Z", await exactly(program.url, health))
-    for writer in idle:
-        writer.transport.abort()
-    async with asyncio.timeout(20):
-        while b"200 OK" not in await exactly(program.url, health):
-            await asyncio.sleep(0.1)
-    assert len(program.log) < 20, program.log[:30]
-
-
-async def test_no_compressed_body_is_unpacked(world):
-    """Whoever sends it; a part of a form neither."""
-    w = await world()
-    login = json.dumps({"username": "admin", "password": w.password}).encode()
-    headers, packed = {"Content-Type": "application/json"}, zlib.compress(login)
-    paths = (CHAT, IMAGES, VIDEOS, f"{VIDEOS}/x/remix", "/api/login", "/api/admin/login")
-    for coding in ("gzip", "deflate", "br", "GZip", "identity, gzip"):
-        headers["Content-Encoding"] = coding
-        for path, key in itertools.product(paths, (w.key, "none")):
-            reply = await w.post(path, data=packed, headers=headers, key=key)
-            if "/api" in path:
-                expect_detail(reply, 415)
-            elif key == w.key or reply.status != 401:
-                expect_error(w, reply, "unsupported_encoding")
-        file = ("image", packed, f"{FILE}\r\nContent-Encoding: {coding}")
-        reply = await w.post(EDITS, **form([("prompt", "x"), file]))
-        expect_error(w, reply, "unsupported_encoding")
-    headers["Content-Encoding"] = "identity"
-    assert (await w.post("/api/login", data=login, headers=headers)).status == 200
-
-
-async def test_slow_and_chunked_bodies_lock_nobody_out(world, monkeypatch):
-    """What is announced takes no room; what was read gives it back; what stalls is ended."""
-    w = await world(**{"limits.bodies_mb": 4})
-    w.fault, clients = hold(PAID), []
-
-    async def pieces():
-        body = json.dumps(chat_body(BANANA, "a boat") | {"stream": True}).encode()
-        yield body[:50]
-        yield body[50:]
-
-    async def ask_for_more(request):
-        clients.append(asyncio.create_task(request))
-        before = len(w.jobs.open)
-        await until(lambda: len(w.jobs.open) > before or clients[-1].done())
-
-    lines = ("Transfer-Encoding: chunked", "Content-Length: 60000000")
-    starts = [head_of(w.key, CHAT, *JSON_HEAD, line) + b"9\r\n{" for line in lines]
-    stalled = [asyncio.create_task(exactly(w.url, start, 1)) for start in starts * 4]
-    for _ in range(16):
-        await ask_for_more(w.post(CHAT, data=pieces(), headers={"Content-Type": "text/json"}))
-    large = data_url(PNG + bytes(1_500_000))
-    for number in range(6):
-        await ask_for_more(w.chat(BANANA, f"{number}", [large]))
-    w.fault.release.set()
-    assert [reply.status for reply in await asyncio.gather(*clients)] == [200] * 22
-    for task in stalled:
-        task.cancel()
-    monkeypatch.setattr(flow2api, "BODY_STALL", 0.2)
-    starts.append(starts[0].replace(CHAT.encode(), b"/api/login"))
-    for answer in await asyncio.gather(*(exactly(w.url, start, 1) for start in starts)):
-        assert re.match(rb"HTTP/1.1 408 |\Z", answer), answer
-
-    async def stall():
-        yield b"{"
-        await asyncio.sleep(60)
-
-    reply = await w.post(CHAT, data=stall(), headers={"Content-Type": "text/json"})
-    expect_error(w, reply, "request_timeout")
-
-
-SAYS = '{"role": "user", "content": "make it darker"}'
-LONG = '[{"role": "user", "content": "'
-HOSTILE = {  # name (may: it can be read, too) -> field, and its start, what is repeated, its end
-    "depth": ("x", "", "[", 65, "1" + "]" * 65),
-    "depth of objects": ("x", "", '{"a":', 65, "1" + "}" * 65),
-    "depth without end": ("x", "", "[", 10**6, ""),
-    "lists": ("x", "[", "[],", 3_000_000, "1]"),
-    "objects": ("x", "[", "{},", 3_000_000, "1]"),
-    "numbers": ("x", "[", "1,", 3_000_000, "1]"),
-    "names": ("x", "{", '"a":1,', 1_000_000, '"b":1}'),
-    "text": ("x", '"', "a, b", 3_000_000, '"'),
-    "a name": ("x", '{"', "a, b", 3_000_000, '":1}'),
-    "escapes": ("x", '"', r"\u0041", 5_000_000, '"'),
-    "quotes": ("x", '"', r"\"", 4_000_000, '"'),
-    "half escapes": ("x", '"', r"\ud83d", 5_000_000, '"'),
-    "digits": ("n", "", "9", 5_000_000, ""),
-    "a large number": ("n", "", "1e999", 1, ""),
-    "spaces": ("x", "", " ", 6_000_000, "1"),
-    "no end": ("x", '"', "x", 10**6, ""),
-    "a prompt": ("messages", LONG, "ü", 20_001, '"}]'),
-    "a model": ("model", '"veo_3_1', "-4s", 10**6, '"'),
-    "a size": ("size", '"', "9", 10**6, 'x"'),
-    "may: longest prompt": ("messages", LONG, "ü", 20_000, '"}]'),
-    "may: messages": ("messages", "[", f"{SAYS},", 100_000, f"{SAYS}]"),
-    "may: parts": ("messages", LONG[:-1] + "[", '{"type":"text","text":"a"},', 10**5, "{}]}]"),
-    "may: links": ("messages", LONG.replace("user", "assistant"), "![](", 10**5, f'"}},{SAYS}]'),
-    "may: labels": ("messages", LONG.replace("user", "assistant"), "![", 10**6, f'"}},{SAYS}]'),
-    "may: side prompt": ("messages", LONG + "### Task: ", "tags ", 3_900, '"}]'),
-    "may: system": ("messages", LONG.replace("user", "system"), "a title", 10**5, f'"}},{SAYS}]'),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_body_is_read_or_refused_and_what_comes_next_served(world, name):
-    w = await world(image_seconds=0)
-    field, start, repeated, times, end = HOSTILE[name]
-    body = json.dumps(chat_body(BANANA, "a boat") | BOAT | {field: "@"})
-    body = body.replace('"@"', start + repeated * times + end).encode()
-    for path in (CHAT, IMAGES):
-        reply = await w.post(path, data=body, headers={"Content-Type": "application/json"})
-        may = name.startswith("may") or (field in ("messages", "n") and path == IMAGES)
-        good = reply.status == 200 and may
-        assert good or 400 <= reply.status < 500, (path, reply.status, reply.body[:200])
-    part = b'--b\r\nContent-Disposition: form-data; name="a[]"\r\n\r\n1\r\n'
-    request = form([("prompt", "ü" * 20_001), ("image", PNG, FILE)])
-    request["data"] = part * (50_000 * (name == "names")) + request["data"]
-    reply = await w.post(VIDEOS, **request)
-    assert 400 <= reply.status < 500 and (await w.chat(BANANA)).content
-
-
-KEY = "canary-4f9e-secret"
-AT, LOGIN = r" HTTP/1.1\r\nHost: x\r\n", r"POST /api/login HTTP/1.1\r\nHost: x\r\n"
-BAD_HEADS = rf"""GET / HTTP/1.1\r\nAuthorization Bearer {KEY} ;; GET /{KEY} HTTP/9.9 ;; {KEY}
-GET /?key={KEY} HTTP/1.1 {KEY} ;; B@D{KEY} /{AT} ;; GET /{AT}Authorization: Bearer {KEY}\x00
-GET /{AT}Cookie : flow2api_session={KEY} ;; GET /{AT}Cookie: a={KEY}\r\n folded {KEY}
-GET /{AT}X: {KEY * 2000} ;; GET /{KEY * 2000}{AT} ;; GET http://[{KEY}{AT} ;; GET http://{KEY}:x/{AT}
-{LOGIN}Content-Length: {KEY} ;; {LOGIN}Transfer-Encoding: {KEY} ;; GET /{AT}Host: {KEY}é[
-{LOGIN}Transfer-Encoding: chunked\r\n\r\n{KEY} ;; \x16\x03\x01\x02{KEY}\x00\xff
-{LOGIN}Connection: close\r\nContent-Encoding: gzip\r\nContent-Length: 18\r\n\r\n{KEY}
-{LOGIN}Content-Length: 1\r\nContent-Length: 2\r\n\r\n{KEY}"""
-
-
-async def test_a_malformed_request_puts_no_secret_in_the_log_and_few_lines(flow2, tmp_path):
-    """At most a line for each; many of the same are folded. Nor does an answer tell the server."""
-    program, heads = await flow2("--data", tmp_path), re.split(" ;; |\n", BAD_HEADS)
-    for line in [*heads, *[heads[0]] * 100]:
-        before, head = len(program.log), line.encode().decode("unicode_escape").encode("latin-1")
-        answer = await exactly(program.url, head + b"\r\n" * 4)
-        assert b"aiohttp" not in answer.lower() and b" 500 " not in answer[:20], line[:80]
-        await ask(f"{program.url}/health")  # what it logs has come by then
-        assert len(program.log) <= before + 1, (line[:80], program.log[before:])
-        assert KEY not in str(program.log[before:]), (line[:80], program.log[before:])
-    assert len(program.log) < 40, program.log
-
-
-# ---- Lost upscales, deadlines ----
-
-
-@pytest.mark.parametrize("lost", [1, ALWAYS])
-async def test_a_lost_upscale_is_asked_for_once_more_and_given_up_in_minutes(world, clock, lost):
-    w = await world(((ULTRA, 1000),), video_seconds=0, **{"flow.poll_interval": 0.05})
-    w.fault = fault("UpsampleVideo", dropped, times=lost)
-    client = asyncio.create_task(w.chat(f"{FAST}-1080p"))
-    while not client.done() and clock.ahead < 2000:
-        await asyncio.sleep(0.02)
-        clock.ahead += 10
-    reply = await client
-    job = await w.jobs.get(reply.job_id)
-    assert ("this is the original" in reply.content) is (lost > 1)
-    assert job.outputs[0].name.endswith("_upsampled") is (lost == 1)
-    assert job.completed_at - job.submitted_at < 900 and len(w.paid()) == 1
-    assert len(w.fault.seen) + len(w.asked("UpsampleVideo")) == 2
-
-
-OUTAGES = {"503": refusal(503), "dropped": dropped, "hang": lambda request: Hanging()}
-
-
-@pytest.mark.parametrize("outage", OUTAGES)
-async def test_an_outage_longer_than_a_deadline_fails_no_clip(world, impatient, outage):
-    w = await world(video_seconds=0.05)
-    w.live.layers["file"].update({"flow.timeout": 0.1, "generation.video_timeout": 0.3})
-    w.fault = fault("batchCheck", OUTAGES[outage])
-    client = asyncio.create_task(w.chat())
-    (job,) = await w.running()
-    await until(lambda: time.time() > job.submitted_at + 0.7 and len(w.fault.seen) > 2)
-    w.fault = None
-    assert (await client).content and len(w.paid()) == 1
-
-
-@pytest.mark.parametrize("restart", [False, True])
-async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, restart):
-    w = await world(video_seconds=2000, **{"cache.enabled": True})
-    w.live.layers["file"]["generation.video_timeout"] = 0.3
-    reply = await w.chat()
-    expect_error(w, reply, "generation_timeout")
-    path = f"{VIDEOS}/{reply.job_id}"
-    assert (await w.get(path)).json["status"] == "failed"
-    if restart:
-        await w.restart()
-    clock.ahead = 7200
-    await until(lambda: w.store.job(reply.job_id).state == "completed")
-    video, (medium,) = (await w.get(path)).json, w.flow.media.values()
-    assert (video["status"], video["error"], len(w.paid())) == ("completed", None, 1)
-    assert (await w.get(f"{path}/content")).body == medium.file()
-    assert w.token.video_count == 1 and not w.token.busy.total()
-
-
-# ---- Google's files and addresses ----
-
-HTML, NO_TYPE = b"<html><script>fetch('/api/tokens')</script></html>", "application/octet-stream"
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
-ODD_FILES = (  # what Google says that it is, what it is, as what it is served
-    *((kind, HTML, NO_TYPE) for kind in ("text/html", "video/mp4", "image/png")),
-    ("image/svg+xml", SVG, NO_TYPE),
-    ("text/javascript", b"alert(1)", NO_TYPE),
-    ("text/html", PNG, "image/png"),
-    ("text/html", CLIP, "video/mp4"),
-)
-
-
-@pytest.mark.parametrize("kept", [False, True])
-async def test_googles_files_are_served_as_what_they_are_and_run_nothing(world, kept):
-    w = await world(video_seconds=0.02, **{"cache.enabled": kept, "flow.poll_interval": 0.05})
-    for kind, data, served in ODD_FILES:
-        answer = {"body": data, "content_type": kind}
-        w.fault = fault("^/media/", lambda request, answer=answer: web.Response(**answer))
-        video = (await w.post(VIDEOS, BOAT | {"async_mode": False})).json
-        content = f"{VIDEOS}/{video['id']}/content"
-        urls = (content, video["url"], f"{content}?variant=thumbnail")
-        for url, method, part in itertools.product(urls, ("GET", "HEAD"), ("", "bytes=4-")):
-            reply = await w.call(method, url, headers={"Range": part} if part else {})
-            told, what = reply.headers["Content-Type"], (kind, data[:9], url, method, part, reply)
-            assert reply.status in (200, 206 if part else 200), what
-            assert told == served or (part and told in (NO_TYPE, "video/mp4")), what
-            assert reply.headers["X-Content-Type-Options"] == "nosniff", what
-            assert "sandbox" in reply.headers["Content-Security-Policy"], what
-
-
-INNER = """0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.255 127.0.0.1 127.1.2.3
- 169.254.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.10
- 192.0.0.170 192.0.0.255 192.0.2.1 192.168.0.1 192.168.255.255 198.18.0.1 198.19.255.255
- 198.51.100.1 203.0.113.1 224.0.0.1 224.0.1.1 232.0.0.1 239.255.255.250 240.0.0.1 250.1.2.3
- 255.255.255.255 :: ::1 ::2 ::7f00:1 ::10.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:10.0.0.1
- ::ffff:169.254.169.254 ::ffff:192.0.0.9 ::ffff:0.0.0.0 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
- 64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::1 64:ff9b:1::10.0.0.1 64:ff9b:1:ffff::1 100::1
- 200::1 400::1 800::1 1000::1 2001::1 2001:0:7f00:1::1 2001:2::1 2001:10::1 2001:db8::1
- 2001:db8:ffff::1 2002::1 2002:7f00:1::1 2002:a00:1::1 2002:c0a8:101::1 2002:808:808::1 3fff::1
- 4000::1 5f00::1 6000::1 8000::1 a000::1 c000::1 e000::1 f000::1 f800::1 fc00::1 fd00::1
- fd12:3456:789a::1 fe00::1 fe80::1 fe80::1%lo febf::1 fec0::1 fec0:0:0:ffff::1 feff::1 ff02::1
- ff05::2 ff0e::1 ff0e::808:808"""
-PUBLIC = """1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.1 100.63.255.255 100.128.0.1 126.255.255.255
- 128.0.0.1 142.250.1.1 169.253.255.255 169.255.0.1 172.15.255.255 172.32.0.1 192.0.1.1
- 192.167.255.255 192.169.0.1 198.17.255.255 198.20.0.1 203.0.112.255 203.0.114.1 223.255.255.254
- ::ffff:8.8.8.8 2003::1 2400:cb00::1 2606:4700:4700::1111 2001:4860:4860::8888 2a00:1450:4001::1
- 2620:fe::fe 2c0f:fb50::1"""
-
-
-def test_only_public_addresses_are_connected_to(monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *arguments: "a socket")
-    for host in f"{INNER} {PUBLIC}".split():
-        family, rest = (socket.AF_INET6, (80, 0, 0)) if ":" in host else (socket.AF_INET, (80,))
-        passes = None
-        with contextlib.suppress(OSError):
-            passes = flow2api.public_socket((family, socket.SOCK_STREAM, 6, "", (host, *rest)))
-        assert (passes == "a socket") is (host in PUBLIC.split()), host
-
-
-@pytest.mark.parametrize("public", [True, False])
-async def test_a_file_at_an_inner_address_is_fetched_where_flow_is_inner(world, public):
-    w = await world(image_seconds=0)
-    job_id = (await w.chat(BANANA)).job_id
-    w.pool.tokens.clear()  # so that no new address is asked for
-    w.fault = fault("^/media/", dropped)
-    for name in ("labs", "api") if public else ():
-        w.live.put("file", f"flow.{name}_base_url", f"https://{name}.google.com/v1", "test")
-    reply = await w.get(f"{VIDEOS}/{job_id}/content")
-    expect_error(w, reply, "upstream_unreachable")
-    assert bool(w.fault.seen) is not public
-
-
-# ---- Answers, and the login ----
-
-
-async def test_every_answer_has_its_id_and_tells_no_server(world):
-    w = await world()
-    session, ids = await w.admin(), []
-    calls = [call for call in EVERY_CALL if not call[1].endswith("logout")]
-    calls += [("GET", path, "") for path in ("/nothing", "/api/nothing", "/tmp/x.png")]
-    calls += [("DELETE", "/api/stats", ""), ("OPTIONS", CHAT, ""), ("HEAD", "/", "")]
-    for (method, path, _), key in itertools.product(calls, ("none", w.key, session)):
-        headers = (await w.call(method, path, key=key)).headers
-        ids.append(headers["X-Request-Id"])
-        assert "aiohttp" not in headers.get("Server", "").lower(), path
-        assert "/api/" not in path or headers["Cache-Control"] == "no-store", path
-    assert len({*ids}) == len(ids) and all(re.fullmatch(r"[\w-]{8,64}", name) for name in ids)
-
-
-ODD_HOSTS = ("", "a b", "[", "]", ":::", ":", "x:99999999", "a@b", "//", "é", "\udcff", "\x7f")
-ODD_HOSTS += ("x" * 5000, "x:-1", "[::1", "x/y?z#", "%", "ⓧ.com")
-HOST_LINES = [*(f"Host: {host}" for host in ODD_HOSTS), "X: no host", "Host: a\r\nHost: b"]
-
-
-@pytest.mark.parametrize("kept", [False, True])
-async def test_an_odd_host_gives_an_answer_and_no_error_after_paying(world, kept):
-    w = await world(image_seconds=0, video_seconds=0, **{"cache.enabled": kept})
-    w.live.layers["file"]["flow.poll_interval"] = 0.02
-    orders = {CHAT: chat_body(FAST, "a boat"), VIDEOS: BOAT | {"async_mode": False}}
-    orders[IMAGES] = BOAT | {"response_format": "url"}
-    for line, (path, order) in itertools.product(HOST_LINES, orders.items()):
-        before, body = len(w.paid()), json.dumps(order).encode()
-        head = head_of(w.key, path, line, JSON_HEAD[1], f"Content-Length: {len(body)}")
-        status = int((await exactly(w.url, head + body)).split()[1])
-        paid = len(w.paid()) - before
-        assert (status, paid) == (200, 1) or (400 <= status < 500 and not paid), (line, path)
-    session = await w.admin()
-    for line, path in itertools.product(HOST_LINES, ("/api/cache/config", "/api/state", VIDEOS)):
-        head = head_of(w.key if path == VIDEOS else session, path, line, method="GET")
-        assert int((await exactly(w.url, head)).split()[1]) < 500, (line, path)
-
-
-async def test_guessing_grows_slower_and_shuts_out_nobody_who_has_logged_in(world, clock):
-    """Addresses as a proxy on this machine tells them: the last one counts."""
-    w, delays = await world(accounts=()), []
-
-    async def log(address, password="wrong"):
-        login = {"username": "admin", "password": password}
-        return await w.post("/api/login", login, headers={"X-Forwarded-For": address})
-
-    assert (await log("8.8.8.8", w.password)).status == 200
-    for number in range(60):
-        reply = await log(f"1.1.1.{number}, 9.9.9.9")
-        if reply.status == 429:
-            delays.append(int(reply.headers["Retry-After"]))
-            clock.ahead += delays[-1] * (len(delays) < 5)
-    assert len(delays) > 4 and delays[:5] == sorted(delays[:5]) and delays[4] > delays[0], delays
-    assert (await log("9.9.9.9", w.password)).status == 429
-    for number in range(150):
-        await log(f"10.{number}.0.1, 1.2.3.{number}")
-    assert (await log("4.4.4.4", w.password)).status == 429  # so many are too many in total
-    assert (await log("8.8.8.8", w.password)).status == 200
-    clock.ahead += 86400
-    assert (await log("4.4.4.4", w.password)).status == 200
-
-
-# ---- The database ----
-
-UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
-    "empty": lambda whole: b"",
-    "no header": lambda whole: bytes(100) + whole[100:],
-    "a text": lambda whole: b"not a database\n" * 999,
-    "half": lambda whole: whole[: len(whole) // 8192 * 4096],
-    "half a page": lambda whole: whole[: len(whole) // 2 + 99],
-    "a header": lambda whole: whole[:100],
-    "a page": lambda whole: whole[:4096],
-    "half-migrated": lambda whole: whole[:60] + (1).to_bytes(4) + whole[64:],
-    "newer": lambda whole: whole[:60] + (99).to_bytes(4) + whole[64:],
-    **{f"no {name}": f"DROP TABLE {name}" for name in ("settings", "outputs", "request_keys")},
-    "no column": "ALTER TABLE jobs RENAME COLUMN created_at TO created",
-    "foreign": "PRAGMA user_version=0; DROP TABLE tokens; CREATE TABLE moz_places (id)",
-    "foreign, numbered": "DROP TABLE tokens; CREATE TABLE tokens (name)",
-    "a folder": None,
-    "locked": lambda whole: whole,
-}
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
-    tmp_path, monkeypatch, capsys, name
-):
-    made, real = tmp_path / "made", sqlite3.connect
-    with opened(made) as store:
-        for number in range(100):
-            row = flow2api.Token(number, f"{number}", st="x" * 500).row()
-            store._commit([("INSERT INTO tokens VALUES (:id, :email, :data)", row)])
-    change, file = UNUSABLE[name], made / "flow2api.db"
-    if isinstance(change, str):
-        with contextlib.closing(real(file)) as database:
-            database.executescript(f"PRAGMA journal_mode=DELETE; {change}")
-    data = change(file.read_bytes()) if callable(change) else file.read_bytes()
-    file.write_bytes(data) if change else (file.unlink(), file.mkdir())
-    monkeypatch.setattr(sqlite3, "connect", lambda *a, **b: real(*a, **b | {"timeout": 0.1}))
-    monkeypatch.setattr(flow2api, "greet", mock.Mock(side_effect=KeyboardInterrupt))
-    (tmp_path / "setting.toml").write_text("server.host = '127.0.0.1'\nserver.port = 0")
-    with contextlib.closing(real(file if name == "locked" else ":memory:")) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        options = ("--data", str(made), "--config", str(tmp_path / "setting.toml"))
-        code, told = flow2api.main(options), capsys.readouterr().err.splitlines()
-    assert code == 2 and len(told) == 1 and re.search("flow2api.db|locked", told[0]), (code, told)
-    assert file.is_dir() or file.read_bytes() == data
-    assert not [part for part in made.glob("flow2api.db-*") if part.stat().st_size]
-
-
-BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
-
-
-@pytest.mark.parametrize("data", BROKEN_ROWS)
-async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
-    """Of an account, a finished and an open job, an output, a setting."""
-    w = await world(((PRO, 1000), (PRO, 1000)), video_seconds=0.02)
-    jobs = [await w.post(VIDEOS, BOAT | {"async_mode": False}) for _ in range(4)]
-    first, second, third, good = (reply.job_id for reply in jobs)
-    await (await log_in(w))("POST admin/debug", enabled=True)
-    await w.stop_gateway()
-    rows = {"tokens": "id = 1", "jobs": f"id IN ('{first}', '{second}')"}
-    rows |= {"outputs": f"job_id = '{third}'", "settings": "name LIKE 'admin page%'"}
-    with contextlib.closing(sqlite3.connect(w.data / "flow2api.db")) as database:
-        for table, where in rows.items():
-            database.execute(f"UPDATE {table} SET data = ? WHERE {where}", [data])
-        database.execute("UPDATE jobs SET state = 'running' WHERE id = ?", [second])
-        database.commit()
-        await w.start_gateway()
-        assert "user2@example.com" in {token.email for token in w.pool.tokens.values()}
-        assert (await w.get(f"{VIDEOS}/{good}/content")).status == 200
-        listed = await w.get(VIDEOS)
-        assert listed.status == 200 and good in listed.body.decode(), listed
-        for job_id in (first, second, third):
-            assert (await w.get(f"{VIDEOS}/{job_id}")).status in (200, 404)
-        owner = await log_in(w)
-        for name in ("tokens", "settings", "jobs", "logs", "state"):
-            await owner(f"GET {name}")
-        assert (await w.chat()).content
-        for table, where in rows.items() if data in ("{", "", "[]") else ():
-            sql = f"SELECT data FROM {table} WHERE {where}"
-            assert {*database.execute(sql)} == {(data,)}, table
-
-
-# ---- Whatever comes, in masses ----
-
-RANDOM = int(os.environ.get("FLOW2API_RANDOM", 300))  # 20000: the long form
-DESIGNED = {status for status, *_ in flow2api.ERROR_TABLE} - {500}
-FIELDS = """model messages prompt stream n size seconds image images input_reference video metadata
- response_format async_mode remix_target_id orientation aspect_ratio image_size username password
- session_token st tokens remark is_active proxy_url image_concurrency enabled timeout base_url
- limits.queue flow.poll_interval chat.video_content cache.timeout old_password new_password"""
-SOME_MODELS = ["", BANANA, FAST, "imagen_4", f"{FAST}-1080p", "veo_3_1-fl", "gpt-image-1", "x"]
-
-
-def random_request(dice, ids):
-    """-> options of World.call"""
-    method, path, _ = dice.choice(EVERY_CALL)
-    path = path.replace("nothing", dice.choice(ids)).replace("999", dice.choice(("1", "999")))
-    if dice.random() < 0.2:
-        name = dice.choice(("limit", "after", "state", "mask", "index", "variant"))
-        path += f"?{name}={dice.choice(('1', *ids, 'x', '-1', '%00', '9' * 99))}"
-    odd = [*ODD_VALUES, *SOME_MODELS, *ids, [DATA], {"url": DATA}, {"id": ids[0]}, True, "url"]
-    body = {name: dice.choice(odd) for name in dice.sample(FIELDS.split(), dice.randint(0, 6))}
-    if dice.random() < 0.7:
-        body = chat_body(dice.choice(SOME_MODELS), "a boat") | BOAT | body
-    texts = [(name, f"{body[name]}"[:99].encode(errors="replace")) for name in body]
-    parts = [*texts, ("image", dice.choice((PNG, b"x", b"")), FILE)]
-    cut = {"data": json.dumps(body)[: dice.randint(0, 999)]}
-    options = dice.choices((form(parts), cut, {"body": body}), (3, 1, 7))[0]
-    return {"method": method, "path": path, **options}
-
-
-def resident():
-    gc.collect()
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-async def test_random_requests_get_no_5xx_but_by_design(world, impatient, endless, monkeypatch):
-    """And leave nothing in memory."""
-    monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
-    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.01)
-    seed, ids, before = secrets.randbits(32), ["x"], 0
-    dice = random.Random(seed)
-    for number in range(0, RANDOM, 10):
-        w.live.layers["admin page"].clear()
-        if not w.pool.tokens:
-            await w.account(ULTRA, 10**9)
-        for token in w.pool.tokens.values():
-            token.update(**flow2api.AWAKE, proxy_url="", credits=10**9)
-        keys = dice.choices((w.key, await w.admin(), "none"), (6, 6, 1), k=10)
-        requests = [random_request(dice, ids) | {"key": key} for key in keys]
-        replies = await asyncio.gather(*(w.call(**request) for request in requests))
-        for request, reply in zip(requests, replies, strict=True):
-            by_design = reply.status < 500 or reply.status in DESIGNED
-            assert by_design, (seed, number, str(request)[:900], reply)
-            ids = [*ids, reply.headers.get("X-Job-Id", "x")][-9:]
-        w.flow.calls.clear()
-        before = before or (number > RANDOM // 4 and resident())
-    await until(lambda: not w.jobs.open)
-    assert RANDOM < 5000 or resident() - before < 10 << 20
-    w.live.layers["admin page"].clear()
-    await w.account(ULTRA, 10**6)
-    assert (await w.chat(BANANA, "at last")).content
-
-
-async def test_many_streams_dropped_at_once_harm_nothing(world, endless):
-    count, writers = 100 if RANDOM < 5000 else 1200, []
-    w = await world(((ULTRA, 10**9),), image_seconds=0, video_seconds=0.1)
-    w.fault = hold(PAID)
-    body = json.dumps(chat_body(FAST, "a boat") | {"stream": True}).encode()
-    head = head_of(w.key, CHAT, *JSON_HEAD, f"Content-Length: {len(body)}")
-    for _ in range(count):
-        writers.append((await connect(w.url))[1])
-        writers[-1].write(head + body)
-    await until(lambda: len(w.jobs.open) == count, 60)
-    for writer in writers:
-        writer.transport.abort()
-    assert (await w.get("/health")).status == 200
-    w.fault.release.set()
-    await until(lambda: not w.jobs.open, 60)
-    states = collections.Counter(job.state for job in w.store.jobs())
-    assert states["completed"] == len(w.flow.media) == len(w.paid())
-    assert states["completed"] + states["cancelled"] == count
-    assert (await w.chat(BANANA)).content and not w.token.busy.total()
-
-
-# ---- Images API, and what is not here ----
+# ---- Images API ----
 
 RED, BLUE = (flow2api.block_picture(colour, 64, 64) for colour in ("red", "blue"))
 RED_URL, BLUE_URL = map(data_url, (RED, BLUE))
 RED_BASE64 = base64.b64encode(RED).decode()
-FILE = '; filename="a.png"\r\nContent-Type: image/png'
-UNTYPED = "\r\nContent-Type: application/octet-stream"
-NAMELESS = f'; filename="upload"{UNTYPED}'  # a file, as Python's bytes are sent
-PROMPT = ("prompt", "a boat")
-MEANINGLESS = json.loads("""{"quality": "hd", "style": "vivid", "user": "u", "seed": 7,
-    "background": "transparent", "moderation": "low", "metadata": {"a": 1}, "nobody": ["x"],
-    "output_format": "webp", "output_compression": 5, "partial_images": 2,
-    "input_fidelity": "high", "a[]": "1", "b[c]": "d"}""")
 EXPOSED = {"openai-poll-after-ms", "x-job-id", "x-should-retry", "idempotent-replayed"}
-
-
-def form(parts):
-    """A form of (name, value, the rest of the part's head) -> options of World.call."""
-    raw = b""
-    texts = [(name, f"{value}") for name, value in MEANINGLESS.items()]
-    for name, value, *rest in (*parts, *texts):
-        head = f'--b\r\nContent-Disposition: form-data; name="{name}"{"".join(rest)}\r\n\r\n'
-        raw += head.encode() + (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    return {"data": raw + b"--b--\r\n", "headers": headers}
 
 
 async def draw(w, path=IMAGES, parts=(), **fields):
@@ -4539,11 +4542,6 @@ def submitted(w):
     return submit["requests"][0], sent
 
 
-def each(name, *values, **others):
-    """The fields of requests: one with each of the values."""
-    return [others | {name: value} for value in values]
-
-
 def uploads(link):
     """What reaches Flow; the parts of a form, or the fields of a JSON body; at `link` is RED."""
     values = [(RED, FILE), (BLUE, NAMELESS), (RED, UNTYPED), (link,), (BLUE_URL,)]
@@ -4562,6 +4560,7 @@ def uploads(link):
         ([BLUE, RED, RED, BLUE, RED], {"image": [BLUE_URL, *objects, RED_BASE64]}),
         ([RED, BLUE], {"images": [{"image_url": link}, {"image_url": BLUE_URL}]}),
         ([BLUE, RED], {"input_image": RED_URL, "references": [BLUE_URL]}),
+        ([RED, BLUE], {"image": link, "images": [BLUE_URL]}),
     )
 
 
@@ -4712,7 +4711,6 @@ def failing(count):
     return edited(PAID, edit)
 
 
-CAPTCHA = refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY")
 AFTER_THE_START = {  # code: the fault, the prompt
     "generation_failed": (failing(4), "a boat"),
     "content_policy_violation": (None, "something unsafe"),
@@ -4742,205 +4740,6 @@ async def test_a_failure_of_a_picture_is_told_as_final(world, code, path, stream
         w.fault = failing(count)
         pictures = drawn(await draw(w, n=4))
         assert pictures == files_at_flow(w)[-4 + count :]
-
-
-NOT_HERE = "POST characters,GET characters/search,GET feed,GET profiles/x,POST videos/characters,"
-NOT_HERE += "GET videos/characters/x,GET users/x/feed,GET invite-codes,POST enhance_prompt"
-
-
-async def test_what_is_not_here_is_told_as_such_and_a_wrong_route_what_is(world):
-    w = await world()
-    for prefix, call in itertools.product(("/v1/", "/", "/flow/v1/"), NOT_HERE.split(",")):
-        method, path = call.split()
-        reply = await w.call(method, prefix + path)
-        assert prefix + path in expect_error(w, reply, "not_implemented")["message"]
-        assert reply.headers["x-should-retry"] == "false"
-        expect_error(w, await w.call(method, prefix + path, key="x"), "invalid_api_key")
-    for path in ("/v1/responses", "/responses", "/v1/image/generations"):
-        message = expect_error(w, await w.post(path, {"input": "a boat"}), "not_found")["message"]
-        assert {CHAT, IMAGES, VIDEOS} <= set(re.findall(r"/v1/[a-z/]+\b", message))
-        assert "Responses API" in message
-    assert f"did you mean POST {IMAGES}?" in message
-    detail = expect_detail(await w.get("/api/setings"), 404)
-    assert "did you mean GET /api/settings?" in detail and "/v1/" not in detail
-    assert "did you mean" not in expect_detail(await w.get("/api/nothing/like/it"), 404)
-
-
-async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_not(world):
-    w = await world(())
-    browser = {"Accept": "text/html,*/*;q=0.8", "Authorization": ""}
-    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/favicon"):
-        guess = await w.call("GET", path, headers=browser, allow_redirects=False)
-        assert (guess.status, guess.headers.get("Location")) == (302, "/"), path
-        expect_error(w, await w.call("POST", path, headers=browser), "not_found")
-        expect_error(w, await w.call("GET", path), "not_found")
-    for path in ("/v1/docs", "/flow/v1/docs"):
-        expect_error(w, await w.call("GET", path, headers=browser), "not_found")
-    expect_detail(await w.call("GET", "/api/docs", headers=browser), 404)
-    expect_error(w, await w.call("GET", "/v1/models", headers=browser), "invalid_api_key")
-
-
-# ---- OpenAI's own client ----
-
-
-@pytest.fixture
-def openai():
-    return pytest.importorskip("openai", reason="NOT TESTED: pip install openai to do so")
-
-
-@pytest.fixture
-async def sdk(openai, world):
-    """A world, and OpenAI's client of it."""
-    w = await world()
-    async with openai.AsyncOpenAI(base_url=f"{w.url}/v1", api_key=w.key) as client:
-        yield w, client
-
-
-async def test_openais_client_lists_models_and_reads_a_chat_whole_and_in_a_stream(sdk):
-    w, client = sdk
-    listed = [model async for model in client.models.list()]
-    assert {"veo_3_1-fast", "omni_flash", "nano_banana_pro-4K"} <= {model.id for model in listed}
-    for model in listed[::20]:
-        assert await client.models.retrieve(model.id) == model
-        assert (model.object, type(model.created)) == ("model", int) and model.owned_by
-    w.live.put("file", "cache.enabled", True, "test")
-    chat = client.chat.completions
-    body = chat_body("omni_flash-4s", "a boat", [DATA]) | {"n": 2}
-    answers = [await chat.create(**body)]
-    async with chat.stream(**body, stream_options={"include_usage": True}) as events:
-        chunks = [event.chunk async for event in events if event.type == "chunk"]
-        answers.append(await events.get_final_completion())
-    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 0)
-    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
-    assert "generating" in "".join(getattr(d, "reasoning_content", "") for d in deltas)
-    links = []
-    for answer in answers:
-        (choice,) = answer.choices
-        assert (answer.model, choice.finish_reason) == ("omni_flash-4s", "stop")
-        links += dict.fromkeys(links_in(choice.message.content))
-    assert [(await w.fetch(link)).body for link in links] == files_at_flow(w) and len(links) == 4
-
-
-async def test_openais_client_makes_and_edits_pictures(sdk, openai, tmp_path):
-    w, client = sdk
-    images = client.images
-    (tmp_path / "a.png").write_bytes(PNG)
-    three = [PNG, tmp_path / "a.png", ("b.jpg", PNG, "image/jpeg")]
-    edit = functools.partial(images.edit, image=three)
-    for kind, make in (("generation", images.generate), ("edit", edit)):
-        answer = await make(prompt=kind, n=2, model="gpt-image-1", size="1536x1024")
-        events = [event async for event in await make(prompt=kind, n=2, stream=True)]
-        assert len(answer.data) == len(events) == 2
-        pictures = [base64.b64decode(item.b64_json) for item in (*answer.data, *events)]
-        assert pictures == files_at_flow(w, kind)
-        assert len(w.asked("uploadImage")) == (6 if make is edit else 0)
-        usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
-        usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
-        told = {"type": f"image_{kind}.completed", "usage": usage, "output_format": "png"}
-        told |= {"background": "opaque", "quality": "auto", "size": "auto"}
-        for event in events:
-            assert told.items() <= event.to_dict().items()
-            assert type(event.created_at) is int and "url" not in event.to_dict()
-        with pytest.raises(openai.APIError, match="content policy"):
-            await anext(aiter(await make(prompt="unsafe", stream=True)))
-    for image in three:
-        w.flow.calls.clear()
-        (made,) = (await images.edit(image=image, prompt="x", response_format="url")).data
-        assert submitted(w)[1] == [PNG]
-        assert (await w.fetch(made.url)).body == files_at_flow(w, "x")[-1]
-
-
-async def test_openais_client_follows_clips_to_their_end_lists_and_deletes_them(sdk, openai):
-    w, client = sdk
-    videos = client.videos
-    boat = {"prompt": "a boat", "model": "omni_flash", "seconds": "4", "size": "1280x720"}
-    raw = await videos.with_raw_response.create(input_reference=PNG, **boat)
-    video = raw.parse()
-    assert raw.headers["openai-poll-after-ms"] == "5000"
-    assert (video.object, video.status, video.progress) == ("video", "queued", 0)
-    assert boat.items() <= video.to_dict().items()
-    video = await videos.poll(video.id, poll_interval_ms=20)
-    assert (video.status, video.progress, video.error) == ("completed", 100, None)
-    assert type(video.created_at) is type(video.completed_at) is int
-    ((body,), (upload,)) = w.asked("AsyncGenerateVideo"), w.asked("uploadImage")
-    assert base64.b64decode(upload["imageBytes"]) == PNG
-    assert body["requests"][0]["videoModelKey"] == "abra_i2v_4s"
-    content = await videos.download_content(video.id)
-    assert content.response.headers["Content-Type"] == "video/mp4"
-    assert [content.read()] == files_at_flow(w)
-    thumbnail = await videos.download_content(video.id, variant="thumbnail")
-    assert thumbnail.read() == flow2api.block_picture("a boat", 320, 180)
-    deleted = (await videos.delete(video.id)).to_dict()
-    assert deleted == {"id": video.id, "object": "video.deleted", "deleted": True}
-
-    clip = await videos.create_and_poll(prompt="a boat", size="1280x720", poll_interval_ms=20)
-    by_id = {"video": openai.omit, "extra_body": {"video": {"id": clip.id}}}
-    remix = await videos.remix(clip.id, prompt="x")
-    edit = await videos.edit(prompt="x", **by_id)
-    longer = await videos.extend(prompt="x", seconds="8", **by_id)
-    for video in (remix, edit, longer):
-        video = await videos.poll(video.id, poll_interval_ms=20)
-        assert (video.remixed_from_video_id, video.status) == (clip.id, "completed")
-        assert (video.prompt, video.size) == ("x", "1280x720")
-    keys = [body["requests"][0]["videoModelKey"] for body in w.asked("AsyncGenerate")[2:]]
-    assert sorted(keys) == ["abra_edit", "abra_edit", "veo_3_1_extend_fast_landscape"]
-    ids = [video.id for video in (clip, remix, edit, longer)]
-    page = await videos.list(limit=3)
-    assert [len(one.data) async for one in page.iter_pages()] == [3, 1]
-    assert [video.id async for video in videos.list(limit=1)] == ids[::-1]
-    assert [video.id async for video in videos.list(limit=3, order="asc")] == ids
-    assert [video.id async for video in videos.list(after=ids[2])] == ids[1::-1]
-
-
-async def test_openais_client_raises_the_right_error_of_what_it_sends_once(sdk, openai, looks):
-    w, client = sdk
-    orders = [ways("a boat")[name] for name in ("picture", "edited picture", "clip", "chat")]
-    faults = {"submit_unknown": dropped, "captcha_required": CAPTCHA}
-    for (path, body), code in itertools.product(orders, faults):
-        w.token.paused_until = 0
-        w.fault = fault(PAID, faults[code])
-        with pytest.raises(openai.APIStatusError) as caught:
-            await client.post(w.url + path, body=body, cast_to=object)
-        assert (caught.value.code, len(w.fault.seen)) == (code, 1), path
-    assert len(w.store.jobs()) == 8
-
-    w.fault, w.token.paused_until = None, 0
-    video = await client.videos.create_and_poll(prompt="unsafe", poll_interval_ms=20)
-    assert (video.status, video.error.code) == ("failed", "content_policy_violation")
-    assert "content policy" in video.error.message
-    chat, unsafe = client.chat.completions.create, chat_body("veo_3_1-fast", "unsafe")
-    create, change, edit = client.videos.create, client.videos.edit, client.images.edit
-    for error, call, options in (
-        ("401 invalid_api_key", client.with_options(api_key="sk-wrong").models.list, {}),
-        ("400 content_policy_violation", chat, unsafe),
-        ("400 content_policy_violation", client.videos.download_content, {"video_id": video.id}),
-        ("400 invalid_image", create, BOAT | {"input_reference": b"no picture"}),
-        ("400 unsupported_parameter", edit, BOAT | {"image": PNG, "mask": PNG}),
-        ("400 invalid_request", change, BOAT | {"video": b"an upload"}),
-    ):
-        with pytest.raises(openai.APIStatusError) as caught:
-            await call(**options)
-        assert f"{caught.value.status_code} {caught.value.code}" == error
-    with pytest.raises(openai.APIError, match="content policy"):
-        async for _ in await chat(**unsafe, stream=True):
-            pass
-    assert len(w.paid()) == 3
-
-
-needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="NOT TESTED: install curl")
-# Of the documents that Flow2API was made from; forms by curl: the lines of the README.
-OLD_CURL_LINE = r"""curl --location --request POST 'HOST/flow/v1/chat/completions' \
---header 'Content-Type: application/json' --header 'Authorization: KEY' --data-raw '{"messages":
-    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'"""
-
-
-@needs_curl
-async def test_an_old_curl_line_works_as_it_stands(world, run):
-    w = await world(video_seconds=0.05)
-    line = OLD_CURL_LINE.replace("HOST", w.url).replace("KEY", w.key)
-    curl = await run("bash", "-ec", rf"{line} -s -w '\n%{{http_code}}'")
-    assert (await curl.end(), curl.out[-1]) == (0, "200"), curl.out
-    assert "data: [DONE]" in curl.out
 
 
 # ---- Videos API ----
@@ -5015,18 +4814,6 @@ def file_of(w, video_id):
     return w.flow.media[w.store.job(video_id).outputs[0].name].file()
 
 
-def requests_in(table):
-    """Each line: what is expected, paths | a field and its values ; another one …
-    -> (what is expected, path, a body of one field) for each value."""
-    for line in table.strip().splitlines():
-        head, _, fields = line.partition(" | ")
-        expected, *paths = head.split()
-        rows = [field.split() for field in fields.split(" ; ") if field]
-        bodies = [{name: json.loads(value)} for name, *values in rows for value in values]
-        for path, body in itertools.product(paths, bodies or [{}]):
-            yield expected, path, body
-
-
 async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, clock, looks):
     """And a clip that failed says why, and changes no more."""
     w = await world(video_seconds=900, **{"generation.video_timeout": 86400})
@@ -5054,53 +4841,30 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
-VEO, OMNI_10 = "veo_3_1-fast", "omni_flash-10s"
+OMNI_10 = f"{OMNI}-10s"
 READINGS = (  # the default model, what a clip comes to, the fields that ask for it
-    (VEO, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
-    (VEO, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
-    (VEO, "1080x1920 8", "model=veo_3_1-fast-1080p"),
-    (VEO, "720x1280 6", "model=omni_flash&seconds=6"),
-    (VEO, "720x1280 10", "model=omni_flash-10s&seconds=10"),
-    (VEO, f"720x1280 8 {VEO} makes 8 s, not 4.", "seconds=4 model=sora-2&seconds=4"),
+    (FAST, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
+    (FAST, "1280x720 8", "size=1920x1080 orientation=landscape model=veo_3_1-landscape"),
+    (FAST, "1080x1920 8", "model=veo_3_1-fast-1080p"),
+    (FAST, "720x1280 6", "model=omni_flash&seconds=6"),
+    (FAST, "720x1280 10", "model=omni_flash-10s&seconds=10"),
+    (FAST, f"720x1280 8 {FAST} makes 8 s, not 4.", "seconds=4 model=sora-2&seconds=4"),
     (OMNI, f"720x1280 4 {OMNI} makes 4 s, not 3.", "seconds=3"),
     (OMNI, f"720x1280 10 {OMNI} makes 10 s, not 15.", "seconds=15 model=&seconds=15"),
     (OMNI_10, f"720x1280 10 {OMNI_10} makes 10 s, not 4.", "model=sora-2-pro&seconds=4"),
 )
 
 
-async def test_pictures_shape_and_length_are_read_and_for_clients_of_sora_the_nearest(world):
-    """The number of pictures, whose field has many names, says what they are."""
-    w = await world(())
-    media = w.gateway.media
-    pictures = [flow2api.block_picture(str(number), 16, 16) for number in range(3)]
-    names = ("input_reference", "input_image", "image", "images", "references")
-    for name, count in itertools.product(names, range(4)):
-        urls = [data_url(picture) for picture in pictures[:count]]
-        alone = urls if count == 1 else []
-        for given in (urls, [{"image_url": url} for url in urls], *alone):
-            clip = await flow2api.read_clip({"prompt": "a boat", name: given}, media)
-            mode = ("text", "start", "frames", "references")[count]
-            assert (clip.images, clip.plan.mode) == (pictures[:count], mode)
-    for default, told, queries in READINGS:
-        w.live.put("file", "videos.default_model", default, "test")
-        for query in queries.split(" "):
-            fields = dict(pair.split("=") for pair in query.split("&") if pair)
-            clip = await flow2api.read_clip({"prompt": "a boat"} | fields, media)
-            size = flow2api.pixels(clip.plan)
-            assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
-            assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
-
-
-NAMES_OF_PICTURES = """image_url image_urls imageUrl reference_images reference_image_urls file
- image_file input_images first_frame start_image lastFrame end_image_url image_tail photo
- attachments"""
+NAMES_OF_PICTURES = """input_reference input_image image images references image_url image_urls
+ imageUrl reference_images reference_image_urls file image_file input_images first_frame
+ start_image lastFrame end_image_url image_tail photo attachments"""
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
     ("omni_flash 4", each("seconds", 4, model=OMNI, duration=4.0)),
     ("veo_3_1_fast 8", each("seconds", 8.0, "8.0", n=1.0) + each("resolution", "720p")),
-    ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=VEO)),
-    ("veo_3_1_fast 8 4k", each("resolution", "4K", model=VEO + "-4k")),
+    ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=FAST)),
+    ("veo_3_1_fast 8 4k", each("resolution", "4K", model=FAST + "-4k")),
     ("veo_3_1_fast 8 1080p", each("size", "1080p", model="veo_3_1_t2v_fast_landscape")),
     ("veo_3_1_fast 8 landscape", each("aspectRatio", "16:9") + each("ratio", "16:9")),
     ("veo_3_1_fast 8 landscape", each("config", {"aspect_ratio": "16:9"}, size="1024x1024")),
@@ -5110,14 +4874,9 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("veo_3_1 8 landscape", each("model", "veo-3.1-generate-preview", "google/veo-3.1")),
 )
 HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may hold
-    (
-        UNSUPPORTED,
-        each("metadata", {"image": DATA}, {"a": [BASE64]}, {"ref": "https://x/a.mp4?b=c"}),
-    ),
-    (
-        UNSUPPORTED,
-        each("video_url", "https://x/1", [DATA]) + each("anything", DATA, PNG, "JPEg/9" * 200),
-    ),
+    (UNSUPPORTED, each("metadata", {"image": DATA}, {"a": [BASE64]}, {"r": "https://x/a.mp4?b"})),
+    (UNSUPPORTED, each("anything", DATA, PNG, "JPEg/9" * 200)),
+    (UNSUPPORTED, each("video_url", "https://x/1", [DATA])),
     (UNSUPPORTED, each("input_audio", {"data": "UklGR" + "A" * 50}) + each("mask", DATA, PNG)),
     (UNSUPPORTED, each("file_id", "file-1") + each("imageFileIds", ["file-1"])),
     ("", each("user", "u" * 2000) + each("callback_url", "https://x/done")),
@@ -5129,7 +4888,7 @@ CONTRADICTIONS = (  # what is blamed, fields
     ("size", each("size", "720x1280", aspect_ratio="16:9")),
     ("size", each("size", "720x1280", model="sora-video-landscape-10s")),
     ("seconds", each("seconds", 4, model="sora-video-landscape-10s")),
-    ("model", each("resolution", "720p", model=VEO + "-1080p")),
+    ("model", each("resolution", "720p", model=FAST + "-1080p")),
     ("model", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
     ("num_images", each("num_images", 2)),
     ("n", each("n", 2.0, 1e308)),
@@ -5138,16 +4897,28 @@ CONTRADICTIONS = (  # what is blamed, fields
 )
 
 
-async def test_what_is_sent_counts_under_its_usual_names_or_is_refused(world):
-    w = await world()
-    media = w.gateway.media
-    pictures = [flow2api.block_picture(str(number), 16, 16) for number in range(3)]
-    one, two, three = map(data_url, pictures)
-    for name in NAMES_OF_PICTURES.split():
-        for value in (one, [one], pictures[0]):
-            assert (await flow2api.read_clip(BOAT | {name: value}, media)).images == pictures[:1]
-    frames = {"last_frame": three, "images": [two], "firstFrame": {"url": one}}
-    assert (await flow2api.read_clip(BOAT | frames, media)).images == pictures
+async def test_pictures_shape_and_length_are_read_under_their_usual_names(world):
+    """The number of pictures says what they are. Clients of Sora get the nearest length."""
+    w = await world(())
+    media, urls = w.gateway.media, list(map(data_url, PICTURES))
+    for name, count in itertools.product(NAMES_OF_PICTURES.split(), range(4)):
+        alone = [urls[0], PICTURES[0]] if count == 1 else []
+        objects = [{"image_url": url} for url in urls[:count]]
+        for value in (urls[:count], objects, PICTURES[:count], *alone):
+            clip = await flow2api.read_clip(BOAT | {name: value}, media)
+            mode = ("text", "start", "frames", "references")[count]
+            assert (clip.images, clip.plan.mode) == (PICTURES[:count], mode), name
+    frames = {"last_frame": urls[2], "images": [urls[1]], "firstFrame": {"url": urls[0]}}
+    assert (await flow2api.read_clip(BOAT | frames, media)).images == PICTURES
+    for default, told, queries in READINGS:
+        w.live.put("file", "videos.default_model", default, "test")
+        for query in queries.split(" "):
+            fields = dict(pair.split("=") for pair in query.split("&") if pair)
+            clip = await flow2api.read_clip(BOAT | fields, media)
+            size = flow2api.pixels(clip.plan)
+            assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
+            assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
+    w.live.put("file", "videos.default_model", FAST, "test")
     for told, requests in CLIP_FIELDS:
         for fields in requests:
             clip = await flow2api.read_clip(BOAT | fields, media)
@@ -5155,11 +4926,15 @@ async def test_what_is_sent_counts_under_its_usual_names_or_is_refused(world):
             text = " ".join([*map(str, filter(None, parts)), *clip.notes])
             assert all(part in text for part in told.split(" / ")), (fields, text)
             assert bool(clip.notes) is (" / " in told), (fields, text)
+
+
+async def test_no_file_and_no_second_wish_is_passed_over(world):
+    w = await world()
     w.flow.calls.clear()
     for code, requests in HOLDS_A_FILE:
         for fields in requests:
             try:
-                assert await flow2api.read_clip(BOAT | fields, media) and not code, fields
+                assert await flow2api.read_clip(BOAT | fields, w.gateway.media) and not code, fields
             except flow2api.GatewayError as error:
                 assert error.code == code, fields
     for param, requests in CONTRADICTIONS:
@@ -5279,27 +5054,6 @@ async def test_each_of_several_clips_comes_by_index_and_url_whole_and_in_ranges(
     expect_error(w, await w.get(f"{path}/content?variant=thumbnail"), "content_not_found")
     await w.call("DELETE", path)
     assert (await w.fetch(url)).status == 404
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="no /proc here")
-async def test_200_mb_pass_in_constant_memory(world, tmp_path):
-    def resident():
-        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    w = await world(**QUICK)
-    video = await finished_clip(w)
-    with (tmp_path / "huge.mp4").open("w+b") as huge:
-        for number in range(200):
-            huge.write(bytes([number]) * (1 << 20))
-        huge.seek(0)
-        w.fault = fault("^/media/", lambda request: web.FileResponse(huge.name))
-        before = resident()
-        async with w.http.get(video["url"]) as reply:
-            async for chunk in reply.content.iter_chunked(1 << 18):
-                assert chunk == huge.read(len(chunk))
-                assert resident() - before < 30 << 20
-        assert huge.tell() == 200 << 20 == int(reply.headers["Content-Length"])
 
 
 async def listed(w, **query):
@@ -5533,6 +5287,153 @@ async def test_no_look_at_the_tasks_of_an_account_is_a_call_to_flow(world, clock
         expect_error(w, await w.get(f"/v1/tokens/{path}"), code)
 
 
+# ---- OpenAI's own client ----
+
+
+@pytest.fixture
+def openai():
+    return pytest.importorskip("openai", reason="NOT TESTED: pip install openai to do so")
+
+
+@pytest.fixture
+async def sdk(openai, world):
+    """A world, and OpenAI's client of it."""
+    w = await world()
+    async with openai.AsyncOpenAI(base_url=f"{w.url}/v1", api_key=w.key) as client:
+        yield w, client
+
+
+async def test_openais_client_lists_models_and_reads_a_chat_whole_and_in_a_stream(sdk):
+    w, client = sdk
+    listed = [model async for model in client.models.list()]
+    assert {"veo_3_1-fast", "omni_flash", "nano_banana_pro-4K"} <= {model.id for model in listed}
+    for model in listed[::20]:
+        assert await client.models.retrieve(model.id) == model
+        assert (model.object, type(model.created)) == ("model", int) and model.owned_by
+    w.live.put("file", "cache.enabled", True, "test")
+    chat = client.chat.completions
+    body = chat_body("omni_flash-4s", "a boat", [DATA]) | {"n": 2}
+    answers = [await chat.create(**body)]
+    async with chat.stream(**body, stream_options={"include_usage": True}) as events:
+        chunks = [event.chunk async for event in events if event.type == "chunk"]
+        answers.append(await events.get_final_completion())
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 0)
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    assert "generating" in "".join(getattr(d, "reasoning_content", "") for d in deltas)
+    links = []
+    for answer in answers:
+        (choice,) = answer.choices
+        assert (answer.model, choice.finish_reason) == ("omni_flash-4s", "stop")
+        links += dict.fromkeys(links_in(choice.message.content))
+    assert [(await w.fetch(link)).body for link in links] == files_at_flow(w) and len(links) == 4
+
+
+async def test_openais_client_makes_and_edits_pictures(sdk, openai, tmp_path):
+    w, client = sdk
+    images = client.images
+    (tmp_path / "a.png").write_bytes(PNG)
+    three = [PNG, tmp_path / "a.png", ("b.jpg", PNG, "image/jpeg")]
+    edit = functools.partial(images.edit, image=three)
+    for kind, make in (("generation", images.generate), ("edit", edit)):
+        answer = await make(prompt=kind, n=2, model="gpt-image-1", size="1536x1024")
+        events = [event async for event in await make(prompt=kind, n=2, stream=True)]
+        assert len(answer.data) == len(events) == 2
+        pictures = [base64.b64decode(item.b64_json) for item in (*answer.data, *events)]
+        assert pictures == files_at_flow(w, kind)
+        assert len(w.asked("uploadImage")) == (6 if make is edit else 0)
+        usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+        usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
+        told = {"type": f"image_{kind}.completed", "usage": usage, "output_format": "png"}
+        told |= {"background": "opaque", "quality": "auto", "size": "auto"}
+        for event in events:
+            assert told.items() <= event.to_dict().items()
+            assert type(event.created_at) is int and "url" not in event.to_dict()
+        with pytest.raises(openai.APIError, match="content policy"):
+            await anext(aiter(await make(prompt="unsafe", stream=True)))
+    for image in three:
+        w.flow.calls.clear()
+        (made,) = (await images.edit(image=image, prompt="x", response_format="url")).data
+        assert submitted(w)[1] == [PNG]
+        assert (await w.fetch(made.url)).body == files_at_flow(w, "x")[-1]
+
+
+async def test_openais_client_follows_clips_to_their_end_lists_and_deletes_them(sdk, openai):
+    w, client = sdk
+    videos = client.videos
+    boat = {"prompt": "a boat", "model": "omni_flash", "seconds": "4", "size": "1280x720"}
+    raw = await videos.with_raw_response.create(input_reference=PNG, **boat)
+    video = raw.parse()
+    assert raw.headers["openai-poll-after-ms"] == "5000"
+    assert (video.object, video.status, video.progress) == ("video", "queued", 0)
+    assert boat.items() <= video.to_dict().items()
+    video = await videos.poll(video.id, poll_interval_ms=20)
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    assert type(video.created_at) is type(video.completed_at) is int
+    ((body,), (upload,)) = w.asked("AsyncGenerateVideo"), w.asked("uploadImage")
+    assert base64.b64decode(upload["imageBytes"]) == PNG
+    assert body["requests"][0]["videoModelKey"] == "abra_i2v_4s"
+    content = await videos.download_content(video.id)
+    assert content.response.headers["Content-Type"] == "video/mp4"
+    assert [content.read()] == files_at_flow(w)
+    thumbnail = await videos.download_content(video.id, variant="thumbnail")
+    assert thumbnail.read() == flow2api.block_picture("a boat", 320, 180)
+    deleted = (await videos.delete(video.id)).to_dict()
+    assert deleted == {"id": video.id, "object": "video.deleted", "deleted": True}
+
+    clip = await videos.create_and_poll(prompt="a boat", size="1280x720", poll_interval_ms=20)
+    by_id = {"video": openai.omit, "extra_body": {"video": {"id": clip.id}}}
+    remix = await videos.remix(clip.id, prompt="x")
+    edit = await videos.edit(prompt="x", **by_id)
+    longer = await videos.extend(prompt="x", seconds="8", **by_id)
+    for video in (remix, edit, longer):
+        video = await videos.poll(video.id, poll_interval_ms=20)
+        assert (video.remixed_from_video_id, video.status) == (clip.id, "completed")
+        assert (video.prompt, video.size) == ("x", "1280x720")
+    keys = [body["requests"][0]["videoModelKey"] for body in w.asked("AsyncGenerate")[2:]]
+    assert sorted(keys) == ["abra_edit", "abra_edit", "veo_3_1_extend_fast_landscape"]
+    ids = [video.id for video in (clip, remix, edit, longer)]
+    page = await videos.list(limit=3)
+    assert [len(one.data) async for one in page.iter_pages()] == [3, 1]
+    assert [video.id async for video in videos.list(limit=1)] == ids[::-1]
+    assert [video.id async for video in videos.list(limit=3, order="asc")] == ids
+    assert [video.id async for video in videos.list(after=ids[2])] == ids[1::-1]
+
+
+async def test_openais_client_raises_the_right_error_of_what_it_sends_once(sdk, openai, looks):
+    w, client = sdk
+    orders = [ways("a boat")[name] for name in ("picture", "edited picture", "clip", "chat")]
+    faults = {"submit_unknown": dropped, "captcha_required": CAPTCHA}
+    for (path, body), code in itertools.product(orders, faults):
+        w.token.paused_until = 0
+        w.fault = fault(PAID, faults[code])
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.post(w.url + path, body=body, cast_to=object)
+        assert (caught.value.code, len(w.fault.seen)) == (code, 1), path
+    assert len(w.store.jobs()) == 8
+
+    w.fault, w.token.paused_until = None, 0
+    video = await client.videos.create_and_poll(prompt="unsafe", poll_interval_ms=20)
+    assert (video.status, video.error.code) == ("failed", "content_policy_violation")
+    assert "content policy" in video.error.message
+    chat, unsafe = client.chat.completions.create, chat_body("veo_3_1-fast", "unsafe")
+    create, change, edit = client.videos.create, client.videos.edit, client.images.edit
+    for error, call, options in (
+        ("401 invalid_api_key", client.with_options(api_key="sk-wrong").models.list, {}),
+        ("400 content_policy_violation", chat, unsafe),
+        ("400 content_policy_violation", client.videos.download_content, {"video_id": video.id}),
+        ("400 invalid_image", create, BOAT | {"input_reference": b"no picture"}),
+        ("400 unsupported_parameter", edit, BOAT | {"image": PNG, "mask": PNG}),
+        ("400 invalid_request", change, BOAT | {"video": b"an upload"}),
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await call(**options)
+        assert f"{caught.value.status_code} {caught.value.code}" == error
+    with pytest.raises(openai.APIError, match="content policy"):
+        async for _ in await chat(**unsafe, stream=True):
+            pass
+    assert len(w.paid()) == 3
+
+
 # ---- Admin API ----
 
 
@@ -5579,6 +5480,7 @@ async def test_a_session_is_for_those_who_know_the_password_and_ends_unused(worl
     two = await log_in(w)
     for clock.ahead in (6 * 86400, 12 * 86400, 18 * 86400):
         await one("GET stats")
+        await w.restart()
     await two("GET stats", 401)  # unused for seven days
     for path in ("logout", "admin/logout"):
         leaver = await log_in(w)
@@ -5599,7 +5501,16 @@ async def test_a_session_is_for_those_who_know_the_password_and_ends_unused(worl
 
 
 async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
-    w = await world()
+    """Addresses as a proxy on this machine tells them: the last one counts. Who has logged in
+    from an address before is never shut out there."""
+    w, delays = await world(), []
+
+    async def log(address, password="wrong"):
+        login = {"username": "admin", "password": password}
+        reply = await w.post("/api/login", login, headers={"X-Forwarded-For": address})
+        return reply.status, int(reply.headers.get("Retry-After", 0))
+
+    assert await log("8.8.8.8", w.password) == (200, 0)
     for _ in range(9):
         expect_detail(await send_login(w, password="x"), 401)
     do = await log_in(w)  # a login that succeeds forgets the failures before it
@@ -5607,83 +5518,27 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
     for _ in range(10):
         await do("POST admin/password", 400, **change)
     await do("POST admin/password", 429, **change | {"old_password": w.password})
-    reply = await send_login(w, "/api/admin/login")
-    assert expect_detail(reply, 429) and reply.headers["Retry-After"] == "1"
+    expect_detail(await send_login(w, "/api/admin/login"), 429)
     await do("GET stats")
-    for clock.ahead in (2, 5, 10):  # each wait is longer than the one before
-        expect_detail(await send_login(w, password="x"), 401)
-        expect_detail(await send_login(w), 429)
     clock.ahead = 901
-    assert (await send_login(w)).status == 200
-    sessions = w.app[flow2api.SESSIONS]
-    sessions.guesses = {f"10.0.0.{number}": (1, flow2api.now()) for number in range(100)}
-    assert (await send_login(w)).status == 200  # from here somebody has logged in before
-    sessions.friends.clear()
-    expect_detail(await send_login(w), 429)
-    clock.ahead *= 2
     replies = await asyncio.gather(*(send_login(w, password="x") for _ in range(20)))
     assert sorted(reply.status for reply in replies) == [401] * 10 + [429] * 10
-
-
-def paths_of(pattern):
-    """The paths that a route's pattern means; they name no token and no job that there is."""
-    path = re.sub(r"\{\w+\}", "nothing", pattern.replace(flow2api.TOKEN_ID, "999"))
-    choice = re.search(r"\{\w+:(.*)\}", path)
-    words = choice[1].replace(".*", "x").split("|") if choice else [""]
-    words = [re.sub(r"\((.*?)\)\?", kept, word) for word in words for kept in (r"\1", "")]
-    return dict.fromkeys(path.replace(choice[0], word) if choice else path for word in words)
-
-
-EVERY_CALL = [
-    (route.split()[0].replace("*", "GET"), path, role.name)
-    for role, routes in flow2api.ROUTES.items()
-    for route in routes
-    for path in paths_of(route.split()[1])
-]
-ADMIN_CALLS = [call for call in EVERY_CALL if re.match("/api/|/metrics", call[1])]
-
-
-async def test_every_route_is_closed_to_all_but_those_who_may(world):
-    """Health and the page are open; they tell nothing, and run only their own code."""
-    w = await world()
-    for path in ("/health", "/", "/login", "/manage"):
-        reply = await w.fetch(w.url + path)
-        assert reply.status == 200
-        assert not [text for text in (*w.secrets(), "example.com") if text in str(reply.body)]
-        policy = reply.headers.get("Content-Security-Policy", "")
-        code = "(; (script|style)-src 'sha256-[^']+'){2}"  # a browser proves these right
-        safe = re.fullmatch(f"default-src 'none';(?!.*unsafe).*{code}", policy)
-        assert bool(safe) == (path != "/health"), policy
-    text = reply.body.decode()  # of the page, which needs nothing from elsewhere
-    fetching = r"<(link|img|iframe|form)\b|\bsrc=|@import|url\("
-    assert not re.search(rf"{fetching}|<(script|style)\s|\s(on\w+|style)=", text)
-    assert text.count("<script>") == text.count("<style>") == 1 and "/v1" in text
-    assert (await w.call("HEAD", "/", key="none")).status == 200
-    assert len(ADMIN_CALLS) > 60 and len(EVERY_CALL) - len(ADMIN_CALLS) > 30
-    calls = [call for call in EVERY_CALL if call[1].startswith("/v1/")]
-    for (method, path, _), prefix in itertools.product(calls, ("/v1", "", "/flow/v1", "/v1/v1")):
-        reply = await w.call(method, prefix + path.removeprefix("/v1"), key="sk-wrong")
-        expect_error(w, reply, "invalid_api_key")
-    for method, path, role in ADMIN_CALLS:
-        if path.endswith("login"):
-            continue  # a door without a lock
-        session = await w.admin()
-        keys = ["none", session[:-1], session + "x", session.upper(), "admin-", "admin-x"]
-        keys += [w.key] * (role == "ADMIN")
-        for sent in ("", *(f"Bearer {key}" for key in keys)):
-            reply = await w.call(method, path, headers={"Authorization": sent})
-            cors = "Access-Control-Allow-Origin" in reply.headers
-            assert (reply.status, cors) == (401, path == "/metrics"), path
-            assert cors or reply.json["detail"]
-        if role != "PUBLIC":
-            reply = await w.call(method, path, key=await w.admin())
-            absent = re.search("999|nothing", path)
-            assert reply.status in ((404, 501) if absent else (200, 400, 501)), path
-    assert (await w.get("/metrics", key=w.key)).status == 200
+    for number in range(60):
+        status, delay = await log(f"1.1.1.{number}, 9.9.9.9")
+        delays += [delay] if status == 429 else []
+        clock.ahead += delay * (len(delays) < 5)
+    assert len(delays) > 4 and delays[0] == 1 and delays[:5] == sorted({*delays[:5]}), delays
+    assert (await log("9.9.9.9", w.password))[0] == 429
+    for number in range(150):
+        await log(f"10.{number}.0.1, 1.2.3.{number}")
+    assert (await log("4.4.4.4", w.password))[0] == 429  # so many are too many in total
+    assert await log("8.8.8.8", w.password) == (200, 0)
+    clock.ahead += 86400
+    assert await log("4.4.4.4", w.password) == (200, 0)
 
 
 CALLS = r"""
-200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1"
+200 proxy/config config/proxy | proxy_url "socks5://u:p@x:1" "http://host" "socks5h://[::1]:1080"
 200 cache/config cache/enabled admin/debug | enabled true
 200 config/generation generation/timeout | image_timeout 90 ; video_timeout 90
 200 cache/config cache/base-url | base_url "https://me.example"
@@ -5907,19 +5762,10 @@ PASTED = (
     f"NAME.0={SESSION[:9]}; _ga=1; NAME.1={SESSION[9:]}",
 )
 NO_SESSIONS = {  # what is told, and of what
-    "access token": (
-        "ya29.a0AfB",
-        "Bearer ya29.a0AfB",
-        '{"token": "ya29.a0AfB"}',
-        "NAME=ya29.abcde",
-    ),
+    "access token": ("ya29.a0A", "Bearer ya29.a0A", '{"token": "ya29.a0A"}', "NAME=ya29.abcde"),
     "e-mail": ("somebody@example.com",),
     "cookie is not in this": (
-        *(
-            "SID=g.a000-abcdef",
-            "__Host-next-auth.csrf-token: abcdef",
-            "Cookie: SID=a; HSID=bcdefghi",
-        ),
+        *("SID=g.a000-abcdef", "__Host-next-auth.csrf-token: abcdef", "Cookie: SID=a; HSID=bcdefg"),
         *(json.dumps(EXPORT[:1]), ".g\tTRUE\t/\tTRUE\t1\tSID\tabcdefgh", "https://labs.google/fx"),
         *("[" * 99999, '{"name":' * 9999),
     ),
@@ -6081,7 +5927,7 @@ async def test_a_moved_account_is_not_added_as_a_good_one(world, clock):
     assert moved.is_active and moved.project_id
 
 
-REFUSED = (  # what is refused before there is a job: code, model, fields
+UNMADE = (  # what is refused before there is a job: code, model, fields
     ("no_credits", "veo_3_1", {}),
     ("tier_required", "veo_3_1-4k", {}),
     ("account_throttled", "nano_banana_pro", {}),
@@ -6103,13 +5949,13 @@ async def test_what_made_no_job_has_its_row_in_the_log_and_among_the_failed(worl
     await until(lambda: w.pool.queue)
     (running,) = [row for row in await do("GET logs") if row["task_status"] == "queued"]
     assert running["status_code"] == 102  # no 200 before the end
-    for code, model, fields in REFUSED:
+    for code, model, fields in UNMADE:
         await w.pool.update(w.token, **fields)
         expect_error(w, await w.chat(model, f"a boat for {code}"), code)
     await w.end_of(running["id"])  # its account was switched off
     rows = [row for row in await do("GET logs") if row["task_status"] == "failed"]
     jobs = (await do("GET jobs?state=failed"))["jobs"]
-    for (code, model, _), row, job in zip(REFUSED[::-1], rows, jobs, strict=False):
+    for (code, model, _), row, job in zip(UNMADE[::-1], rows, jobs, strict=False):
         assert code in row["response_body"] and model in row["request_body"]
         assert row["status_code"] == flow2api.ERRORS[code][0]
         about = {"state": "failed", "model": model, "prompt": f"a boat for {code}"}
@@ -6208,7 +6054,7 @@ async def test_state_statistics_and_metrics_tell_of_accounts_and_open_jobs(world
     w, do = await owner_of(world, (PRO, 1000), (FREE, 50))
     await do("POST tokens/2/disable")
     await w.chat("nano_banana_pro", n=2)
-    w.fault = fault(PAID, refusal(403, "PUBLIC_ERROR_UNUSUAL_ACTIVITY"))
+    w.fault = fault(PAID, CAPTCHA)
     await w.chat()
     w.pool.tokens[1].paused_until = 0
     w.fault = hold("batchCheck")
@@ -6706,7 +6552,8 @@ def test_the_readme_is_short_and_the_api_document_has_all_errors_and_models():
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| \S", table, re.MULTILINE)
     errors = {code: str(status) for code, (status, _) in flow2api.ERRORS.items()}
     assert sorted(rows) == sorted(errors.items())
-    assert all(f"| `{head}`" in API for head in ("omni_flash", *flow2api.PICTURE_FAMILIES))
+    heads = {"omni_flash", *(p.family for p in flow2api.PRODUCTS if p.mode == "image")}
+    assert all(f"| `{head}`" in API for head in heads)
 
 
 def test_the_chinese_readme_holds_the_same():
@@ -6906,9 +6753,18 @@ def test_a_simulated_picture_is_whole_and_of_its_prompt():
     assert len(set(pixels)) > 100
 
 
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="NOT TESTED: install curl")
+# Of the documents that Flow2API was made from: the key stands alone, and the path is another.
+OLD_CURL_LINE = r"""curl --location --request POST \
+'http://127.0.0.1:8000/flow/v1/chat/completions' \
+--header 'Content-Type: application/json' --header 'Authorization: demo' --data-raw '{"messages":
+    [{"role": "user", "content": "画只猪在天上飞"}], "model": "veo_3_1", "stream": true, "n": 2}'"""
+
+
 @needs_curl
 async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_path):
-    """Each alone, as -u proves, but for first.png, which the first one makes."""
+    """Each alone, as -u proves, but for first.png, which the first one makes; and the line of
+    the documents before ours."""
     program = await flow2("--demo", **QUICK_DEMO)
     options = {"cwd": tmp_path, "env": environment(KEY="")}
 
@@ -6921,11 +6777,11 @@ async def test_the_shell_blocks_of_the_documents_work_as_pasted(run, flow2, tmp_
         out = "\n".join(shell.out)
         return out, await kept_files(out)
 
-    first, *others = [*blocks(API, "bash"), *blocks(README, "bash")]
+    first, *others = [*blocks(API, "bash"), *blocks(README, "bash"), OLD_CURL_LINE]
     await paste(first)
     answers = await asyncio.gather(*map(paste, others))
     counts = [len(files) for _, files in answers]
-    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1], answers
+    assert counts == [1, 1, 2, 1, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1, 2], answers
     for block, (out, files) in zip(others, answers, strict=True):
         clip = flow2api.LANDSCAPE_CLIP if "landscape" in block else flow2api.PORTRAIT_CLIP
         start = PNG[:4] if "banana" in block else clip
@@ -7170,12 +7026,7 @@ CHECKS = (
     ("file", "", 1, "WRONG data folder .*file: "),
     ("busy", "", 1, "WRONG .*db is used by another Flow2API"),
     ("new", "global.admin_password = 'abc123'", 1, r"WRONG global.admin_password \(file\) is easy"),
-    (
-        "new",
-        "plugin.connection_token = 'aaaaaaaaaaaaaa'",
-        1,
-        "WRONG plugin.connection_token .*easy",
-    ),
+    ("new", "plugin.connection_token = 'aaaaaaaaaaaaaa'", 1, "WRONG plugin.connection_t.*easy"),
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
