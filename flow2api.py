@@ -69,6 +69,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import tempfile
 import threading
@@ -4305,8 +4306,12 @@ def json_instance(schema, title, name="", depth=5):
 
 # ---- 11. Client API --------------------------------------------------------------------
 EMPTY_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-EMPTY_IMAGE_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-EMPTY_IMAGE_USAGE["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
+EMPTY_IMAGE_USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
 VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know no others
     "queued": "queued",
     "submitting": "queued",
@@ -4333,8 +4338,11 @@ FILE_HEADERS = {
     "Content-Security-Policy": "sandbox",  # what Google sends runs no script here
     "X-Content-Type-Options": "nosniff",
 }
-STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
-STREAM_HEADERS.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 LEFT_SECONDS = 600  # in which the same request is that of a client that has left
 LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
@@ -4350,12 +4358,17 @@ def bearer(request):
     return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
 
 
+def is_proxy(address, settings):
+    """Whether it is a trusted proxy's. Raises ValueError for what is no IP address."""
+    ip = ipaddress.ip_address(address)
+    networks = read_networks(settings["server.trusted_proxies"])
+    return any(ip in network for network in networks)
+
+
 def forwarded(request, settings, name):
     """The values of X-Forwarded-<name>, where a trusted proxy sends them."""
-    networks = read_networks(settings["server.trusted_proxies"])
     with contextlib.suppress(ValueError):
-        peer = ipaddress.ip_address(request.remote or "")
-        if any(peer in network for network in networks):
+        if is_proxy(request.remote or "", settings):
             values = request.headers.get(f"X-Forwarded-{name}", "").split(",")
             return [value.strip() for value in values if value.strip()]
     return []
@@ -4363,12 +4376,10 @@ def forwarded(request, settings, name):
 
 def client_address(request, settings):
     """The address that a request comes from, beyond trusted proxies."""
-    networks = read_networks(settings["server.trusted_proxies"])
     for address in reversed(forwarded(request, settings, "For")):
         with contextlib.suppress(ValueError):
-            ip = ipaddress.ip_address(address)
-            if not any(ip in network for network in networks):
-                return str(ip)
+            if not is_proxy(address, settings):
+                return address
     return request.remote
 
 
@@ -4430,10 +4441,7 @@ def fingerprint(request):
         long = isinstance(value, str | bytes) and len(value) > 999
         return digest(value) if long else value
 
-    try:
-        return digest(json.dumps(shorten(request), sort_keys=True, default=repr))
-    except RecursionError:
-        raise bad("The body is nested too deeply") from None
+    return digest(json.dumps(shorten(request), sort_keys=True, default=repr))
 
 
 class Gateway:
@@ -4581,9 +4589,10 @@ class Api:
         not_found."""
         match = OUTPUT_LINK.fullmatch(name)
         job = await self.jobs.get(match[1]) if match else None
-        if not job or not same(match[2], link_secret(job)):
-            raise GatewayError("not_found", "There is no such file, or it has expired")
-        return job, job.done()[int(match[3])]
+        if job and same(match[2], link_secret(job)):
+            for output in job.done()[int(match[3]) :]:
+                return job, output
+        raise GatewayError("not_found", "There is no such file, or it has expired")
 
     async def own_picture(self, link):
         """The picture that a link of ours leads to; None: it is none of ours. Raises as
@@ -4592,9 +4601,11 @@ class Api:
         if OUTPUT_LINK.fullmatch(name):
             return await self.output_bytes(*await self.output_of_link(name))
         job_id = await asyncio.to_thread(self.store.job_of_file, name)
-        job = await self.jobs.get(job_id) if job_id else None
-        kept = [output for output in job.done() if output.file == name] if job else []
-        return await self.output_bytes(job, kept[0]) if kept else None
+        job = await self.jobs.get(job_id)
+        for output in job.done() if job else ():
+            if output.file == name:
+                return await self.output_bytes(job, output)
+        return None
 
     async def data_url(self, job, output):
         """OpenRouter's AI SDK provider takes no other."""
@@ -4619,9 +4630,14 @@ class Api:
         """A job as OpenAI's video object; clients fail on other types. whole: not as in a
         list, where a prompt is cut to 500 characters."""
         status = VIDEO_STATES[job.state]
-        error = public_error(job)
         percent = {"completed": 100, "queued": 0}.get(status, self.jobs.progress(job)[0])
-        video = {
+        error = {name: job.error[name] for name in ("code", "message") if job.error}
+        optional = {
+            "metadata": job.metadata,
+            "notes": job.notes or None,
+            "fail_reason": error.get("message"),
+        }
+        return {
             "id": job.id,
             "object": "video",
             "model": job.plan.model,
@@ -4634,25 +4650,21 @@ class Api:
             "size": pixels(job.plan),
             "seconds": str(job.plan.seconds),
             "remixed_from_video_id": job.source.get("job"),
-            "error": error,
+            "error": error or None,
+            **{name: value for name, value in optional.items() if value is not None},
+            **self.video_links(request, job),
         }
-        if job.metadata is not None:
-            video["metadata"] = job.metadata
-        if job.notes:
-            video["notes"] = job.notes
-        if error:
-            video["fail_reason"] = error["message"]
-        urls = self.output_urls(request, job) if status == "completed" else []
-        if urls:
-            more = {"urls": urls} if len(urls) > 1 else {}
-            video.update(url=urls[0], video_url=urls[0], **more)
-        return video
 
-    async def send_output(self, request, job, query, thumbnail=False):
+    def video_links(self, request, job):
+        urls = self.output_urls(request, job)
+        if job.state != "completed" or not urls:
+            return {}
+        links = {"url": urls[0], "video_url": urls[0]}
+        return {**links, "urls": urls} if len(urls) > 1 else links
+
+    async def send_output(self, request, job, output, thumbnail=False):
         """The file of an output, with ranges: as it is kept here, else passed on from
         Google in constant memory (or by a redirect, where the settings say so)."""
-        self.expect_done(job)
-        output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
         kept = self.media.path(output.file)
         if kept and not thumbnail:
             return web.FileResponse(kept, headers=FILE_HEADERS)
@@ -4686,17 +4698,11 @@ class Api:
         return reply
 
 
-def public_error(job):
-    if not job.error:
-        return None
-    return {"code": job.error["code"], "message": job.error["message"]}
-
-
 def pixels(plan):
     """The size of an output: "1280x720"; of a picture its shape."""
-    wide, high = CLIP_PIXELS.get(plan.upscale, CLIP_PIXELS[""])
     if plan.kind == "image":
         return plan.ratio
+    wide, high = CLIP_PIXELS[plan.upscale]
     return f"{wide}x{high}" if plan.ratio == "landscape" else f"{high}x{wide}"
 
 
@@ -4714,22 +4720,25 @@ class ChatApi(Api):
         client, text = side_answer(chat)
         if client and self.settings["chat.answer_side_prompts"]:
             log.info("Answered at no cost, nothing was made: a prompt of %s", client)
-            return await ChatAnswer(self, request, chat, None, text).send()
+            return await ChatAnswer(self, request, chat, text=text).send()
         read = functools.partial(read_chat_generation, chat, self.media, self.own_picture)
         async with self.gateway.admit(request, body, read) as job:
             for turn in chat.turns:
                 turn.links.clear()  # as the body is
-            return await ChatAnswer(self, request, chat, job, "").send()
+            return await ChatAnswer(self, request, chat, job).send()
 
 
+@dataclass
 class ChatAnswer:
     """Renders a job, or a text, in the format of OpenAI's chat completions."""
 
-    def __init__(self, api, request, chat, job, text):
-        self.api = api
-        self.request = request
-        self.chat = chat
-        self.job, self.text = job, text
+    api: ChatApi
+    request: web.Request
+    chat: ChatRequest
+    job: Job | None = None
+    text: str = ""
+
+    def __post_init__(self):
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(now())
 
@@ -4776,9 +4785,10 @@ class ChatAnswer:
         return {"content": "\n\n".join([*map(form.format, urls), *notes]), **images}
 
     def failures(self):
-        reasons = [output.error["message"] for output in self.job.outputs if output.error]
-        reasons += ["Flow made none of it"] * (self.job.n - len(self.job.outputs))
-        return [f"One of {self.job.n} failed: {reason}" for reason in reasons]
+        job = self.job
+        reasons = [output.error["message"] for output in job.outputs if output.error]
+        reasons += ["Flow made none of it"] * (job.n - len(job.outputs))
+        return [f"One of {job.n} failed: {reason}" for reason in reasons]
 
     def failed(self, err):
         """Some clients show only the text, some only the event."""
@@ -4821,12 +4831,12 @@ class ImagesApi(Api):
     """Images: each answer has its pictures as base64 or as addresses."""
 
     async def generate(self, request):
-        return await self._make(request, False, "image_generation.completed")
+        return await self._make(request, edit=False)
 
     async def edit(self, request):
-        return await self._make(request, True, "image_edit.completed")
+        return await self._make(request, edit=True)
 
-    async def _make(self, request, edit, event):
+    async def _make(self, request, edit):
         body = await read_body(request)
         default = self.settings["images.response_format"]
         form = one_of(body, "response_format", ("b64_json", "url"), default)
@@ -4834,7 +4844,8 @@ class ImagesApi(Api):
         read = functools.partial(read_picture, body, self.media, edit)
         async with self.gateway.admit(request, body, read) as job:
             if stream:
-                events = self._events(request, job, form, event)
+                name = "image_edit" if edit else "image_generation"
+                events = self._events(request, job, form, f"{name}.completed")
                 return await stream_answer(request, events, self.failed)
             await self.jobs.completed(job)
             data = [await self._picture(request, job, output, form) for output in job.done()]
@@ -4847,9 +4858,8 @@ class ImagesApi(Api):
         if form == "url":
             url = self.output_url(request, job, output)
             return {"revised_prompt": job.prompt, "url": url}
-        data = await self.output_bytes(job, output)
-        encoded = await asyncio.to_thread(base64.b64encode, data)
-        return {"revised_prompt": job.prompt, "b64_json": encoded.decode()}
+        data_url = await self.data_url(job, output)
+        return {"revised_prompt": job.prompt, "b64_json": data_url.partition(",")[2]}
 
     def failed(self, err):
         return sse({"type": "error", **err.body()}, "error")
@@ -4884,13 +4894,11 @@ class VideosApi(Api):
         read = functools.partial(read_clip, body, self.media)
         return await self._make(request, body, read)
 
-    async def remix(self, request):
-        body = await read_body(request)
-        return await self._derive(request, body, request.match_info["id"], "edit")
-
     async def edit(self, request):
+        """Of the clip that the path names (remix), or the body."""
         body = await read_body(request)
-        return await self._derive(request, body, body.get("video"), "edit")
+        video = request.match_info.get("id", body.get("video"))
+        return await self._derive(request, body, video, "edit")
 
     async def extend(self, request):
         body = await read_body(request)
@@ -4926,8 +4934,9 @@ class VideosApi(Api):
         limit = one_of(query, "limit", range(1, 101), 20)
         oldest_first = one_of(query, "order", ("asc", "desc"), "desc") == "asc"
         after = await self.find_job(query["after"]) if query.get("after") else None
-        filters = {"kind": "video", "after": after, "oldest_first": oldest_first}
-        jobs = await self.jobs.page(**filters, limit=limit + 1)
+        jobs = await self.jobs.page(
+            kind="video", after=after, oldest_first=oldest_first, limit=limit + 1
+        )
         videos = [self.video_object(request, job, whole=False) for job in jobs[:limit]]
         return {
             "object": "list",
@@ -4947,7 +4956,20 @@ class VideosApi(Api):
         job = await self.job_of(request)
         query = request.query
         variant = one_of(query, "variant", ("video", "thumbnail"), "video")
-        return await self.send_output(request, job, query, variant == "thumbnail")
+        self.expect_done(job)
+        output = job.done()[one_of(query, "index", range(len(job.done())), 0)]
+        return await self.send_output(request, job, output, variant == "thumbnail")
+
+
+def plan_fields(plan):
+    """What a model or a job makes, for the owner's page."""
+    return {
+        "kind": plan.kind,
+        "family": plan.family,
+        "ratio": plan.ratio,
+        "upscale": plan.upscale,
+        "prices": plan.prices(),
+    }
 
 
 def model_object(model, settings):
@@ -4963,13 +4985,9 @@ def model_object(model, settings):
         "description": f"{plan.kind.capitalize()} generation - {plan.describe()}",
         "supported_endpoint_types": ["openai", endpoint],
         "pictures": plan.images,
-        "kind": plan.kind,
-        "family": plan.family,
-        "ratio": plan.ratio,
         "seconds": plan.seconds,
-        "upscale": plan.upscale,
-        "prices": plan.prices(),
         "note": plan.note,
+        **plan_fields(plan),
     }
 
 
@@ -4993,7 +5011,8 @@ class ServiceApi(Api):
         if path := self.media.path(name):
             return web.FileResponse(path, headers=FILE_HEADERS)
         job, output = await self.output_of_link(name)
-        return await self.send_output(request, job, {"index": job.done().index(output)})
+        self.expect_done(job)
+        return await self.send_output(request, job, output)
 
     async def stats(self, request):
         counters = self.gateway.counters()
@@ -5001,15 +5020,11 @@ class ServiceApi(Api):
 
     async def pending_tasks(self, request):
         """The open jobs of a token."""
-        token = self.token_of(request)
-        jobs = [job for job in self.jobs.open.values() if job.token_id == token.id]
-        return self._tasks(request, token, "tasks", jobs)
+        return await self._tasks(request, "tasks", states=OPEN, oldest_first=True)
 
     async def finished_tasks(self, request):
-        token = self.token_of(request)
         limit = one_of(request.query, "limit", range(1, 101), 8)
-        jobs = await self.jobs.page(token_id=token.id, states=("completed",), limit=limit)
-        return self._tasks(request, token, "items", jobs)
+        return await self._tasks(request, "items", states=("completed",), limit=limit)
 
     async def task(self, request):
         token = self.token_of(request)
@@ -5018,10 +5033,11 @@ class ServiceApi(Api):
             raise GatewayError("task_not_found", f"{token.email} has no task {job.id}")
         return {"success": True, "task": self._task(request, job, whole=True)}
 
-    def _tasks(self, request, token, name, jobs):
+    async def _tasks(self, request, name, **filters):
+        token = self.token_of(request)
+        jobs = await self.jobs.page(token_id=token.id, **filters)
         tasks = [self._task(request, job) for job in jobs]
-        head = {"success": True, "token_id": token.id, "count": len(tasks)}
-        return {**head, name: tasks}
+        return {"success": True, "token_id": token.id, "count": len(tasks), name: tasks}
 
     def _task(self, request, job, whole=False):
         video = self.video_object(request, job, whole)
@@ -5120,6 +5136,10 @@ TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
     **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
 }
+# Fields of a token as GET /api/tokens gives them.
+TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabled
+    image_concurrency video_concurrency image_count video_count error_count use_count
+    failures busy"""
 PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
 PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
     ("^$", f"The session token is missing: {PASTE_IT}"),
@@ -5131,8 +5151,9 @@ PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the fi
     (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
     ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
 )
-BATCH_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
-NO_COUNTS = dict.fromkeys(BATCH_COUNTS.split(), 0)
+NO_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
+NO_COUNTS = dict.fromkeys(NO_COUNTS.split(), 0)
+ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # as its owner wants it
 
 
 def hash_password(password, salt=None):
@@ -5167,8 +5188,9 @@ class Sessions:
 
     def __init__(self, settings, store):
         self.settings, self.store = settings, store
-        self.ends = store.settings().get("sessions", {})  # unix time by key_of(session)
-        self.friends = set(store.settings().get("friends", ()))  # logged in here before
+        stored = store.settings()
+        self.ends = stored.get("sessions", {})  # unix time by key_of(session)
+        self.friends = set(stored.get("friends", ()))  # logged in here before
         self.guesses = {}  # address -> (failed logins in a row, unix time of the last)
 
     def key_of(self, session):
@@ -5216,7 +5238,6 @@ class Sessions:
         good = await asyncio.to_thread(password_matches, str(password), stored)
         if good:
             self.guesses.pop(address, None)
-        if good and address not in self.friends:
             self.friends.add(address)
             await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
@@ -5237,7 +5258,7 @@ def token_object(token, masked=False):
     """As GET /api/tokens gives it, session and access token in clear, or masked."""
     hide = mask if masked else str
     return {
-        **token.pick("id", "email", "name", "remark", "is_active", "reason"),
+        **token.pick(*TOKEN_SHOWN.split()),
         "reason_code": token.cause(),
         "st": hide(token.st),
         "at": hide(token.at),
@@ -5249,20 +5270,10 @@ def token_object(token, masked=False):
         "tier": TIERS.get(token.tier, ""),
         "current_project_id": token.project_id or None,
         "current_project_name": token.project_name or None,
-        "image_enabled": token.image_enabled,
-        "video_enabled": token.video_enabled,
-        "image_concurrency": token.image_concurrency,
-        "video_concurrency": token.video_concurrency,
-        "image_count": token.image_count,
-        "video_count": token.video_count,
-        "error_count": token.error_count,
-        "use_count": token.use_count,
-        "failures": token.failures,
         "created_at": iso(token.created_at),
         "last_used_at": iso(token.last_used_at),
         "paused_until": iso(token.paused_until),
         "paused_for": token.paused_for(),
-        "busy": token.busy,
     }
 
 
@@ -5282,7 +5293,7 @@ def read_token_fields(body):
     elif not good_proxy(proxy):
         raise bad(f"proxy_url {PROXY_FORM}", "proxy_url")
     if "is_active" in fields:  # switched by hand: the owner's word, not ours
-        fields |= AWAKE if fields["is_active"] else {"reason": ""}
+        fields.update(AWAKE if fields["is_active"] else ASLEEP)
     return fields
 
 
@@ -5318,11 +5329,9 @@ def read_setting(name, raw):
 
 def expect_proxy(settings, new):
     """Raises invalid_request where a change would switch on a proxy that is none."""
-    before = {name: settings[name] for name in PROXY.values()}
-    after = ChainMap(new, before)
-    if before.keys().isdisjoint(new) or not after["proxy.proxy_enabled"]:
-        return
-    if not after["proxy.proxy_url"]:
+    after = ChainMap(new, settings)
+    enabled = after["proxy.proxy_enabled"] and not new.keys().isdisjoint(PROXY.values())
+    if enabled and not after["proxy.proxy_url"]:
         raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
 
 
@@ -5332,10 +5341,9 @@ def token_action(action):
     async def handler(self, request):
         token = self.token_of(request)
         await action(self, token)
-        shown = token_object(token, masked=True)
-        credits = token.credits or 0
+        row = token_object(token, masked=True)
         about = {"status": "success", "email": token.email, "username": token.name}
-        return ok("Done", token=shown, credits=credits, **about)
+        return ok("Done", token=row, credits=row["credits"], **about)
 
     return handler
 
@@ -5347,8 +5355,8 @@ class AdminApi(Api):
         super().__init__(gateway)
         self.tokens = self.pool.tokens
         self.sessions = Sessions(self.settings, self.store)
-        self.plugin = {"last_call": None, "last_account": None}
-        self.plugin.update(self.store.settings().get("plugin", {}))
+        stored = self.store.settings().get("plugin", {})
+        self.plugin = {"last_call": None, "last_account": None, **stored}
 
     async def login(self, request):
         """-> a session token for /api, good for seven days after its last use."""
@@ -5359,11 +5367,15 @@ class AdminApi(Api):
             raise GatewayError("invalid_api_key", "Invalid credentials")
         session = "admin-" + secrets.token_urlsafe(32)
         await self.sessions.keep(session)
-        body = ok("Login successful", token=session, username=name)
-        answer = web.json_response(body)
-        secure = origin(request, self.settings).startswith("https:")
-        options = {"httponly": True, "samesite": "Strict", "secure": secure}
-        answer.set_cookie(SESSION, session, max_age=100 * SESSION_SECONDS, **options)
+        answer = web.json_response(ok("Login successful", token=session, username=name))
+        answer.set_cookie(
+            SESSION,
+            session,
+            max_age=100 * SESSION_SECONDS,
+            httponly=True,
+            samesite="Strict",
+            secure=origin(request, self.settings).startswith("https:"),
+        )
         return answer
 
     async def logout(self, request):
@@ -5380,8 +5392,10 @@ class AdminApi(Api):
         if password in PLACEHOLDERS:
             raise bad("This password is a well-known one: take another", "new_password")
         hashed = await asyncio.to_thread(hash_password, password)
-        name = {"global.admin_username": body["username"]} if body.get("username") else {}
-        await self._change({"global.admin_password": hashed, **name})
+        changes = {"global.admin_password": hashed}
+        if body.get("username"):
+            changes["global.admin_username"] = body["username"]
+        await self._change(changes)
         return ok("Password changed; log in again")
 
     async def _change(self, changes):
@@ -5413,12 +5427,10 @@ class AdminApi(Api):
         fields = CONFIGS[request.match_info["group"]]
         body = await read_json(request)
         unknown = ", ".join(set(body).difference(fields))[:200]
-        if unknown or not body:
+        changes = {fields.get(field): raw for field, raw in body.items() if raw is not None}
+        if unknown or not changes:
             can = ", ".join(fields) or "nothing, for it can't be changed"
-            raise bad(f"This sets {can}; the body names {unknown or 'nothing'}")
-        changes = {fields[field]: raw for field, raw in body.items() if raw is not None}
-        if not changes:
-            raise bad(f"This sets {', '.join(fields)}; the body names none of them")
+            raise bad(f"This sets {can}; the body names {unknown or 'none of them'}")
         await self._change(changes)
         return await self.get_config(request, "Saved")
 
@@ -5452,22 +5464,28 @@ class AdminApi(Api):
         files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
         if not files:
             message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
-            raise bad(message, code="not_found")
+            raise GatewayError("not_found", message)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in files:
                 archive.writestr(f"flow2api-extension/{file.name}", file.read_bytes())
-        name = 'attachment; filename="flow2api-extension.zip"'
-        headers = {**PAGE_HEADERS, "Content-Disposition": name}
-        data = buffer.getvalue()
-        return web.Response(body=data, content_type="application/zip", headers=headers)
+        headers = {
+            **PAGE_HEADERS,
+            "Content-Type": "application/zip",
+            "Content-Disposition": 'attachment; filename="flow2api-extension.zip"',
+        }
+        return web.Response(body=buffer.getvalue(), headers=headers)
 
     async def list_settings(self, request):
-        names = [name for name in SETTING if name not in NOT_SET_HERE]
-        rows = [vars(SETTING[name]).copy() for name in names]
-        for row in rows:
-            row["source"] = self.settings.source(row["name"])
-            row["value"] = self._shown(row["name"], masked=True)
+        rows = [
+            {
+                **vars(setting),
+                "source": self.settings.source(name),
+                "value": self._shown(name, masked=True),
+            }
+            for name, setting in SETTING.items()
+            if name not in NOT_SET_HERE
+        ]
         return {"success": True, "settings": rows}
 
     async def change_settings(self, request):
@@ -5494,8 +5512,8 @@ class AdminApi(Api):
         message = "Token added" if new else "Known account: its session is updated"
         if token.reason:
             message += f", but it is disabled: {token.reason}"
-        names = ("id", "email", "credits", "project_id", "project_name", "reason")
-        about = token.pick(*names)
+        names = "id email credits project_id project_name reason"
+        about = token.pick(*names.split())
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -5518,13 +5536,13 @@ class AdminApi(Api):
         return ok("Token updated", token=token_object(token, masked=True))
 
     async def _renew_session(self, token, st, fields):
-        draft = Token(st=st, adapter=token.adapter)
-        draft.proxy_url = fields.get("proxy_url", token.proxy_url)
+        proxy = fields.get("proxy_url", token.proxy_url)
+        draft = Token(st=st, adapter=token.adapter, proxy_url=proxy)
         account = await self.pool.sign_in(draft)
         if account["email"] not in ("", token.email):
             raise bad(f"This session is of {account['email']}", "st", "conflict")
-        session = {"name": account["name"], **draft.session(), **AWAKE}
-        await self.pool.update(token, **{**session, **fields})
+        changes = {"name": account["name"], **draft.session(), **AWAKE, **fields}
+        await self.pool.update(token, **changes)
         await self.pool.ask(token, now())
 
     async def delete_token(self, request):
@@ -5537,7 +5555,7 @@ class AdminApi(Api):
 
     @token_action
     async def disable_token(self, token):
-        await self.pool.update(token, is_active=False, reason="")
+        await self.pool.update(token, **ASLEEP)
 
     @token_action
     async def renew_token(self, token):
@@ -5551,34 +5569,30 @@ class AdminApi(Api):
         return await self._update_all("enabled", AWAKE)
 
     async def disable_all(self, request):
-        return await self._update_all("disabled", {**AWAKE, "is_active": False})
+        return await self._update_all("disabled", ASLEEP)
 
     async def _update_all(self, counter, changes):
         tokens = list(self.tokens.values())
         for token in tokens:
             await self.pool.update(token, **changes)
-        return ok("Done", **NO_COUNTS | {counter: len(tokens)})
+        return ok("Done", **{**NO_COUNTS, counter: len(tokens)})
 
     async def delete_disabled(self, request):
         tokens = self.tokens.values()
         idle = [token for token in tokens if not (token.is_active or token.busy.total())]
         for token in idle:
             await self.pool.remove(token)
-        return ok("Done", **NO_COUNTS | {"deleted": len(idle)})
+        return ok("Done", **{**NO_COUNTS, "deleted": len(idle)})
 
     async def test_all(self, request):
         """Asks Google about the active accounts; only_active=false: about all;
         only_disabled=true: about the others. Enables or disables them by the answer."""
-        states = {True, False}
-        counts = Counter(NO_COUNTS)
-        if one_of(request.query, "only_active", (True, False), True):
-            states = {True}
-        if one_of(request.query, "only_disabled", (True, False), False):
+        states = {True, read_flag(request.query, "only_active", True)}
+        if read_flag(request.query, "only_disabled", False):
             states = {False}
-        for token in list(self.tokens.values()):
+        counts = Counter(NO_COUNTS)
+        for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
-            if was_active not in states:
-                continue
             try:
                 await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
@@ -5594,36 +5608,34 @@ class AdminApi(Api):
         """{tokens: objects as GET gives, or session tokens}. One that is refused stops
         no other; of an account that is here, what is not named stays."""
         items = (await read_json(request)).get("tokens")
-        details = []
-        errors = []
         if not isinstance(items, list):
             raise bad("tokens must be a list", "tokens")
         counts = {"added": 0, "updated": 0, "skipped": 0, "failed": 0}
+        errors, details = [], []
         for item in items:
             item = item if isinstance(item, dict) else {"st": item}
             try:
-                detail = await self._import(item)
+                token, status = await self._import(item)
+                reason = token.reason
             except GatewayError as err:
-                email = item.get("email")
-                errors.append(f"{email or 'an account'}: {err}")
-                detail = {"token_id": None, "email": email, "status": "failed"}
-                detail["reason"] = str(err)
-            counts[detail["status"]] += 1
-            details.append(detail)
+                token, status = Token(id=None, email=item.get("email")), "failed"
+                reason = str(err)
+                errors.append(f"{token.email or 'an account'}: {err}")
+            counts[status] += 1
+            about = {"token_id": token.id, "email": token.email}
+            details.append({**about, "status": status, "reason": reason})
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
+        """-> the token, and what became of it."""
         st = read_session_token(item)
         fields = read_token_fields(item)
-        new = False
-        token = {token.st: token for token in self.tokens.values()}.get(st)
-        if token:
-            await self.pool.update(token, **fields)
-        else:
-            token, new = await self.pool.add(st, **fields)
-        status = "added" if new else "updated"
-        about = {"token_id": token.id, "email": token.email, "reason": token.reason}
-        return {**about, "status": status}
+        for token in self.tokens.values():
+            if token.st == st:
+                await self.pool.update(token, **fields)
+                return token, "updated"
+        token, new = await self.pool.add(st, **fields)
+        return token, "added" if new else "updated"
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
@@ -5640,16 +5652,17 @@ class AdminApi(Api):
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
 
+        wakes_up = self.settings["plugin.auto_enable_on_update"]
+
         def wakes(token):  # not what its owner has disabled: the browser comes by itself
-            ended = token.reason and self.settings["plugin.auto_enable_on_update"]
-            return token.is_active or ended
+            return token.is_active or (wakes_up and token.reason)
 
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
-        enabled = token.is_active and token.id in asleep
         action = "added" if new else "updated"
         about = {"action": action, "token_id": token.id, "email": token.email}
-        return ok(f"Token {action}", **about, auto_enabled=enabled)
+        about["auto_enabled"] = token.is_active and token.id in asleep
+        return ok(f"Token {action}", **about)
 
     def _note_call(self, **news):
         self.plugin.update(news)
@@ -5661,17 +5674,9 @@ class AdminApi(Api):
         start = job.submitted_at or job.created_at
         return {
             **self.video_object(request, job, whole),
-            "state": job.state,
-            "stage": job.stage,
-            "kind": job.plan.kind,
+            **job.pick("state", "stage", "n", "origin", "token_id"),
+            **plan_fields(job.plan),
             "plan": job.plan.describe(),
-            "family": job.plan.family,
-            "ratio": job.plan.ratio,
-            "upscale": job.plan.upscale,
-            "prices": job.plan.prices(),
-            "n": job.n,
-            "origin": job.origin,
-            "token_id": job.token_id,
             "account": token.email,
             "username": token.name,
             "cost": job.spent(token),
@@ -5684,15 +5689,17 @@ class AdminApi(Api):
         """?q (a part of the prompt) &kind &state &model &token_id &after &limit."""
         query = request.query
         limit = one_of(query, "limit", range(1, 501), 50)
-        filters = {name: query.get(name, "") for name in ("q", "model")}
-        filters["kind"] = one_of(query, "kind", ("image", "video"), "")
+        filters = {
+            "q": query.get("q", ""),
+            "model": query.get("model", ""),
+            "kind": one_of(query, "kind", ("image", "video"), ""),
+            "token_id": one_of(query, "token_id", self.tokens, None),
+        }
         state = one_of(query, "state", VIDEO_STATES, "")
-        filters["token_id"] = one_of(query, "token_id", self.tokens, None)
         after = await self.find_job(query["after"]) if query.get("after") else None
         jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
-        more = len(jobs) > limit
-        return {"success": True, "jobs": rows, "has_more": more}
+        return {"success": True, "jobs": rows, "has_more": len(jobs) > limit}
 
     async def get_job(self, request):
         job = await self.job_of(request)
@@ -5714,16 +5721,13 @@ class AdminApi(Api):
         status = GatewayError(**job.error).status if job.error else 200
         asked = to_json({name: row[name] for name in ("model", "prompt", "n", "origin")})
         return {
-            "id": job.id,
+            **{name: row[name] for name in ("id", "token_id", "duration", "progress")},
             "task_id": job.id,
             "task_status": job.state,
             "operation": f"generate_{job.plan.kind}",
             "status_code": status if job.ended else 102,
-            "token_id": job.token_id,
             "token_email": row["account"],
             "token_username": row["username"],
-            "duration": row["duration"],
-            "progress": row["progress"],
             "notes": job.notes,
             "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created_at)),
             "request_body": re.sub("[0-9A-Za-z+/]{200,}=*", "…", asked),
@@ -5734,8 +5738,7 @@ class AdminApi(Api):
         limit = one_of(request.query, "limit", range(1, 1001), 100)
         jobs = await self.jobs.owners_page(limit)
         start = (await asyncio.to_thread(self.store.settings)).get("log", 0)
-        new = [job for job in jobs if job.created_at > start]
-        return [self._log_object(request, job) for job in new]
+        return [self._log_object(request, job) for job in jobs if job.created_at > start]
 
     async def clear_logs(self, request):
         """Begins anew; the jobs stay, for those who ask for them."""
@@ -5743,8 +5746,7 @@ class AdminApi(Api):
         return ok("Cleared")
 
     async def get_log(self, request):
-        job = await self.job_of(request)
-        return self._log_object(request, job)
+        return self._log_object(request, await self.job_of(request))
 
     async def state(self, request):
         tokens = [token_object(token, masked=True) for token in self.tokens.values()]
@@ -5761,9 +5763,12 @@ class AdminApi(Api):
         return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
 
     async def system_info(self, request):
-        info = self.gateway.counters()
-        info.update(total_credits=self._credits(), version=__version__)
-        info["cache_bytes"] = await asyncio.to_thread(self.media.expire, math.inf)
+        info = {
+            **self.gateway.counters(),
+            "total_credits": self._credits(),
+            "version": __version__,
+            "cache_bytes": await asyncio.to_thread(self.media.expire, math.inf),
+        }
         return {"success": True, "info": info, **info}
 
     async def empty_cache(self, request):
@@ -5775,18 +5780,25 @@ class AdminApi(Api):
         fields = read_token_fields(await read_json(request))
         proxy = fields.get("proxy_url") or self.settings["proxy.proxy_url"]
         url = self.settings["flow.labs_base_url"]
-        timeout = aiohttp.ClientTimeout(15)
         start = now()
-        async with self.gateway.wire.stream(url, proxy=proxy, timeout=timeout) as reply:
-            about = {"status_code": reply.status, "test_url": url}
-            about["final_url"] = str(reply.url)
-            return ok("Reached", **about, elapsed_ms=int((now() - start) * 1000))
+        wire = self.gateway.wire
+        async with wire.stream(url, proxy=proxy, timeout=SHORT_TIMEOUT) as reply:
+            return ok(
+                "Reached",
+                status_code=reply.status,
+                test_url=url,
+                final_url=str(reply.url),
+                elapsed_ms=int((now() - start) * 1000),
+            )
 
     async def metrics(self, request):
         states = Counter(job.state for job in self.jobs.open.values())
-        rows = {**self.gateway.counters(), "credits": self._credits()}
-        rows["waiting_jobs"] = len(self.pool.queue)
-        rows.update({f'jobs{{state="{state}"}}': states[state] for state in OPEN})
+        rows = {
+            **self.gateway.counters(),
+            "credits": self._credits(),
+            "waiting_jobs": len(self.pool.queue),
+            **{f'jobs{{state="{state}"}}': states[state] for state in OPEN},
+        }
         text = "".join(f"flow2api_{name} {value}\n" for name, value in rows.items())
         headers = {"Content-Type": "text/plain; version=0.0.4"}
         return web.Response(text=text, headers=headers)
@@ -5914,9 +5926,12 @@ def block_picture(text, width, height):
 
 def png(width, height, colours, rows):
     """colours: three bytes each; rows: a zero, then a byte for the colour of each pixel."""
-    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 3, 0, 0, 0])
-    pixels = zlib.compress(rows, 1)
-    chunks = {b"IHDR": head, b"PLTE": colours, b"IDAT": pixels, b"IEND": b""}
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": colours,
+        b"IDAT": zlib.compress(rows, 1),
+        b"IEND": b"",
+    }
     file = b"\x89PNG\r\n\x1a\n"
     for kind, data in chunks.items():
         file += len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
@@ -6040,12 +6055,12 @@ class SimulatedFlow:
 
     async def listing(self, request, body, account):
         project = json.loads(request.query["input"])["json"]["projectId"]
-        media = [medium for medium in self.media.values() if medium.project == project]
-        flows = []
-        for medium in media:
-            ids = {"primaryMediaId": medium.name, "batchId": medium.batch}
-            flows.append({"name": medium.scene, "metadata": ids})
-        contents = {"workflows": flows, "media": [*map(self.medium_object, media)]}
+        contents = {"workflows": [], "media": []}
+        for medium in self.media.values():
+            if medium.project == project:
+                ids = {"primaryMediaId": medium.name, "batchId": medium.batch}
+                contents["workflows"].append({"name": medium.scene, "metadata": ids})
+                contents["media"].append(self.medium_object(medium))
         return self.trpc(projectContents=contents)
 
     async def redirect(self, request, body, account):
@@ -6075,26 +6090,30 @@ class SimulatedFlow:
         price = matches[0][SIMULATED_TIERS.index(account.tier)]
         if price == "-":
             return self.refusal(403, "PUBLIC_ERROR_MODEL_ACCESS_DENIED")
-        if int(price) * len(elements) > account.credits:
+        total = int(price) * len(elements)
+        if total > account.credits:
             return self.refusal(429, "PUBLIC_ERROR_USER_QUOTA_REACHED")
-        account.credits -= int(price) * len(elements)
+        account.credits -= total
         return None
 
     def make(self, body, kind, project, given_name=""):
         """Makes the outputs of a submit -> what Google says of them."""
-        batch = body.get("mediaGenerationContext", {}).get("batchId", "")
         media = []
         for element in body["requests"]:
             holder = element if kind == "image" else element.get("textInput", {})
             parts = holder.get("structuredPrompt", {}).get("parts", [{"text": ""}])
             ratio = element.get("imageAspectRatio") or element["aspectRatio"]
-            ratio = ratio.partition("RATIO_")[2]
-            ready = now() + (self.video_seconds if kind == "video" else 0)
-            name = given_name or str(uuid.uuid4())
-            scene = str(uuid.uuid4())
-            text = parts[0]["text"]
-            medium = Medium(name, kind, text, ratio, ready, project, batch, scene)
-            self.media[name] = medium
+            medium = Medium(
+                name=given_name or str(uuid.uuid4()),
+                kind=kind,
+                prompt=parts[0]["text"],
+                ratio=ratio.partition("RATIO_")[2],
+                ready=now() + (self.video_seconds if kind == "video" else 0),
+                project=project,
+                batch=body.get("mediaGenerationContext", {}).get("batchId", ""),
+                scene=str(uuid.uuid4()),
+            )
+            self.media[medium.name] = medium
             media.append(self.medium_object(medium))
         return media
 
@@ -6152,8 +6171,11 @@ class SimulatedFlow:
         data = medium.file()
         if kind != medium.kind:
             data = block_picture(medium.prompt, 320, 180)
-        headers = {"Content-Type": "image/png" if kind == "image" else "video/mp4"}
-        headers.update({"Accept-Ranges": "bytes", "ETag": f'"{medium.name}"'})
+        headers = {
+            "Content-Type": "image/png" if kind == "image" else "video/mp4",
+            "Accept-Ranges": "bytes",
+            "ETag": f'"{medium.name}"',
+        }
         part, size = request.http_range, len(data)
         if part.start is None:
             return web.Response(body=data, headers=headers)
@@ -6177,14 +6199,15 @@ class Role(enum.Enum):
 GATEWAY = AppKey("gateway", Gateway)
 SESSIONS = AppKey("sessions", Sessions)
 TOKEN_ID = r"{id:\d{1,18}}"
-V1_TOKEN, API_TOKEN = f"/v1/tokens/{TOKEN_ID}", f"/api/tokens/{TOKEN_ID}"
+V1_TOKEN = f"/v1/tokens/{TOKEN_ID}"
+API_TOKEN = f"/api/tokens/{TOKEN_ID}"
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
 # Of the programs before this one; Flow has nothing like it.
-ABSENT = "characters characters/search videos/characters videos/characters/{name}"
-ABSENT += " invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"
-ABSENT_ADMIN = "tokens/rt2at tokens/batch-activate tokens/batch-activate-username"
-ABSENT_ADMIN += f" tokens/{TOKEN_ID}/sora2/activate tokens/{TOKEN_ID}/activate-username"
-ABSENT_ADMIN += " watermark-free/config cloudflare/{_:.*} characters{_:.*}"
+ABSENT = """characters characters/search videos/characters videos/characters/{name}
+    invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"""
+ABSENT_ADMIN = r"""tokens/rt2at tokens/batch-activate tokens/batch-activate-username
+    tokens/{id:\d{1,18}}/{_:sora2/activate|activate-username}
+    watermark-free/config cloudflare/{_:.*} characters{_:.*}"""
 ROUTES = {
     Role.PUBLIC: {
         "GET /{_:(login|manage)?}": AdminApi.page,
@@ -6206,7 +6229,7 @@ ROUTES = {
         "POST /v1/videos/extensions": VideosApi.extend,
         "GET /v1/videos/{id}": VideosApi.get,
         "DELETE /v1/videos/{id}": VideosApi.delete,
-        "POST /v1/videos/{id}/remix": VideosApi.remix,
+        "POST /v1/videos/{id}/remix": VideosApi.edit,
         "GET /v1/videos/{id}/content": VideosApi.content,
         "GET /v1/stats": ServiceApi.stats,
         f"GET {V1_TOKEN}/{{_:pending-tasks(-v2)?}}": ServiceApi.pending_tasks,
@@ -6373,9 +6396,11 @@ async def find_route(request, handler):
 def preflight(request):
     """CORS: browser clients send their key in a header."""
     asked = request.headers.get("Access-Control-Request-Headers")
-    headers = {"Access-Control-Allow-Headers": asked or "authorization, content-type"}
-    headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
-    headers["Access-Control-Max-Age"] = "86400"
+    headers = {
+        "Access-Control-Allow-Headers": asked or "authorization, content-type",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE",
+        "Access-Control-Max-Age": "86400",
+    }
     return web.Response(status=204, headers=headers)
 
 
@@ -6394,9 +6419,12 @@ async def background(app):
     """Goes on with what was under way, and what runs for ever; closes all at the end."""
     gateway = app[GATEWAY]
     await gateway.jobs.resume()
-    jobs = gateway.jobs
-    loops = jobs.poll_forever, gateway.pool.keep_fresh, gateway.media.expire_forever
-    loops = *loops, jobs.prune_forever
+    loops = (
+        gateway.jobs.poll_forever,
+        gateway.jobs.prune_forever,
+        gateway.pool.keep_fresh,
+        gateway.media.expire_forever,
+    )
     tasks = [asyncio.create_task(run_forever(loop)) for loop in loops]
     yield
     for task in tasks:
@@ -6453,10 +6481,9 @@ class Connection(web.RequestHandler):
 
     def handle_error(self, request, status=500, exc=None, message=None):
         log.warning("A malformed request of %s: %s", request.remote, type(exc).__name__)
-        error = bad("This is no HTTP request that can be read")
-        response = web.json_response(error.body(), status=400)
-        response.headers["Server"] = "Flow2API"
-        response.headers["X-Request-Id"] = f"req_{secrets.token_hex(12)}"
+        body = bad("This is no HTTP request that can be read").body()
+        headers = {"Server": "Flow2API", "X-Request-Id": f"req_{secrets.token_hex(12)}"}
+        response = web.json_response(body, status=400, headers=headers)
         response.force_close()
         return response
 
@@ -6466,9 +6493,11 @@ class Refusal(asyncio.Protocol):
 
     def connection_made(self, transport):
         body = to_json(GatewayError("queue_full", "Too many connections at once").body())
-        head = "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\nRetry-After: 10"
-        head += f"\r\nConnection: close\r\nContent-Length: {len(body)}"
-        transport.write(f"{head}\r\n\r\n{body}".encode())
+        head = (
+            "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\n"
+            f"Retry-After: 10\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        transport.write(f"{head}{body}".encode())
         transport.close()
 
 
@@ -6506,8 +6535,8 @@ async def listen(server, settings):
         message = f"can't listen on {host} port {port}: {reason}; {hint}"
         raise SettingError(message) from None
     with contextlib.suppress(OSError):  # for a container's health check alone
-        address = listener.sockets[0].getsockname()
-        (settings.data / "address").write_text(f"{address[0]} {address[1]}")
+        address = map(str, listener.sockets[0].getsockname()[:2])
+        (settings.data / "address").write_text(" ".join(address))
     return listener
 
 
@@ -6528,11 +6557,11 @@ async def make_secrets(settings, store):
     """Makes the API key and the admin password that nobody has set -> the new ones; each
     of letters and digits only, so that a double click takes it whole."""
     new = {"global.api_key": settings["global.api_key"]} if settings.demo else {}
-    for name, size in (("global.api_key", 16), ("global.admin_password", 8)):
+    makers = {"global.api_key": (16, str), "global.admin_password": (8, hash_password)}
+    for name, (size, keep) in makers.items():
         if not settings[name]:
-            new[name] = stored = secrets.token_hex(size)
-            if name == "global.admin_password":
-                stored = hash_password(stored)
+            new[name] = secrets.token_hex(size)
+            stored = keep(new[name])
             settings.layers["generated"][name] = stored
             await store.put_setting(f"generated:{name}", stored)
     return new
@@ -6548,12 +6577,20 @@ def weak_secrets(settings):
             yield f"{name} ({settings.source(name)}) is easy to guess for others: {hint}"
 
 
+TRY_IT = """Try it:
+curl -N %s/v1/chat/completions -H "Authorization: Bearer %s" -d '{"model":"veo_3_1-fast",\
+"stream":true,"messages":[{"role":"user","content":"a boat"}]}'"""
+
+
 def greet(settings, port, new, accounts):
     """What a person needs next. Secrets are shown when they are new, and never again."""
     host = settings["server.host"]
     url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{url_host}]:{port}" if ":" in host else f"http://{url_host}:{port}"
-    print(f"Flow2API {__version__} on {url}" + "  (demo: a simulated Flow)" * settings.demo)
+    url = URL.build(scheme="http", host=url_host, port=port)
+    demo, fate = "", "what was sent goes on at the next start"
+    if settings.demo:
+        demo, fate = "  (demo: a simulated Flow)", "the demo keeps nothing"
+    print(f"Flow2API {__version__} on {url}{demo}")
     print(f"listens on: {host or 'all addresses'}, port {port}")
     print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
@@ -6561,15 +6598,9 @@ def greet(settings, port, new, accounts):
     if new and not settings.demo:
         print("These are not shown again. For a new password: --reset-password")
     if accounts:
-        key = new.get("global.api_key", "$KEY")
-        body = '"stream":true,"messages":[{"role":"user","content":"a boat"}]'
-        curl = f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer {key}"'
-        print(f'Try it:\n{curl} -d \'{{"model":"veo_3_1-fast",{body}}}\'')
+        print(TRY_IT % (url, new.get("global.api_key", "$KEY")))
     else:
         print(f"Next: open {url}, log in, and add an account there.")
-    fate = "what was sent goes on at the next start"
-    if settings.demo:
-        fate = "the demo keeps nothing"
     print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
@@ -6678,10 +6709,9 @@ async def check_account(pool, token):
     except GatewayError as err:
         return False, str(err)
     text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
-    text += f", access token until {iso(token.at_expires)}"
     if not token.is_active:
-        text += f"; disabled: {token.reason or 'by hand'}; enable it"
-    return token.is_active, text
+        return False, f"{text}; disabled: {token.reason or 'by hand'}; enable it"
+    return True, f"{text}, access token until {iso(token.at_expires)}"
 
 
 class LogFilter(logging.Filter):
@@ -6762,11 +6792,10 @@ def check_settings(settings):
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
-    names = dict.fromkeys(product.name for product in PRODUCTS)
-    names["omni_flash_lengths"] = None
+    names = [*dict.fromkeys(product.name for product in PRODUCTS), "omni_flash_lengths"]
     for name in set(settings.models).difference(names):
-        there_are = ", ".join(names)
-        settings.warnings.append(f"[models] {name} is unknown; there are {there_are}")
+        warning = f"[models] {name} is unknown; there are {', '.join(names)}"
+        settings.warnings.append(warning)
 
 
 def reset_password(settings):
