@@ -962,20 +962,21 @@ class Record:
             setattr(self, name, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Pause:
     """Of an account that steps back: until when, of how many seconds, and why."""
 
     until: float = 0.0
     seconds: float = 0.0
-    error: GatewayError | None = None
+    error: GatewayError | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
 
-    TABLE, COLUMNS = "tokens", ("id", "email")
+    TABLE = "tokens"
+    COLUMNS = ("id", "email")
     id: int = 0
     email: str = ""
     name: str = ""
@@ -1019,16 +1020,18 @@ class Token(Record):
     @property
     def paused_until(self):
         """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
-        return max((pause.until for pause in self.pauses.values()), default=0.0)
+        return self.longest_pause(self.pauses).until
 
     @paused_until.setter
     def paused_until(self, until):
         self.pauses = {"": Pause(until)} if until else {}
 
+    def longest_pause(self, scopes):
+        return max((self.pauses.get(scope, Pause()) for scope in scopes), default=Pause())
+
     def pause_for(self, plan):
         """The longest of the pauses that hold up this plan."""
-        own = [self.pauses.get(scope, Pause()) for scope in plan.scopes]
-        return max(own, key=lambda pause: pause.until)
+        return self.longest_pause(plan.scopes)
 
     def is_dead(self):
         """Whether its session has looked so four times, over two minutes at least."""
@@ -1036,14 +1039,16 @@ class Token(Record):
 
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
-        pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
+        pause = self.longest_pause(self.pauses)
         return pause.error.code if pause.error and pause.until > now() else self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
-        pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
-        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
-        return "; ".join(reasons)
+        return "; ".join(
+            f"{scope or 'all'}: {pause.error or ''}"
+            for scope, pause in self.pauses.items()
+            if pause.until > now()
+        )
 
     def trust(self, plan):
         """It has served: what counts in a row begins anew; a pause that goes on stays."""
@@ -1090,12 +1095,12 @@ MISSES = 2  # answers in a row, a minute apart, that know no such upscale
 class Output(Record):
     """One paid output of a job: Google's handle, and what became of it."""
 
-    TABLE, COLUMNS = "outputs", ("job_id", "number", "name")
+    TABLE = "outputs"
+    COLUMNS = ("job_id", "number", "name")
     job_id: str = ""
     number: int = 0
     name: str = ""  # what a status call asks for
     project: str = ""
-    scene: str = ""
     media: str = ""  # the name that later calls (upscale, download) want
     state: str = "pending"  # or "done", "failed"
     error: dict = field(default_factory=dict)
@@ -1133,7 +1138,8 @@ class Generation:
 class Job(Record):
     """One generation, from its acceptance on. Times are unix seconds, 0: not yet."""
 
-    TABLE, COLUMNS = "jobs", ("id", "state", "created_at", "token_id")
+    TABLE = "jobs"
+    COLUMNS = ("id", "state", "created_at", "token_id")
     id: str = ""
     state: str = "queued"
     created_at: float = 0.0
@@ -1196,6 +1202,12 @@ class RequestKey:
 
 TABLES = {record.TABLE: ", ".join(record.COLUMNS) for record in (Token, Job, Output)}
 TABLES["settings"] = "name"
+JOB_FILTERS = {  # of a list of jobs
+    "kind": "substr(id, 1, 5) = ?",
+    "token_id": "token_id = ?",
+    "model": "json_valid(data) AND json_extract(data, '$.plan.model') = ?",
+    "q": "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))",
+}
 
 
 class StoreError(Exception):
@@ -1280,10 +1292,9 @@ class Store:
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
-        address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
         try:
             target.touch(0o600, exist_ok=False)
-            with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
+            with self._beside() as source:
                 source.execute("VACUUM INTO ?", (str(target),))
         except (OSError, sqlite3.Error) as err:
             if isinstance(err, sqlite3.Error):
@@ -1292,10 +1303,14 @@ class Store:
 
     def set_beside(self, name, value):
         """Stores a setting beside another process. Raises sqlite3.Error."""
-        address = f"{self.path.as_uri()}?mode=rw"
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as writer, writer:
+        with self._beside() as writer, writer:
             row = name, to_json(value)
             writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+
+    def _beside(self):
+        """A connection that another process may have one beside, for a `with`."""
+        address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
+        return contextlib.closing(sqlite3.connect(address, uri=True))
 
     def close(self):
         self._thread.shutdown()  # once all is written
@@ -1309,8 +1324,9 @@ class Store:
     def put_rows(self, *rows):
         """Writes (table, row) pairs, all or none."""
         sql = "INSERT OR REPLACE INTO {} ({}) VALUES (:{})"
-        texts = (sql.format(name, ", ".join(row), ", :".join(row)) for name, row in rows)
-        return self._write([*zip(texts, (row for _, row in rows), strict=True)])
+        return self._write([
+            (sql.format(table, ", ".join(row), ", :".join(row)), row) for table, row in rows
+        ])  # fmt: skip
 
     def put_setting(self, name, value):
         return self.put_rows(("settings", {"name": name, "data": to_json(value)}))
@@ -1344,7 +1360,7 @@ class Store:
         group = [self._waiting.popleft() for _ in range(size)]
         error = self._commit([step for steps, _ in group for step in steps])
         for steps, written in group:  # one that is refused takes no other along
-            own_error = self._commit(steps) if error and len(group) > 1 else error
+            own_error = self._commit(steps) if error and size > 1 else error
             if not written.set_running_or_notify_cancel():
                 continue
             if own_error:
@@ -1382,19 +1398,12 @@ class Store:
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
     def jobs(self, *, states=(), after=None, oldest_first=False, limit=-1, **filters):
-        """Jobs, the newest first as a rule. `after`: the job that a page starts after.
-        filters: kind, token_id, model, and q: a text that the prompt holds."""
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after;
+        filters: of JOB_FILTERS, those that are not empty."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
-        tests = {
-            "substr(id, 1, 5) = ?": [filters.get("kind")],
-            "token_id = ?": [filters.get("token_id")],
-            "json_valid(data) AND json_extract(data, '$.plan.model') = ?": [filters.get("model")],
-            "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))": [
-                filters.get("q")
-            ],
-            f"state IN ({', '.join('?' * len(states))})": states,
-            f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
-        }
+        tests = {JOB_FILTERS[name]: [value] for name, value in filters.items()}
+        tests[f"state IN ({', '.join('?' * len(states))})"] = states
+        tests[f"(created_at, id) {beyond} (?, ?)"] = after.place if after else ()
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = " AND ".join(tests) or "TRUE"
         sql = f"WHERE {where} ORDER BY created_at {order}, id {order} LIMIT ?"
@@ -1425,7 +1434,7 @@ class Store:
 # ---- 5. Network ------------------------------------------------------------------------
 SHORT_TIMEOUT = aiohttp.ClientTimeout(15)
 MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
-PROXY_SCHEMES = ("http", "https", "socks4", "socks5", "socks5h")
+PROXY_SCHEMES = ("http://", "https://", "socks4://", "socks5://", "socks5h://")
 PROXY_FORM = "must look like http://host:port or socks5://host:port"
 MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
 MAX_ITEMS = 200_000  # commas and brackets in JSON
@@ -1439,14 +1448,14 @@ SPECIAL_NETS += " 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
-def is_deep(value):
-    """Whether lists and objects are nested in more than MAX_DEPTH levels."""
-    level = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        items = [item.values() if isinstance(item, dict) else item for item in level]
-        items = itertools.chain.from_iterable(items)
-        level = [item for item in items if isinstance(item, dict | list)]
-    return bool(level)
+def is_deep(items, levels=MAX_DEPTH):
+    """Whether lists and objects among these are nested in more levels than that."""
+    for item in items:
+        if isinstance(item, dict | list):
+            inner = item.values() if isinstance(item, dict) else item
+            if not levels or is_deep(inner, levels - 1):
+                return True
+    return False
 
 
 def parse_json(raw):
@@ -1457,11 +1466,11 @@ def parse_json(raw):
         raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
         raise ValueError("it has too many elements")
-    try:
+    deep = True
+    with contextlib.suppress(RecursionError):
         value = json.loads(raw.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if is_deep(value):
+        deep = is_deep([value])
+    if deep:
         raise ValueError("it is nested too deeply")
     if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
@@ -1481,13 +1490,11 @@ def dig(body, *path, default="", kind=object):
 def good_proxy(url):
     """Whether it is a proxy's address, or none."""
     try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna"), parts.port
+        proxy = URL(url)
+        host = (proxy.host or "").encode("idna")
     except ValueError:
         return False
-    scheme = url.partition("://")[0]
-    default_port = port is None and scheme.startswith("http")
-    return not url or bool(scheme in PROXY_SCHEMES and host and (port or default_port))
+    return not url or bool(host and proxy.port and url.startswith(PROXY_SCHEMES))
 
 
 def is_public(host):
@@ -1545,13 +1552,9 @@ def transport_errors(url, sent=None):
 
 async def chunks(response, size=1 << 18):
     """A body in pieces. Raises upstream_unreachable where it breaks off."""
-    pieces = response.content.iter_chunked(size)
-    while True:
-        with transport_errors(str(response.url)):
-            piece = await anext(pieces, b"")
-        if not piece:
-            return
-        yield piece
+    with transport_errors(str(response.url)):
+        async for piece in response.content.iter_chunked(size):
+            yield piece
 
 
 async def read_bounded(response, limit):
@@ -1565,7 +1568,8 @@ async def read_bounded(response, limit):
 
 
 async def note_sent(session, context, params):
-    context.trace_request_ctx.set()
+    if sent := context.trace_request_ctx:
+        sent.set()
 
 
 class Wire:
@@ -1609,28 +1613,26 @@ class Wire:
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
-        key = socks, sent is not None, public and not proxy  # a proxy may be an inner one
+        public = public and not proxy  # a proxy may be an inner one
+        session = self._session(socks, sent is not None, public)
+        options.update(proxy=plain, trace_request_ctx=sent)
+        return await session.request(method, as_it_stands(url), **options)
+
+    def _session(self, *key):
+        """As new_session; kept for all that want the same."""
         if key not in self.sessions:
             self.sessions[key] = new_session(*key)
-        options.update(proxy=plain, trace_request_ctx=sent)
-        return await self.sessions[key].request(method, as_it_stands(url), **options)
+        return self.sessions[key]
 
     async def fetch_public(self, url, limit, param):
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
         invalid_image, request_too_large."""
-        factory = None if self.settings["server.allow_private_urls"] else public_socket
-        connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
-        timeout = aiohttp.ClientTimeout(20)
+        session = self._session("", True, not self.settings["server.allow_private_urls"])
+        options = {"timeout": aiohttp.ClientTimeout(20), "max_redirects": 4}
+        options["headers"] = {"User-Agent": f"Flow2API/{__version__}"}
         try:
             with transport_errors(url):
-                session = aiohttp.ClientSession(
-                    connector=connector,
-                    timeout=timeout,
-                    headers={"User-Agent": f"Flow2API/{__version__}"},
-                    requote_redirect_url=False,
-                )
-                picture = session.get(as_it_stands(url), max_redirects=4)
-                async with session, picture as response:
+                async with session.get(as_it_stands(url), **options) as response:
                     data = await read_bounded(response, limit)
         except GatewayError as err:
             told = f"The picture's URL: {err}"
@@ -1649,15 +1651,9 @@ class Wire:
 
 
 def new_session(socks, fresh, public):
-    """fresh: each request by a connection of its own, and told when it is sent. public: to
-    public addresses only. Raises proxy_unavailable."""
-    options = {"cookie_jar": aiohttp.DummyCookieJar()}
-    if fresh:
-        trace = aiohttp.TraceConfig()
-        trace.on_request_headers_sent.append(note_sent)
-        options["trace_configs"] = [trace]
-    factory = public_socket if public else None
-    make = functools.partial(aiohttp.TCPConnector, socket_factory=factory)
+    """fresh: each request by a connection of its own. public: to public addresses only.
+    Raises proxy_unavailable."""
+    options = {"limit": 0, "force_close": fresh}
     if socks:
         try:
             from aiohttp_socks import ProxyConnector
@@ -1665,8 +1661,18 @@ def new_session(socks, fresh, public):
             message = "A SOCKS proxy needs: pip install aiohttp-socks"
             raise GatewayError("proxy_unavailable", message) from None
         address = socks.replace("socks5h:", "socks5:")
-        make = functools.partial(ProxyConnector.from_url, address)
-    return aiohttp.ClientSession(connector=make(limit=0, force_close=fresh), **options)
+        connector = ProxyConnector.from_url(address, **options)
+    else:
+        factory = public_socket if public else None
+        connector = aiohttp.TCPConnector(socket_factory=factory, **options)
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(note_sent)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        requote_redirect_url=False,
+        trace_configs=[trace],
+    )
 
 
 # ---- 6. Upstream -----------------------------------------------------------------------
@@ -1676,13 +1682,26 @@ PASTED_COOKIE = re.compile(
     r"next-auth\.session-token(?:\.(\d))?"  # its name, perhaps that of a part
     r"[\"']?(?:[ \t]*[=:][ \t]*|\s+)[\"']?([^;,\s\"']+)"
 )
-WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
-WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
+WIRE_RATIOS = {
+    "landscape": "LANDSCAPE",
+    "portrait": "PORTRAIT",
+    "square": "SQUARE",
+    "4-3": "LANDSCAPE_FOUR_THREE",
+    "3-4": "PORTRAIT_THREE_FOUR",
+}
 CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
-SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
-SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
-SUBMIT_PATHS["references"] = "ReferenceImages"
+SUBMIT_PATHS = {
+    "text": "Text",
+    "start": "StartImage",
+    "frames": "StartAndEndImage",
+    "references": "ReferenceImages",
+    "extend": "ExtendVideo",
+    "edit": "EditVideo",
+}
 MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
+# How the names of states begin: SUCCESSFUL, FAILED, CANCELLED …; any other is on its way.
+WIRE_STATES = {"SUCC": "done", "COMP": "done"}
+WIRE_STATES.update(dict.fromkeys(("FAIL", "ERRO", "CANC"), "failed"))
 
 
 @dataclass(frozen=True)
@@ -1735,15 +1754,14 @@ class Upstream(Protocol):
 def clean_session_token(text):
     """The bare token of what people paste: a value, `name=value`, `name: value`, a Cookie
     header, an export as JSON or in Netscape's format. Else the text, but stripped."""
-    cookies = []
     header = ""
 
-    def collect(item):
-        cookies.extend([(item.get("name"), item.get("value")), *item.items()])
+    def as_header(item):  # a cookie of an export, or an object of cookies
+        cookies = [(item.get("name"), item.get("value")), *item.items()]
+        return "".join(f"{name}={value};" for name, value in cookies)
 
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
-        json.loads(text, object_hook=collect)
-        header = "".join(f"{name}={value};" for name, value in cookies)
+        header = str(json.loads(text, object_hook=as_header))
     parts = dict(PASTED_COOKIE.findall(header or text))
     numbers = [str(number) for number in range(len(parts))]
     if "" in parts:
@@ -1753,30 +1771,27 @@ def clean_session_token(text):
     return text.strip("\"'; \t\r\n")
 
 
-def client_context(project, tier="", captcha=""):
-    """The part of a request that says who asks. captcha: a reCAPTCHA token, or none."""
+def client_context(project, tier=""):
+    """The part of a request that says who asks."""
     session_id = f";{int(now() * 1000)}"
     context = {"sessionId": session_id, "projectId": project, "tool": "PINHOLE"}
     if tier:
         context["userPaygateTier"] = tier
-    if captcha:
-        kind = "RECAPTCHA_APPLICATION_TYPE_WEB"
-        context["recaptchaContext"] = {"token": captcha, "applicationType": kind}
     return context
 
 
-def submit_request(job, tier, media, context):
+def submit_request(job, tier, media):
     """Body of a submit: an element with a seed of its own for each output."""
     build = picture_request if job.plan.kind == "image" else clip_request
-    element, body = build(job, tier, media, context)
+    element, body = build(job, tier, media)
     seeds = random.sample(range(1, 100_000), job.n)
-    elements = [{**element, "seed": seed} for seed in seeds]
-    return {"clientContext": context, "requests": elements, **body}
+    return {**body, "requests": [{**element, "seed": seed} for seed in seeds]}
 
 
-def picture_request(job, tier, media, context):
+def picture_request(job, tier, media):
     """-> the element of one picture, and what stands beside the elements."""
     kind = "IMAGE_INPUT_TYPE_REFERENCE"
+    context = client_context(job.project)
     element = {
         "clientContext": context,
         "imageModelName": job.plan.key(tier),
@@ -1784,11 +1799,14 @@ def picture_request(job, tier, media, context):
         "structuredPrompt": {"parts": [{"text": job.prompt}]},
         "imageInputs": [{"name": name, "imageInputType": kind} for name in media],
     }
-    group = {"batchId": job.batch}
-    return element, {"mediaGenerationContext": group, "useNewMedia": True}
+    return element, {
+        "clientContext": context,
+        "mediaGenerationContext": {"batchId": job.batch},
+        "useNewMedia": True,
+    }
 
 
-def clip_request(job, tier, media, context):
+def clip_request(job, tier, media):
     """-> the element of one clip, and what stands beside the elements."""
     element = {
         "videoModelKey": job.plan.key(tier),
@@ -1798,7 +1816,7 @@ def clip_request(job, tier, media, context):
     }
     if job.source:
         element["videoInput"] = {"mediaId": job.source["media"]}
-        element["metadata"] = {"workflowId": job.source["scene"] or str(uuid.uuid4())}
+        element["metadata"] = {"workflowId": str(uuid.uuid4())}
     elif job.plan.mode == "references":
         kind = {"imageUsageType": "IMAGE_USAGE_TYPE_ASSET"}
         element["referenceImages"] = [{**kind, "mediaId": name} for name in media]
@@ -1806,35 +1824,34 @@ def clip_request(job, tier, media, context):
         for frame, name in zip(("startImage", "endImage"), media, strict=False):
             element[frame] = {"mediaId": name}
     group = {"batchId": job.batch, "audioFailurePreference": "BLOCK_SILENCED_VIDEOS"}
-    return element, {"mediaGenerationContext": group, "useV2ModelConfig": True}
+    return element, {
+        "clientContext": client_context(job.project, tier),
+        "mediaGenerationContext": group,
+        "useV2ModelConfig": True,
+    }
 
 
-def upscale_request(job, output, context):
+def upscale_request(job, tier, output):
     size = job.plan.upscale
     element = {
         "videoInput": {"mediaId": output.media},
-        "metadata": {"sceneId": output.scene or str(uuid.uuid4())},
+        "metadata": {"sceneId": str(uuid.uuid4())},
         "videoModelKey": f"veo_3_1_upsampler_{size}",
         "seed": random.randrange(99999),
         "aspectRatio": f"VIDEO_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}",
         "resolution": f"VIDEO_RESOLUTION_{size.upper()}",
     }
+    context = client_context(job.project, tier)
     return {"clientContext": context, "requests": [element], "useV2ModelConfig": True}
-
-
-def status_request(outputs):
-    return {"media": [{"name": out.name, "projectId": out.project} for out in outputs]}
 
 
 def read_statuses(body, code="upstream_changed"):
     """-> Reply: whatever lists outputs, in media[], or in workflows[] alone. An entry of
     unknown shape raises `code`; if that is empty, it is left out."""
     statuses = {}
-    items = list_at(body, "media")
-    if not items:  # a workflow names its medium
-        for flow in list_at(body, "workflows"):
-            items.append({"name": dig(flow, "metadata", "primaryMediaId", default=None)})
-    for item in items:
+    flows = list_at(body, "workflows")  # each names its medium
+    names = ({"name": dig(flow, "metadata", "primaryMediaId")} for flow in flows)
+    for item in list_at(body, "media") or names:
         try:
             status = read_medium(item)
             statuses.setdefault(status.name, status)
@@ -1865,33 +1882,29 @@ def read_medium(item):
     name = item["name"]
     project = dig(item, "projectId")
     url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
-    if {type(name), type(project), type(url)} != {str}:
-        raise TypeError("a name or an address that is no text")
-    if not MEDIUM_NAME.fullmatch(name):
-        raise ValueError(f"{name[:40]!r} is no name")
-    read_link(url)  # a ValueError where it is no address
+    read_link(url)  # it is an address, or empty
+    if not MEDIUM_NAME.fullmatch(name) or not isinstance(project, str):
+        raise ValueError(f"the name or the project of {name[:40]!r}")
     status = dig(item, "mediaMetadata", "mediaStatus")
     word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
-    ready = url or kind == "image"  # where there is no word
-    state = "pending"
+    if not word and (url or kind == "image"):
+        word = "SUCCESSFUL"
+    state = WIRE_STATES.get(word[:4], "pending")
     error = None
-    if word.startswith(("FAIL", "ERROR", "CANCEL")):
+    if state == "failed":
         reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
-        error = failed_output(" ".join(text for text in reasons if isinstance(text, str)))
-        state = "failed"
-    elif word.startswith(("SUCCESS", "COMPLETE")) or ready and not word:
-        state = "done"
+        error = failed_output(" ".join(map(str, reasons)))
     data = base64.b64decode(dig(item, "video", "encodedVideo"))
     return Status(name, state, name, project, url, data, error)
 
 
 def read_link(url):
     """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
-    Raises ValueError where it is neither an address nor empty."""
+    Raises ValueError, TypeError where it is neither an address nor empty."""
     if not re.match(r"https?://|\Z", url):
         raise ValueError(f"{url[:40]!r} is no address")
     expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
-    return Link(url, now() + 3600 if expires is None else float(expires))
+    return Link(url, expires or now() + 3600)
 
 
 def read_answer(response, body, spends=False):
@@ -1912,18 +1925,15 @@ def read_answer(response, body, spends=False):
     raise google_error(status, reason, dig(error, "message", kind=str), wait)
 
 
-# Names in a status call; those that are asked for one by one, at a time.
-STATUS_CHUNK, STATUS_ALONE = 256, 20
+STATUS_CHUNK = 256  # names in a status call
+STATUS_ALONE = 20  # of those that are asked for one by one, at a time
 
 
 class RestFlow:
     """The adapter to labs.google (sessions, projects) and the aisandbox REST API."""
 
-    def __init__(self, settings, wire, store, captcha_source=None):
-        """captcha_source: (token, IMAGE_GENERATION or VIDEO_GENERATION) -> awaitable
-        token of reCAPTCHA, lent by the owner's own browser; None: requests go without."""
+    def __init__(self, settings, wire, store):
         self.settings, self.wire, self.store = settings, wire, store
-        self.captcha_source = captcha_source
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
         self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
@@ -1935,13 +1945,9 @@ class RestFlow:
         response, data = await self.wire.call(method, url, **options)
         if self.settings["admin.debug"]:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
-        body = None
         with contextlib.suppress(ValueError):
-            if len(data) > 1 << 16:
-                body = await asyncio.to_thread(parse_json, data)
-            else:
-                body = parse_json(data)
-        return response, body
+            return response, await asyncio.to_thread(parse_json, data)
+        return response, None
 
     async def _labs(self, token, method, path, **options):
         """A call to labs.google, which knows the session by its cookie. A session that
@@ -1998,8 +2004,9 @@ class RestFlow:
         if not re.fullmatch("[!-~]+", access):
             raise changed("Google gave an odd access token")
         expires = now() + 3600
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
+        with contextlib.suppress(ValueError, OverflowError):
+            end = datetime.datetime.fromisoformat(dig(body, "expires", kind=str))
+            expires = end.timestamp()
         cookie = response.cookies.get(SESSION_COOKIE)
         if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
@@ -2050,23 +2057,13 @@ class RestFlow:
             return name
         raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
-    async def _context(self, token, job, tier):
-        """A clientContext, with a reCAPTCHA token where there is a source of them."""
-        captcha = ""
-        if self.captcha_source:
-            action = f"{job.plan.kind.upper()}_GENERATION"
-            captcha = await self.captcha_source(token, action)
-        return client_context(job.project, tier, captcha)
-
     async def submit(self, token, job, media):
         if job.plan.kind == "image":
             project = quote(job.project, safe="")
             path = f"projects/{project}/flowMedia:batchGenerateImages"
-            context = await self._context(token, job, "")
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
-            context = await self._context(token, job, token.tier)
-        request = submit_request(job, token.tier, media, context)
+        request = submit_request(job, token.tier, media)
         body = await self._api(token, "POST", path, spends=True, json=request)
         reply = read_statuses(body, "submit_unknown")
         if not reply.statuses:
@@ -2095,55 +2092,56 @@ class RestFlow:
         due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
         due.sort(key=lambda output: self.alone[output.name])
         calls += [[output] for output in due[:STATUS_ALONE]]
-        statuses = []
-        credits = None
-        for call in calls:
-            reply = await self._poll(token, call)
-            statuses += reply.statuses
-            credits = credits if reply.credits is None else reply.credits
-        return Reply(statuses, credits)
+        replies = [await self._poll(token, call) for call in calls]
+        statuses = [status for reply in replies for status in reply.statuses]
+        balances = [reply.credits for reply in replies if reply.credits is not None]
+        return Reply(statuses, balances[-1] if balances else None)
 
     async def _poll(self, token, outputs):
         path = "video:batchCheckAsyncVideoGenerationStatus"
-        names = [output.name for output in outputs]
+        media = [{"name": out.name, "projectId": out.project} for out in outputs]
         try:
-            body = await self._api(token, "POST", path, json=status_request(outputs))
+            body = await self._api(token, "POST", path, json={"media": media})
         except GatewayError as err:
             if err.upstream not in (400, 404):
                 raise
-            pause = 60 if len(names) == 1 else 0
-            self.alone.update(dict.fromkeys(names, now() + pause))
-            missing = err.upstream == 404 and len(names) == 1
-            return Reply([Status(names[0], "missing")] if missing else [])
-        for name in names:
-            self.alone.pop(name, None)
+            single = len(outputs) == 1
+            for output in outputs:
+                self.alone[output.name] = now() + 60 * single
+            missing = single and err.upstream == 404
+            return Reply([Status(outputs[0].name, "missing")] if missing else [])
+        for output in outputs:
+            self.alone.pop(output.name, None)
         return read_statuses(body, "")
 
     async def upscale(self, token, job, output):
         """A larger picture comes at once, as data, and costs nothing. A clip is polled
         under a name that is known before: a lost answer or "under way" is no loss."""
-        context = await self._context(token, job, token.tier)
         if job.plan.kind == "image":
-            size = f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}"
-            data = b""
-            request = {"mediaId": output.media, "targetResolution": size}
-            request["clientContext"] = context
-            body = await self._api(token, "POST", "flow/upsampleImage", json=request)
-            with contextlib.suppress(TypeError, ValueError):
-                encoded = dig(body, "encodedImage")
-                data = await asyncio.to_thread(base64.b64decode, encoded)
-            if not data:
-                raise changed("Google sent no larger picture")
-            return Status(output.name, "done", output.media, data=data)
+            return await self._enlarge(token, job, output)
         path = f"{CLIP_PATH}UpsampleVideo"
-        request = upscale_request(job, output, context)
+        request = upscale_request(job, token.tier, output)
+        statuses = []
         try:
             body = await self._api(token, "POST", path, spends=True, json=request)
+            statuses = read_statuses(body, "").statuses
         except GatewayError as err:
             if err.code not in ("conflict", "submit_unknown"):
                 raise
-            body = {}
-        return next(iter(read_statuses(body, "").statuses), self.upscaled(output))
+        return statuses[0] if statuses else self.upscaled(output)
+
+    async def _enlarge(self, token, job, output):
+        request = {
+            "mediaId": output.media,
+            "targetResolution": f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}",
+            "clientContext": client_context(job.project, token.tier),
+        }
+        body = await self._api(token, "POST", "flow/upsampleImage", json=request)
+        encoded = dig(body, "encodedImage", kind=str)
+        with contextlib.suppress(ValueError):
+            if data := await asyncio.to_thread(base64.b64decode, encoded):
+                return Status(output.name, "done", output.media, data=data)
+        raise changed("Google sent no larger picture")
 
     def upscaled(self, output):
         name = output.media + "_upsampled"
@@ -2154,9 +2152,10 @@ class RestFlow:
         form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
         path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
         response, body = await self._labs(token, "GET", path, allow_redirects=False)
-        if 300 <= response.status < 400 and "Location" in response.headers:
+        location = response.headers.get("Location")
+        if location and response.status < 400:
             with contextlib.suppress(ValueError):
-                return read_link(response.headers["Location"])
+                return read_link(location)
         if response.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
         read_answer(response, body)
@@ -4070,7 +4069,6 @@ def source_handle(source):
         "token_id": source.token_id,
         "project": source.project,
         "media": clip.media or clip.name,
-        "scene": clip.scene,
     }
 
 
