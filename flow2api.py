@@ -1200,8 +1200,10 @@ class RequestKey:
     explicit: bool
 
 
-TABLES = {record.TABLE: ", ".join(record.COLUMNS) for record in (Token, Job, Output)}
-TABLES["settings"] = "name"
+# Fails where it is no database of ours, in any version.
+SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, created_at, token_id, jobs.data,
+    job_id, number, outputs.name, outputs.data, settings.name, settings.data
+    FROM tokens, jobs, outputs, settings LIMIT 0"""
 JOB_FILTERS = {  # of a list of jobs
     "kind": "substr(id, 1, 5) = ?",
     "token_id": "token_id = ?",
@@ -1276,11 +1278,10 @@ class Store:
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
         if version:
-            for table, columns in TABLES.items():
-                self._rows(f"SELECT {columns}, data FROM {table} LIMIT 0")
-            if version > 2:
-                self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
-        elif self._rows("SELECT name FROM sqlite_master"):
+            self._rows(SAMPLE)
+        if version > 2:
+            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
+        if not version and self._rows("SELECT name FROM sqlite_master"):
             raise sqlite3.DatabaseError("this is another program's database")
         return version
 
@@ -1442,9 +1443,10 @@ MAX_DEPTH = 64
 BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
 # Beside what ipaddress calls not global. Of IPv6 all but one block is special: IPv4
 # addresses stand in some (translated, NAT64, 6to4, Teredo), which could be inner ones.
-GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-SPECIAL_NETS = "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4"
-SPECIAL_NETS += " 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+SPECIAL_NETS = (
+    "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/3"
+    " ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+)
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
@@ -1501,8 +1503,7 @@ def is_public(host):
     """Whether an IP address is one of the open internet. Raises ValueError for a name."""
     ip = ipaddress.ip_address(host.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    special = ip.is_multicast or any(ip in net for net in SPECIAL_NETS)
-    return ip.is_global and not special and (ip.version == 4 or ip in GLOBAL_V6)
+    return ip.is_global and not any(ip in net for net in SPECIAL_NETS)
 
 
 def is_inner(url):
@@ -1586,8 +1587,7 @@ class Wire:
         arrived, submit_unknown; upstream_changed for an endless reply."""
         sent = asyncio.Event() if spends else None
         with transport_errors(url, sent):
-            response = await self._open(method, url, proxy, options, sent)
-            async with response:
+            async with await self._open(method, url, proxy, options, sent) as response:
                 data = await read_bounded(response, MAX_REPLY)
         if data is None:
             code = "submit_unknown" if spends else "upstream_changed"
@@ -1914,8 +1914,8 @@ def read_answer(response, body, spends=False):
     if isinstance(body, dict) and status < 300:
         return body
     error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-    reasons = (dig(item, "reason", kind=str) for item in list_at(error, "details"))
-    reason = next(filter(None, reasons), "")
+    details = list_at(error, "details")
+    reason = " ".join(dig(item, "reason", kind=str) for item in details).strip()
     refused = 400 <= status < 500 and status not in (408, 499)
     if spends and not refused and "PUBLIC_ERROR" not in reason:
         raise GatewayError("submit_unknown", f"Google's answer is no JSON: HTTP {status}")
@@ -2087,10 +2087,14 @@ class RestFlow:
     async def poll(self, token, outputs):
         """Google refuses a whole status call for one bad name: then its names are asked
         for one by one, and the bad one is left out for a minute."""
-        rest = [output for output in outputs if output.name not in self.alone]
+
+        def alone_at(output):
+            return self.alone.get(output.name, 0)
+
+        rest = [output for output in outputs if not alone_at(output)]
         calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
-        due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
-        due.sort(key=lambda output: self.alone[output.name])
+        due = [output for output in outputs if 0 < alone_at(output) <= now()]
+        due.sort(key=alone_at)
         calls += [[output] for output in due[:STATUS_ALONE]]
         replies = [await self._poll(token, call) for call in calls]
         statuses = [status for reply in replies for status in reply.statuses]
@@ -2555,17 +2559,16 @@ class Media:
         """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
         OSError on a full disk, upstream_changed where it is larger than any `kind`."""
         part = self.kept / f"{secrets.token_urlsafe(24)}.part"
-        start, size = b"", 0
+        start = b""
         if self.free_disk() < SPARE_DISK:
             raise OSError(errno.ENOSPC, "the disk is full")
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
                     start = start or chunk[:16]
-                    size += len(chunk)
-                    if size > FILE_SIZES[kind]:
-                        raise changed("Google's file is too large to be kept")
                     await asyncio.to_thread(file.write, chunk)
+                    if file.tell() > FILE_SIZES[kind]:
+                        raise changed("Google's file is too large to be kept")
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
@@ -2603,14 +2606,14 @@ class Media:
         if size > self.settings["limits.inputs_mb"] << 20:
             message = "The pictures of open jobs fill limits.inputs_mb"
             raise GatewayError("queue_full", message, retry_after=30)
-        names = [f"{job_id}_{number}" for number in range(len(images))]
+        files = {f"{job_id}_{number}": image for number, image in enumerate(images)}
         try:
-            for name, image in zip(names, images, strict=True):
+            for name, image in files.items():
                 (self.inputs / name).write_bytes(image)
         except OSError:
-            self.drop_inputs(names)
+            self.drop_inputs(files)
             raise
-        return names
+        return [*files]
 
     def drop_inputs(self, names):
         for name in names:
