@@ -1234,15 +1234,15 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._connections = []
         try:
-            self._lock = self._connect("lock.db", timeout=0)
-            self._lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
+            lock = self._connect(self.path.with_name("lock.db"), timeout=0)
+            lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
             if not self.path.exists():
                 self._create()
-            self._reader = self._connect(self.path.name)
+            self._reader = self._connect(self.path)
             self._reader.row_factory = sqlite3.Row
             self._reader.text_factory = functools.partial(bytes.decode, errors="replace")
             self._migrate(self._inspect())
-            self._writer = self._connect(self.path.name)
+            self._writer = self._connect(self.path)
             self._writer.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as err:
             self.close()
@@ -1251,8 +1251,7 @@ class Store:
                 reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
-    def _connect(self, name, timeout=10):
-        path = self.path.with_name(name)
+    def _connect(self, path, timeout=10):
         if not path.exists():
             path.touch(0o600)
         connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
@@ -1263,7 +1262,7 @@ class Store:
         """A new database, whole or not at all: an empty file is one that was lost."""
         draft = self.path.with_suffix(".new")
         draft.unlink(missing_ok=True)
-        self._connect(draft.name).execute("PRAGMA journal_mode=WAL")
+        self._connect(draft).execute("PRAGMA journal_mode=WAL")
         self._connections.pop().close()
         draft.rename(self.path)
 
@@ -1450,14 +1449,13 @@ SPECIAL_NETS = (
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
-def is_deep(items, levels=MAX_DEPTH):
-    """Whether lists and objects among these are nested in more levels than that."""
+def expect_flat(items, levels=MAX_DEPTH):
+    """Raises RecursionError where lists and objects are nested in more levels than that."""
     for item in items:
         if isinstance(item, dict | list):
-            inner = item.values() if isinstance(item, dict) else item
-            if not levels or is_deep(inner, levels - 1):
-                return True
-    return False
+            if not levels:
+                raise RecursionError
+            expect_flat(item.values() if isinstance(item, dict) else item, levels - 1)
 
 
 def parse_json(raw):
@@ -1468,12 +1466,11 @@ def parse_json(raw):
         raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
         raise ValueError("it has too many elements")
-    deep = True
-    with contextlib.suppress(RecursionError):
+    try:
         value = json.loads(raw.decode("utf-8-sig"))
-        deep = is_deep([value])
-    if deep:
-        raise ValueError("it is nested too deeply")
+        expect_flat([value])
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
         value = json.loads(text)
@@ -1485,8 +1482,20 @@ def dig(body, *path, default="", kind=object):
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in path:
             body = body[step]
-        return body if isinstance(body, kind) and body is not None else default
+        if isinstance(body, kind) and body is not None:
+            return body
     return default
+
+
+def text_at(body, *path):
+    """dig() for a text."""
+    return dig(body, *path, kind=str)
+
+
+def list_at(body, name):
+    """dig() for a list; a single thing is a list of one."""
+    value = dig(body, name)
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def good_proxy(url):
@@ -1522,9 +1531,9 @@ def as_it_stands(url):
 
 def public_socket(address):
     """aiohttp's socket factory for strangers' URLs, which sees the real address."""
-    if not is_public(address[4][0]):
-        message = "is not a public address (see server.allow_private_urls)"
-        raise OSError(f"{address[4][0]} {message}")
+    host = address[4][0]
+    if not is_public(host):
+        raise OSError(f"{host} is not a public address (see server.allow_private_urls)")
     return socket.socket(*address[:3])
 
 
@@ -1551,10 +1560,10 @@ def transport_errors(url, sent=None):
         raise GatewayError(code, f"No reply of {host}: {told}") from None
 
 
-async def chunks(response, size=1 << 18):
+async def chunks(response):
     """A body in pieces. Raises upstream_unreachable where it breaks off."""
     with transport_errors(str(response.url)):
-        async for piece in response.content.iter_chunked(size):
+        async for piece in response.content.iter_chunked(1 << 16):
             yield piece
 
 
@@ -1628,11 +1637,14 @@ class Wire:
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
         invalid_image, request_too_large."""
         session = self._session("", True, not self.settings["server.allow_private_urls"])
-        options = {"timeout": aiohttp.ClientTimeout(20), "max_redirects": 4}
-        options["headers"] = {"User-Agent": f"Flow2API/{__version__}"}
         try:
             with transport_errors(url):
-                async with session.get(as_it_stands(url), **options) as response:
+                async with session.get(
+                    as_it_stands(url),
+                    timeout=aiohttp.ClientTimeout(20),
+                    max_redirects=4,
+                    headers={"User-Agent": f"Flow2API/{__version__}"},
+                ) as response:
                     data = await read_bounded(response, limit)
         except GatewayError as err:
             told = f"The picture's URL: {err}"
@@ -1700,8 +1712,7 @@ SUBMIT_PATHS = {
 }
 MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
 # How the names of states begin: SUCCESSFUL, FAILED, CANCELLED …; any other is on its way.
-WIRE_STATES = {"SUCC": "done", "COMP": "done"}
-WIRE_STATES.update(dict.fromkeys(("FAIL", "ERRO", "CANC"), "failed"))
+WIRE_STATES = {"SUCC": "done", "COMP": "done", "FAIL": "failed", "ERRO": "failed", "CANC": "failed"}
 
 
 @dataclass(frozen=True)
@@ -1773,8 +1784,7 @@ def clean_session_token(text):
 
 def client_context(project, tier=""):
     """The part of a request that says who asks."""
-    session_id = f";{int(now() * 1000)}"
-    context = {"sessionId": session_id, "projectId": project, "tool": "PINHOLE"}
+    context = {"sessionId": f";{int(now() * 1000)}", "projectId": project, "tool": "PINHOLE"}
     if tier:
         context["userPaygateTier"] = tier
     return context
@@ -1861,33 +1871,26 @@ def read_statuses(body, code="upstream_changed"):
     return Reply([*statuses.values()], read_number(dig(body, "remainingCredits")))
 
 
-def list_at(body, *path):
-    """dig() for a list; a single thing is a list of one."""
-    value = dig(body, *path)
-    return value if isinstance(value, list) else [value] if value else []
-
-
 def read_number(value):
     """A whole number that Google wrote as one, or as a text; None for anything else."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value):
-        return int(value)
-    good = type(value) in (int, float) and 0 <= value < 10**15  # not so nan
-    return int(value) if good else None
+    text = str(value) if isinstance(value, int | float | str) else ""
+    number = re.fullmatch(r"([0-9]{1,15})(\.[0-9]+)?", text)
+    return int(number[1]) if number else None
 
 
 def read_medium(item):
     """-> Status of an element of media[] in submit, status and listing replies. Raises
     KeyError, TypeError, AttributeError, ValueError where it has another shape."""
-    kind = "image" if dig(item, "image") else "video"
     name = item["name"]
     project = dig(item, "projectId")
-    url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
+    url = dig(item, "image", "generatedImage", "fifeUrl")
+    url = url or dig(item, "video", "generatedVideo", "fifeUrl")
     read_link(url)  # it is an address, or empty
     if not MEDIUM_NAME.fullmatch(name) or not isinstance(project, str):
         raise ValueError(f"the name or the project of {name[:40]!r}")
     status = dig(item, "mediaMetadata", "mediaStatus")
     word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
-    if not word and (url or kind == "image"):
+    if not word and (url or dig(item, "image")):
         word = "SUCCESSFUL"
     state = WIRE_STATES.get(word[:4], "pending")
     error = None
@@ -1915,14 +1918,14 @@ def read_answer(response, body, spends=False):
         return body
     error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
     details = list_at(error, "details")
-    reason = " ".join(dig(item, "reason", kind=str) for item in details).strip()
+    reason = " ".join(text_at(item, "reason") for item in details).strip()
     refused = 400 <= status < 500 and status not in (408, 499)
     if spends and not refused and "PUBLIC_ERROR" not in reason:
         raise GatewayError("submit_unknown", f"Google's answer is no JSON: HTTP {status}")
     if status < 300:
         raise changed("Google answered with something else than JSON")
     wait = read_number(response.headers.get("Retry-After")) or 0
-    raise google_error(status, reason, dig(error, "message", kind=str), wait)
+    raise google_error(status, reason, text_at(error, "message"), wait)
 
 
 STATUS_CHUNK = 256  # names in a status call
@@ -1937,8 +1940,9 @@ class RestFlow:
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
         self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
-    async def _call(self, token, method, site, path, headers, **options):
-        """-> (response, its JSON, or None). site: labs, api"""
+    async def _call(self, token, site, path, headers, **options):
+        """-> (response, its JSON, or None). site: labs, api. A POST where there is `json`."""
+        method = "POST" if "json" in options else "GET"
         url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
         timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
         options.update(headers=headers, timeout=timeout, proxy=token.proxy_url)
@@ -1949,28 +1953,28 @@ class RestFlow:
             return response, await asyncio.to_thread(parse_json, data)
         return response, None
 
-    async def _labs(self, token, method, path, **options):
+    async def _labs(self, token, path, **options):
         """A call to labs.google, which knows the session by its cookie. A session that
         has been replaced meanwhile says nothing of the new one."""
         st = None
         while st != token.st:
             st = token.st
             cookie = {"Cookie": f"{SESSION_COOKIE}={st}"}
-            answer = await self._call(token, method, "labs", path, cookie, **options)
+            answer = await self._call(token, "labs", path, cookie, **options)
         return answer
 
-    async def _trpc(self, token, method, path, **options):
+    async def _trpc(self, token, path, **options):
         """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
-        response, body = await self._labs(token, method, f"trpc/{path}", **options)
+        response, body = await self._labs(token, f"trpc/{path}", **options)
         if response.status == 401:
             raise session_ended("Google refused the session token")
         body = dig(read_answer(response, body), "result", "data", "json", default={})
         status = dig(body, "status", kind=int, default=200)
         if status != 200:
-            raise google_error(status, "", dig(body, "statusText", kind=str))
+            raise google_error(status, "", text_at(body, "statusText"))
         return body
 
-    async def _api(self, token, method, path, *, spends=False, **options):
+    async def _api(self, token, path, *, spends=False, **options):
         """A call with an access token -> its JSON object. A refused token is renewed
         once: a 401 comes before any billing. No redirect of a submit: it could be paid twice."""
         options.update(spends=spends, allow_redirects=not spends)
@@ -1981,7 +1985,7 @@ class RestFlow:
                     await self._open_session(token)
                 access = token.at
             bearer = {"Authorization": f"Bearer {access}"}
-            reply, body = await self._call(token, method, "api", path, bearer, **options)
+            reply, body = await self._call(token, "api", path, bearer, **options)
             if reply.status != 401:
                 return read_answer(reply, body, spends)
         raise session_ended("Google refuses even a fresh access token")
@@ -1996,23 +2000,23 @@ class RestFlow:
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
         async with self.refreshes:
-            response, body = await self._labs(token, "GET", "auth/session")
+            response, body = await self._labs(token, "auth/session")
         body = read_answer(response, body)
-        access = dig(body, "access_token", kind=str)
+        access = text_at(body, "access_token")
         if not access or dig(body, "error"):
             raise session_ended("Session ended. Sign in to Flow again, paste its token")
         if not re.fullmatch("[!-~]+", access):
             raise changed("Google gave an odd access token")
         expires = now() + 3600
         with contextlib.suppress(ValueError, OverflowError):
-            end = datetime.datetime.fromisoformat(dig(body, "expires", kind=str))
+            end = datetime.datetime.fromisoformat(text_at(body, "expires"))
             expires = end.timestamp()
         cookie = response.cookies.get(SESSION_COOKIE)
         if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
         user = dig(body, "user")
-        return {name: dig(user, name, kind=str)[:200] for name in ("email", "name")}
+        return {name: text_at(user, name)[:200] for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
@@ -2022,11 +2026,11 @@ class RestFlow:
 
     async def balance(self, token):
         """GET credits. Google leaves a balance of zero out."""
-        body = await self._api(token, "GET", "credits")
+        body = await self._api(token, "credits")
         credits = read_number(dig(body, "credits", default=0))
         if credits is None:
             raise changed("Google tells the balance in an unknown form")
-        return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
+        return {"credits": credits, "tier": text_at(body, "userPaygateTier")}
 
     async def project(self, token, gone=""):
         """POST project.createProject, once per account, and for one that is gone."""
@@ -2035,8 +2039,8 @@ class RestFlow:
                 return token.project_id
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
-            body = await self._trpc(token, "POST", "project.createProject", json=request)
-            if not (project := dig(body, "result", "projectId", kind=str)):
+            body = await self._trpc(token, "project.createProject", json=request)
+            if not (project := text_at(body, "result", "projectId")):
                 raise changed("Google's answer names no new project")
             await self._keep(token, project_id=project, project_name=title)
             return project
@@ -2052,8 +2056,8 @@ class RestFlow:
             "mimeType": media_type,
             "imageBytes": encoded.decode(),
         }
-        body = await self._api(token, "POST", "flow/uploadImage", json=request)
-        if name := dig(list_at(body, "media"), 0, "name", kind=str):
+        body = await self._api(token, "flow/uploadImage", json=request)
+        if name := text_at(list_at(body, "media"), 0, "name"):
             return name
         raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
@@ -2064,7 +2068,7 @@ class RestFlow:
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
         request = submit_request(job, token.tier, media)
-        body = await self._api(token, "POST", path, spends=True, json=request)
+        body = await self._api(token, path, spends=True, json=request)
         reply = read_statuses(body, "submit_unknown")
         if not reply.statuses:
             raise GatewayError("submit_unknown", "Google answered a submit with nothing")
@@ -2073,7 +2077,7 @@ class RestFlow:
     async def find(self, token, job):
         """GET flow.projectInitialData, where the submit's batch id is looked for."""
         query = quote(to_json({"json": {"projectId": job.project}}))
-        body = await self._trpc(token, "GET", f"flow.projectInitialData?input={query}")
+        body = await self._trpc(token, f"flow.projectInitialData?input={query}")
         contents = dig(body, "projectContents", kind=dict, default=None)
         if contents is None:  # no proof that nothing was made
             raise changed("Google lists the project in an unknown form")
@@ -2087,14 +2091,9 @@ class RestFlow:
     async def poll(self, token, outputs):
         """Google refuses a whole status call for one bad name: then its names are asked
         for one by one, and the bad one is left out for a minute."""
-
-        def alone_at(output):
-            return self.alone.get(output.name, 0)
-
-        rest = [output for output in outputs if not alone_at(output)]
+        rest = [output for output in outputs if output.name not in self.alone]
         calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
-        due = [output for output in outputs if 0 < alone_at(output) <= now()]
-        due.sort(key=alone_at)
+        due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
         calls += [[output] for output in due[:STATUS_ALONE]]
         replies = [await self._poll(token, call) for call in calls]
         statuses = [status for reply in replies for status in reply.statuses]
@@ -2105,7 +2104,7 @@ class RestFlow:
         path = "video:batchCheckAsyncVideoGenerationStatus"
         media = [{"name": out.name, "projectId": out.project} for out in outputs]
         try:
-            body = await self._api(token, "POST", path, json={"media": media})
+            body = await self._api(token, path, json={"media": media})
         except GatewayError as err:
             if err.upstream not in (400, 404):
                 raise
@@ -2127,7 +2126,7 @@ class RestFlow:
         request = upscale_request(job, token.tier, output)
         statuses = []
         try:
-            body = await self._api(token, "POST", path, spends=True, json=request)
+            body = await self._api(token, path, spends=True, json=request)
             statuses = read_statuses(body, "").statuses
         except GatewayError as err:
             if err.code not in ("conflict", "submit_unknown"):
@@ -2140,8 +2139,8 @@ class RestFlow:
             "targetResolution": f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}",
             "clientContext": client_context(job.project, token.tier),
         }
-        body = await self._api(token, "POST", "flow/upsampleImage", json=request)
-        encoded = dig(body, "encodedImage", kind=str)
+        body = await self._api(token, "flow/upsampleImage", json=request)
+        encoded = text_at(body, "encodedImage")
         with contextlib.suppress(ValueError):
             if data := await asyncio.to_thread(base64.b64decode, encoded):
                 return Status(output.name, "done", output.media, data=data)
@@ -2155,7 +2154,7 @@ class RestFlow:
         name = quote(output.media or output.name, safe="")
         form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
         path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
-        response, body = await self._labs(token, "GET", path, allow_redirects=False)
+        response, body = await self._labs(token, path, allow_redirects=False)
         location = response.headers.get("Location")
         if location and response.status < 400:
             with contextlib.suppress(ValueError):
@@ -2589,7 +2588,7 @@ class Media:
     def expire(self, lifetime):
         """Removes the kept files that are older, in seconds -> the bytes that stay."""
         stay = 0
-        for path in list(self.kept.glob("*")):
+        for path in self.kept.glob("*"):
             limit = PART_SECONDS if path.suffix == ".part" else lifetime
             with contextlib.suppress(OSError):  # it is gone; it is a folder
                 stat = path.stat()
@@ -2630,13 +2629,10 @@ class Media:
         elif isinstance(value, str):
             if len(value) > limit * 1.4:  # base64 takes 4/3
                 raise too_large(limit, param)
-            try:
+            with contextlib.suppress(ValueError):
                 value = await asyncio.to_thread(decode_base64, value)
-            except ValueError:
-                message = "This picture is neither a URL nor base64"
-                raise bad(message, param, "invalid_image") from None
         if not isinstance(value, bytes) or not sniff(value)[0].startswith("image/"):
-            message = "This is not a PNG, JPEG, WebP or GIF picture"
+            message = "This is not a PNG, JPEG, WebP or GIF picture, its URL, or its base64"
             raise bad(message, param, "invalid_image")
         if len(value) > limit:
             raise too_large(limit, param)
@@ -4206,7 +4202,7 @@ def side_answer(chat):
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
     limit = dig(chat.body, "max_tokens", kind=int, default=limit)
-    if "json" in dig(chat.body, "response_format", "type", kind=str):
+    if "json" in text_at(chat.body, "response_format", "type"):
         client = client or "a client that wants JSON"
         schema = dig(chat.body, "response_format", "json_schema", "schema")
         if schema or not answer.startswith("{"):
@@ -4257,7 +4253,7 @@ def json_instance(schema, title, name="", depth=5):
     """The least that a JSON schema allows, with `title` for each title in it."""
     part = dig(schema, "anyOf", 0, default=schema)
     members = dig(part, "properties", kind=dict, default={})
-    kind = dig(part, "type", kind=str)
+    kind = text_at(part, "type")
     if members and depth:
         inner = depth - 1
         return {key: json_instance(members[key], title, key, inner) for key in members}
@@ -4632,7 +4628,7 @@ class Api:
                     reply.headers[name] = source.headers[name]
                 reply.set_status(source.status)
                 reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.plan.kind]
-                async for chunk in chunks(source, 1 << 16):
+                async for chunk in chunks(source):
                     if not reply.prepared and source.status == 200:
                         reply.content_type = sniff(chunk)[0]
                     await reply.prepare(request)
