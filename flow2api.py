@@ -923,8 +923,8 @@ def in_memory(factory):
 
 
 class Record:
-    """A durable record: COLUMNS are columns of TABLE, the other fields are JSON in `data`:
-    a new field needs no migration."""
+    """A durable record: COLUMNS are columns of TABLE; the other fields are JSON in
+    `data`, and a new one needs no migration."""
 
     __slots__ = ()
 
@@ -1040,7 +1040,9 @@ class Token(Record):
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
         pause = self.longest_pause(self.pauses)
-        return pause.error.code if pause.error and pause.until > now() else self.reason_code
+        if pause.error and pause.until > now():
+            return pause.error.code
+        return self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
@@ -1201,8 +1203,8 @@ class RequestKey:
 
 
 # Fails where it is no database of ours, in any version.
-SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, created_at, token_id, jobs.data,
-    job_id, number, outputs.name, outputs.data, settings.name, settings.data
+SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, created_at, token_id,
+    jobs.data, job_id, number, outputs.name, outputs.data, settings.name, settings.data
     FROM tokens, jobs, outputs, settings LIMIT 0"""
 JOB_FILTERS = {  # of a list of jobs
     "kind": "substr(id, 1, 5) = ?",
@@ -1325,7 +1327,8 @@ class Store:
         """Writes (table, row) pairs, all or none."""
         sql = "INSERT OR REPLACE INTO {} ({}) VALUES (:{})"
         return self._write([
-            (sql.format(table, ", ".join(row), ", :".join(row)), row) for table, row in rows
+            (sql.format(table, ", ".join(row), ", :".join(row)), row)
+            for table, row in rows
         ])  # fmt: skip
 
     def put_setting(self, name, value):
@@ -1419,7 +1422,7 @@ class Store:
         return list(jobs.values())
 
     def job_of_file(self, name):
-        """The id of the job of which an output is, or was, kept under this name; or ""."""
+        """The id of the job of which an output is or was kept under this name; or ""."""
         sql = "SELECT job_id FROM outputs WHERE json_extract(data, '$.file') = ?"
         return next((row[0] for row in self._rows(sql, [name])), "")
 
@@ -1450,7 +1453,7 @@ SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
 def expect_flat(items, levels=MAX_DEPTH):
-    """Raises RecursionError where lists and objects are nested in more levels than that."""
+    """Raises RecursionError where lists and objects are nested in more levels."""
     for item in items:
         if isinstance(item, dict | list):
             if not levels:
@@ -1605,8 +1608,8 @@ class Wire:
 
     @contextlib.asynccontextmanager
     async def stream(self, url, *, proxy="", public=False, **options):
-        """A response to GET, unread. public: its address, and where that leads to, is no
-        inner one, unless Flow's own is. Raises proxy_unavailable, upstream_unreachable."""
+        """A response to GET, unread. public: neither its address nor where that leads to
+        is an inner one, unless Flow's is. Raises proxy_unavailable, upstream_unreachable."""
         public = public and not is_inner(self.settings["flow.api_base_url"])
         with transport_errors(url):
             if public and is_inner(url):
@@ -1652,7 +1655,8 @@ class Wire:
                 told += " (the proxy is for Google alone, not for the URLs of pictures)"
             raise bad(told, param, "invalid_image") from None
         if response.status != 200:
-            raise bad(f"The picture's URL: HTTP {response.status}", param, "invalid_image")
+            told = f"The picture's URL: HTTP {response.status}"
+            raise bad(told, param, "invalid_image")
         if data is None:
             raise too_large(limit, param)
         return data
@@ -1711,8 +1715,11 @@ SUBMIT_PATHS = {
     "edit": "EditVideo",
 }
 MEDIUM_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,500}")
-# How the names of states begin: SUCCESSFUL, FAILED, CANCELLED …; any other is on its way.
-WIRE_STATES = {"SUCC": "done", "COMP": "done", "FAIL": "failed", "ERRO": "failed", "CANC": "failed"}
+# By how Google's words begin (SUCCESSFUL, CANCELLED …); what has another is on its way.
+WIRE_STATES = {
+    **dict.fromkeys(("SUCC", "COMP"), "done"),
+    **dict.fromkeys(("FAIL", "ERRO", "CANC"), "failed"),
+}
 
 
 @dataclass(frozen=True)
@@ -1765,14 +1772,15 @@ class Upstream(Protocol):
 def clean_session_token(text):
     """The bare token of what people paste: a value, `name=value`, `name: value`, a Cookie
     header, an export as JSON or in Netscape's format. Else the text, but stripped."""
+    cookies = []
     header = ""
 
-    def as_header(item):  # a cookie of an export, or an object of cookies
-        cookies = [(item.get("name"), item.get("value")), *item.items()]
-        return "".join(f"{name}={value};" for name, value in cookies)
+    def collect(item):
+        cookies.extend([(item.get("name"), item.get("value")), *item.items()])
 
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
-        header = str(json.loads(text, object_hook=as_header))
+        json.loads(text, object_hook=collect)
+        header = "".join(f"{name}={value};" for name, value in cookies)
     parts = dict(PASTED_COOKIE.findall(header or text))
     numbers = [str(number) for number in range(len(parts))]
     if "" in parts:
@@ -1784,7 +1792,8 @@ def clean_session_token(text):
 
 def client_context(project, tier=""):
     """The part of a request that says who asks."""
-    context = {"sessionId": f";{int(now() * 1000)}", "projectId": project, "tool": "PINHOLE"}
+    session_id = f";{int(now() * 1000)}"
+    context = {"sessionId": session_id, "projectId": project, "tool": "PINHOLE"}
     if tier:
         context["userPaygateTier"] = tier
     return context
@@ -1941,7 +1950,7 @@ class RestFlow:
         self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
     async def _call(self, token, site, path, headers, **options):
-        """-> (response, its JSON, or None). site: labs, api. A POST where there is `json`."""
+        """-> (response, its JSON or None). site: labs, api. What has `json` is a POST."""
         method = "POST" if "json" in options else "GET"
         url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
         timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
@@ -1975,8 +1984,8 @@ class RestFlow:
         return body
 
     async def _api(self, token, path, *, spends=False, **options):
-        """A call with an access token -> its JSON object. A refused token is renewed
-        once: a 401 comes before any billing. No redirect of a submit: it could be paid twice."""
+        """A call with an access token -> its JSON object. A refused one is renewed once: a
+        401 comes before any billing. A redirect of a submit could be paid twice."""
         options.update(spends=spends, allow_redirects=not spends)
         access = ""
         for _ in range(2):
@@ -2599,7 +2608,7 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures, all or none -> their names. Raises queue_full."""
+        """Writes a job's pictures, all or none -> their names. Raises queue_full."""
         size = sum(map(len, images))
         size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
         if size > self.settings["limits.inputs_mb"] << 20:
