@@ -2092,7 +2092,7 @@ class RestFlow:
             raise changed("Google lists the project in an unknown form")
         flows = list_at(contents, "workflows")
         own = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
-        names = [dig(flow, "name") for flow in own]
+        names = [dig(flow, "name", default=None) for flow in own]
         listed = list_at(contents, "media")
         media = [medium for medium in listed if dig(medium, "workflowId") in names]
         return read_statuses({"media": media, "workflows": own}).statuses
