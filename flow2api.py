@@ -940,8 +940,8 @@ def in_memory(factory):
 
 
 class Record:
-    """A durable record: COLUMNS are columns of TABLE, the other fields are JSON in `data`:
-    a new field needs no migration."""
+    """A durable record: COLUMNS are columns of TABLE; the other fields are JSON in
+    `data`, and a new one needs no migration."""
 
     __slots__ = ()
 
@@ -979,20 +979,21 @@ class Record:
             setattr(self, name, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Pause:
     """Of an account that steps back: until when, of how many seconds, and why."""
 
     until: float = 0.0
     seconds: float = 0.0
-    error: GatewayError | None = None
+    error: GatewayError | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
 
-    TABLE, COLUMNS = "tokens", ("id", "email")
+    TABLE = "tokens"
+    COLUMNS = ("id", "email")
     id: int = 0
     email: str = ""
     name: str = ""
@@ -1036,16 +1037,18 @@ class Token(Record):
     @property
     def paused_until(self):
         """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
-        return max((pause.until for pause in self.pauses.values()), default=0.0)
+        return self.longest_pause(self.pauses).until
 
     @paused_until.setter
     def paused_until(self, until):
         self.pauses = {"": Pause(until)} if until else {}
 
+    def longest_pause(self, scopes):
+        return max((self.pauses.get(scope, Pause()) for scope in scopes), default=Pause())
+
     def pause_for(self, plan):
         """The longest of the pauses that hold up this plan."""
-        own = [self.pauses.get(scope, Pause()) for scope in plan.scopes]
-        return max(own, key=lambda pause: pause.until)
+        return self.longest_pause(plan.scopes)
 
     def is_dead(self):
         """Whether its session has looked so four times, over two minutes at least."""
@@ -1053,15 +1056,18 @@ class Token(Record):
 
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
-        pause = max(self.pauses.values(), key=lambda pause: pause.until, default=Pause())
-        pauses = pause.error and pause.until > now()
-        return pause.error.code if pauses else self.reason_code
+        pause = self.longest_pause(self.pauses)
+        if pause.error and pause.until > now():
+            return pause.error.code
+        return self.reason_code
 
     def paused_for(self):
         """Why it pauses now, and what of it."""
-        pauses = [pause for pause in self.pauses.items() if pause[1].until > now()]
-        reasons = [f"{scope or 'all'}: {pause.error or ''}" for scope, pause in pauses]
-        return "; ".join(reasons)
+        return "; ".join(
+            f"{scope or 'all'}: {pause.error or ''}"
+            for scope, pause in self.pauses.items()
+            if pause.until > now()
+        )
 
     def trust(self, plan):
         """It has served: what counts in a row begins anew; a pause that goes on stays."""
@@ -1108,12 +1114,12 @@ MISSES = 2  # answers in a row, a minute apart, that know no such upscale
 class Output(Record):
     """One paid output of a job: Google's handle, and what became of it."""
 
-    TABLE, COLUMNS = "outputs", ("job_id", "number", "name")
+    TABLE = "outputs"
+    COLUMNS = ("job_id", "number", "name")
     job_id: str = ""
     number: int = 0
     name: str = ""  # what a status call asks for
     project: str = ""
-    scene: str = ""
     media: str = ""  # the name that later calls (upscale, download) want
     state: str = "pending"  # or "done", "failed"
     error: dict = field(default_factory=dict)
@@ -1151,7 +1157,8 @@ class Generation:
 class Job(Record):
     """One generation, from its acceptance on. Times are unix seconds, 0: not yet."""
 
-    TABLE, COLUMNS = "jobs", ("id", "state", "created_at", "token_id")
+    TABLE = "jobs"
+    COLUMNS = ("id", "state", "created_at", "token_id")
     id: str = ""
     state: str = "queued"
     created_at: float = 0.0
@@ -1212,8 +1219,16 @@ class RequestKey:
     explicit: bool
 
 
-TABLES = {record.TABLE: ", ".join(record.COLUMNS) for record in (Token, Job, Output)}
-TABLES["settings"] = "name"
+# Fails where it is no database of ours, in any version.
+SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, created_at, token_id,
+    jobs.data, job_id, number, outputs.name, outputs.data, settings.name, settings.data
+    FROM tokens, jobs, outputs, settings LIMIT 0"""
+JOB_FILTERS = {  # of a list of jobs
+    "kind": "substr(id, 1, 5) = ?",
+    "token_id": "token_id = ?",
+    "model": "json_valid(data) AND json_extract(data, '$.plan.model') = ?",
+    "q": "json_valid(data) AND instr(lower(json_extract(data, '$.prompt')), lower(?))",
+}
 
 
 class StoreError(Exception):
@@ -1238,15 +1253,15 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._connections = []
         try:
-            self._lock = self._connect("lock.db", timeout=0)
-            self._lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
+            lock = self._connect(self.path.with_name("lock.db"), timeout=0)
+            lock.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
             if not self.path.exists():
                 self._create()
-            self._reader = self._connect(self.path.name)
+            self._reader = self._connect(self.path)
             self._reader.row_factory = sqlite3.Row
             self._reader.text_factory = functools.partial(bytes.decode, errors="replace")
             self._migrate(self._inspect())
-            self._writer = self._connect(self.path.name)
+            self._writer = self._connect(self.path)
             self._writer.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as err:
             self.close()
@@ -1255,8 +1270,7 @@ class Store:
                 reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
 
-    def _connect(self, name, timeout=10):
-        path = self.path.with_name(name)
+    def _connect(self, path, timeout=10):
         if not path.exists():
             path.touch(0o600)
         connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
@@ -1267,7 +1281,7 @@ class Store:
         """A new database, whole or not at all: an empty file is one that was lost."""
         draft = self.path.with_suffix(".new")
         draft.unlink(missing_ok=True)
-        self._connect(draft.name).execute("PRAGMA journal_mode=WAL")
+        self._connect(draft).execute("PRAGMA journal_mode=WAL")
         self._connections.pop().close()
         draft.rename(self.path)
 
@@ -1282,11 +1296,10 @@ class Store:
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
         if version:
-            for table, columns in TABLES.items():
-                self._rows(f"SELECT {columns}, data FROM {table} LIMIT 0")
-            if version > 2:
-                self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
-        elif self._rows("SELECT name FROM sqlite_master"):
+            self._rows(SAMPLE)
+        if version > 2:
+            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
+        if not version and self._rows("SELECT name FROM sqlite_master"):
             raise sqlite3.DatabaseError("this is another program's database")
         return version
 
@@ -1298,10 +1311,9 @@ class Store:
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError."""
-        address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
         try:
             target.touch(0o600, exist_ok=False)
-            with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
+            with self._beside() as source:
                 source.execute("VACUUM INTO ?", (str(target),))
         except (OSError, sqlite3.Error) as err:
             if isinstance(err, sqlite3.Error):
@@ -1310,10 +1322,14 @@ class Store:
 
     def set_beside(self, name, value):
         """Stores a setting beside another process. Raises sqlite3.Error."""
-        address = f"{self.path.as_uri()}?mode=rw"
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as writer, writer:
+        with self._beside() as writer, writer:
             row = name, to_json(value)
             writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+
+    def _beside(self):
+        """A connection that another process may have one beside, for a `with`."""
+        address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
+        return contextlib.closing(sqlite3.connect(address, uri=True))
 
     def close(self):
         self._thread.shutdown()  # once all is written
@@ -1327,8 +1343,10 @@ class Store:
     def put_rows(self, *rows):
         """Writes (table, row) pairs, all or none."""
         sql = "INSERT OR REPLACE INTO {} ({}) VALUES (:{})"
-        texts = (sql.format(name, ", ".join(row), ", :".join(row)) for name, row in rows)
-        return self._write([*zip(texts, (row for _, row in rows), strict=True)])
+        return self._write([
+            (sql.format(table, ", ".join(row), ", :".join(row)), row)
+            for table, row in rows
+        ])  # fmt: skip
 
     def put_setting(self, name, value):
         return self.put_rows(("settings", {"name": name, "data": to_json(value)}))
@@ -1362,7 +1380,7 @@ class Store:
         group = [self._waiting.popleft() for _ in range(size)]
         error = self._commit([step for steps, _ in group for step in steps])
         for steps, written in group:  # one that is refused takes no other along
-            own_error = self._commit(steps) if error and len(group) > 1 else error
+            own_error = self._commit(steps) if error and size > 1 else error
             if not written.set_running_or_notify_cancel():
                 continue
             if own_error:
@@ -1400,19 +1418,12 @@ class Store:
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
 
     def jobs(self, *, states=(), after=None, oldest_first=False, limit=-1, **filters):
-        """Jobs, the newest first as a rule. `after`: the job that a page starts after.
-        filters: kind, token_id, model, and q: a text that the prompt holds."""
+        """Jobs, the newest first as a rule. `after`: the job that a page starts after;
+        filters: of JOB_FILTERS, those that are not empty."""
         order, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
-        model = "json_extract(data, '$.plan.model') = ?"
-        prompt = "instr(lower(json_extract(data, '$.prompt')), lower(?))"
-        tests = {
-            "substr(id, 1, 5) = ?": [filters.get("kind")],
-            "token_id = ?": [filters.get("token_id")],
-            f"json_valid(data) AND {model}": [filters.get("model")],
-            f"json_valid(data) AND {prompt}": [filters.get("q")],
-            f"state IN ({', '.join('?' * len(states))})": states,
-            f"(created_at, id) {beyond} (?, ?)": after.place if after else (),
-        }
+        tests = {JOB_FILTERS[name]: [value] for name, value in filters.items()}
+        tests[f"state IN ({', '.join('?' * len(states))})"] = states
+        tests[f"(created_at, id) {beyond} (?, ?)"] = after.place if after else ()
         tests = {sql: values for sql, values in tests.items() if any(values)}
         where = " AND ".join(tests) or "TRUE"
         sql = f"WHERE {where} ORDER BY created_at {order}, id {order} LIMIT ?"
@@ -1428,7 +1439,7 @@ class Store:
         return list(jobs.values())
 
     def job_of_file(self, name):
-        """The id of the job of which an output is, or was, kept under this name; or ""."""
+        """The id of the job of which an output is or was kept under this name; or ""."""
         sql = "SELECT job_id FROM outputs WHERE json_extract(data, '$.file') = ?"
         return next((row[0] for row in self._rows(sql, [name])), "")
 
@@ -1443,7 +1454,7 @@ class Store:
 # ---- 5. Network ------------------------------------------------------------------------
 SHORT_TIMEOUT = aiohttp.ClientTimeout(15)
 MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
-PROXY_SCHEMES = ("http", "https", "socks4", "socks5", "socks5h")
+PROXY_SCHEMES = ("http://", "https://", "socks4://", "socks5://", "socks5h://")
 PROXY_FORM = "must look like http://host:port or socks5://host:port"
 MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
 MAX_ITEMS = 200_000  # commas and brackets in JSON
@@ -1451,20 +1462,20 @@ MAX_DEPTH = 64
 BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
 # Beside what ipaddress calls not global. Of IPv6 all but one block is special: IPv4
 # addresses stand in some (translated, NAT64, 6to4, Teredo), which could be inner ones.
-GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-SPECIAL_NETS = "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 240.0.0.0/4"
-SPECIAL_NETS += " 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+SPECIAL_NETS = (
+    "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/3"
+    " ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+)
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
-def is_deep(value):
-    """Whether lists and objects are nested in more than MAX_DEPTH levels."""
-    level = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        items = [item.values() if isinstance(item, dict) else item for item in level]
-        items = itertools.chain.from_iterable(items)
-        level = [item for item in items if isinstance(item, dict | list)]
-    return bool(level)
+def expect_flat(items, levels=MAX_DEPTH):
+    """Raises RecursionError where lists and objects are nested in more levels."""
+    for item in items:
+        if isinstance(item, dict | list):
+            if not levels:
+                raise RecursionError
+            expect_flat(item.values() if isinstance(item, dict) else item, levels - 1)
 
 
 def parse_json(raw):
@@ -1477,10 +1488,9 @@ def parse_json(raw):
         raise ValueError("it has too many elements")
     try:
         value = json.loads(raw.decode("utf-8-sig"))
+        expect_flat([value])
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if is_deep(value):
-        raise ValueError("it is nested too deeply")
     if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
         value = json.loads(text)
@@ -1492,28 +1502,37 @@ def dig(body, *path, default="", kind=object):
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in path:
             body = body[step]
-        return body if isinstance(body, kind) and body is not None else default
+        if isinstance(body, kind) and body is not None:
+            return body
     return default
+
+
+def text_at(body, *path):
+    """dig() for a text."""
+    return dig(body, *path, kind=str)
+
+
+def list_at(body, name):
+    """dig() for a list; a single thing is a list of one."""
+    value = dig(body, name)
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def good_proxy(url):
     """Whether it is a proxy's address, or none."""
     try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna"), parts.port
+        proxy = URL(url)
+        host = (proxy.host or "").encode("idna")
     except ValueError:
         return False
-    scheme = url.partition("://")[0]
-    default_port = port is None and scheme.startswith("http")
-    return not url or bool(scheme in PROXY_SCHEMES and host and (port or default_port))
+    return not url or bool(host and proxy.port and url.startswith(PROXY_SCHEMES))
 
 
 def is_public(host):
     """Whether an IP address is one of the open internet. Raises ValueError for a name."""
     ip = ipaddress.ip_address(host.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
-    special = ip.is_multicast or any(ip in net for net in SPECIAL_NETS)
-    return ip.is_global and not special and (ip.version == 4 or ip in GLOBAL_V6)
+    return ip.is_global and not any(ip in net for net in SPECIAL_NETS)
 
 
 def is_inner(url):
@@ -1532,9 +1551,9 @@ def as_it_stands(url):
 
 def public_socket(address):
     """aiohttp's socket factory for strangers' URLs, which sees the real address."""
-    if not is_public(address[4][0]):
-        message = "is not a public address (see server.allow_private_urls)"
-        raise OSError(f"{address[4][0]} {message}")
+    host = address[4][0]
+    if not is_public(host):
+        raise OSError(f"{host} is not a public address (see server.allow_private_urls)")
     return socket.socket(*address[:3])
 
 
@@ -1561,15 +1580,11 @@ def transport_errors(url, sent=None):
         raise GatewayError(code, f"No reply of {host}: {told}") from None
 
 
-async def chunks(response, size=1 << 18):
+async def chunks(response):
     """A body in pieces. Raises upstream_unreachable where it breaks off."""
-    pieces = response.content.iter_chunked(size)
-    while True:
-        with transport_errors(str(response.url)):
-            piece = await anext(pieces, b"")
-        if not piece:
-            return
-        yield piece
+    with transport_errors(str(response.url)):
+        async for piece in response.content.iter_chunked(1 << 16):
+            yield piece
 
 
 async def read_bounded(response, limit):
@@ -1583,7 +1598,8 @@ async def read_bounded(response, limit):
 
 
 async def note_sent(session, context, params):
-    context.trace_request_ctx.set()
+    if sent := context.trace_request_ctx:
+        sent.set()
 
 
 class Wire:
@@ -1600,8 +1616,7 @@ class Wire:
         arrived, submit_unknown; upstream_changed for an endless reply."""
         sent = asyncio.Event() if spends else None
         with transport_errors(url, sent):
-            response = await self._open(method, url, proxy, options, sent)
-            async with response:
+            async with await self._open(method, url, proxy, options, sent) as response:
                 data = await read_bounded(response, MAX_REPLY)
         if data is None:
             code = "submit_unknown" if spends else "upstream_changed"
@@ -1610,8 +1625,8 @@ class Wire:
 
     @contextlib.asynccontextmanager
     async def stream(self, url, *, proxy="", public=False, **options):
-        """A response to GET, unread. public: its address, and where that leads to, is no
-        inner one, unless Flow's own is. Raises proxy_unavailable, upstream_unreachable."""
+        """A response to GET, unread. public: neither its address nor where that leads to
+        is an inner one, unless Flow's is. Raises proxy_unavailable, upstream_unreachable."""
         public = public and not is_inner(self.settings["flow.api_base_url"])
         with transport_errors(url):
             if public and is_inner(url):
@@ -1627,28 +1642,29 @@ class Wire:
         if not good_proxy(proxy):
             raise GatewayError("proxy_unavailable", f"A proxy {PROXY_FORM}")
         socks, plain = (proxy, None) if proxy.startswith("socks") else ("", proxy or None)
-        key = socks, sent is not None, public and not proxy  # a proxy may be an inner one
+        public = public and not proxy  # a proxy may be an inner one
+        session = self._session(socks, sent is not None, public)
+        options.update(proxy=plain, trace_request_ctx=sent)
+        return await session.request(method, as_it_stands(url), **options)
+
+    def _session(self, *key):
+        """As new_session; kept for all that want the same."""
         if key not in self.sessions:
             self.sessions[key] = new_session(*key)
-        options.update(proxy=plain, trace_request_ctx=sent)
-        return await self.sessions[key].request(method, as_it_stands(url), **options)
+        return self.sessions[key]
 
     async def fetch_public(self, url, limit, param):
         """A user's URL: public addresses only (each redirect too), no proxy, 20 s. Raises
         invalid_image, request_too_large."""
-        factory = None if self.settings["server.allow_private_urls"] else public_socket
-        connector = aiohttp.TCPConnector(socket_factory=factory, force_close=True)
-        timeout = aiohttp.ClientTimeout(20)
+        session = self._session("", True, not self.settings["server.allow_private_urls"])
         try:
             with transport_errors(url):
-                session = aiohttp.ClientSession(
-                    connector=connector,
-                    timeout=timeout,
+                async with session.get(
+                    as_it_stands(url),
+                    timeout=aiohttp.ClientTimeout(20),
+                    max_redirects=4,
                     headers={"User-Agent": f"Flow2API/{__version__}"},
-                    requote_redirect_url=False,
-                )
-                picture = session.get(as_it_stands(url), max_redirects=4)
-                async with session, picture as response:
+                ) as response:
                     data = await read_bounded(response, limit)
         except GatewayError as err:
             told = f"The picture's URL: {err}"
@@ -1656,7 +1672,8 @@ class Wire:
                 told += " (the proxy is for Google alone, not for the URLs of pictures)"
             raise bad(told, param, "invalid_image") from None
         if response.status != 200:
-            raise bad(f"The picture's URL: HTTP {response.status}", param, "invalid_image")
+            told = f"The picture's URL: HTTP {response.status}"
+            raise bad(told, param, "invalid_image")
         if data is None:
             raise too_large(limit, param)
         return data
@@ -1667,15 +1684,9 @@ class Wire:
 
 
 def new_session(socks, fresh, public):
-    """fresh: each request by a connection of its own, and told when it is sent. public: to
-    public addresses only. Raises proxy_unavailable."""
-    options = {"cookie_jar": aiohttp.DummyCookieJar()}
-    if fresh:
-        trace = aiohttp.TraceConfig()
-        trace.on_request_headers_sent.append(note_sent)
-        options["trace_configs"] = [trace]
-    factory = public_socket if public else None
-    make = functools.partial(aiohttp.TCPConnector, socket_factory=factory)
+    """fresh: each request by a connection of its own. public: to public addresses only.
+    Raises proxy_unavailable."""
+    options = {"limit": 0, "force_close": fresh}
     if socks:
         try:
             from aiohttp_socks import ProxyConnector
@@ -1683,8 +1694,18 @@ def new_session(socks, fresh, public):
             message = "A SOCKS proxy needs: pip install aiohttp-socks"
             raise GatewayError("proxy_unavailable", message) from None
         address = socks.replace("socks5h:", "socks5:")
-        make = functools.partial(ProxyConnector.from_url, address)
-    return aiohttp.ClientSession(connector=make(limit=0, force_close=fresh), **options)
+        connector = ProxyConnector.from_url(address, **options)
+    else:
+        factory = public_socket if public else None
+        connector = aiohttp.TCPConnector(socket_factory=factory, **options)
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(note_sent)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        requote_redirect_url=False,
+        trace_configs=[trace],
+    )
 
 
 # ---- 6. Upstream -----------------------------------------------------------------------
@@ -1694,13 +1715,28 @@ PASTED_COOKIE = re.compile(
     r"next-auth\.session-token(?:\.(\d))?"  # its name, perhaps that of a part
     r"[\"']?(?:[ \t]*[=:][ \t]*|\s+)[\"']?([^;,\s\"']+)"
 )
-WIRE_RATIOS = {"landscape": "LANDSCAPE", "portrait": "PORTRAIT", "square": "SQUARE"}
-WIRE_RATIOS |= {"4-3": "LANDSCAPE_FOUR_THREE", "3-4": "PORTRAIT_THREE_FOUR"}
+WIRE_RATIOS = {
+    "landscape": "LANDSCAPE",
+    "portrait": "PORTRAIT",
+    "square": "SQUARE",
+    "4-3": "LANDSCAPE_FOUR_THREE",
+    "3-4": "PORTRAIT_THREE_FOUR",
+}
 CLIP_PATH = "video:batchAsyncGenerateVideo"  # and then, by mode:
-SUBMIT_PATHS = {"text": "Text", "start": "StartImage", "frames": "StartAndEndImage"}
-SUBMIT_PATHS |= {"extend": "ExtendVideo", "edit": "EditVideo"}
-SUBMIT_PATHS["references"] = "ReferenceImages"
+SUBMIT_PATHS = {
+    "text": "Text",
+    "start": "StartImage",
+    "frames": "StartAndEndImage",
+    "references": "ReferenceImages",
+    "extend": "ExtendVideo",
+    "edit": "EditVideo",
+}
 MEDIUM_NAME = re.compile(r"[A-Za-z0-9][ -~]{0,499}")
+# By how Google's words begin (SUCCESSFUL, CANCELLED …); what has another is on its way.
+WIRE_STATES = {
+    **dict.fromkeys(("SUCC", "COMP"), "done"),
+    **dict.fromkeys(("FAIL", "ERRO", "CANC"), "failed"),
+}
 
 
 @dataclass(frozen=True)
@@ -1771,30 +1807,27 @@ def clean_session_token(text):
     return text.strip("\"'; \t\r\n")
 
 
-def client_context(project, tier="", captcha=""):
-    """The part of a request that says who asks. captcha: a reCAPTCHA token, or none."""
+def client_context(project, tier=""):
+    """The part of a request that says who asks."""
     session_id = f";{int(now() * 1000)}"
     context = {"sessionId": session_id, "projectId": project, "tool": "PINHOLE"}
     if tier:
         context["userPaygateTier"] = tier
-    if captcha:
-        kind = "RECAPTCHA_APPLICATION_TYPE_WEB"
-        context["recaptchaContext"] = {"token": captcha, "applicationType": kind}
     return context
 
 
-def submit_request(job, tier, media, context):
+def submit_request(job, tier, media):
     """Body of a submit: an element with a seed of its own for each output."""
     build = picture_request if job.plan.kind == "image" else clip_request
-    element, body = build(job, tier, media, context)
+    element, body = build(job, tier, media)
     seeds = random.sample(range(1, 100_000), job.n)
-    elements = [{**element, "seed": seed} for seed in seeds]
-    return {"clientContext": context, "requests": elements, **body}
+    return {**body, "requests": [{**element, "seed": seed} for seed in seeds]}
 
 
-def picture_request(job, tier, media, context):
+def picture_request(job, tier, media):
     """-> the element of one picture, and what stands beside the elements."""
     kind = "IMAGE_INPUT_TYPE_REFERENCE"
+    context = client_context(job.project)
     element = {
         "clientContext": context,
         "imageModelName": job.plan.key(tier),
@@ -1802,11 +1835,14 @@ def picture_request(job, tier, media, context):
         "structuredPrompt": {"parts": [{"text": job.prompt}]},
         "imageInputs": [{"name": name, "imageInputType": kind} for name in media],
     }
-    group = {"batchId": job.batch}
-    return element, {"mediaGenerationContext": group, "useNewMedia": True}
+    return element, {
+        "clientContext": context,
+        "mediaGenerationContext": {"batchId": job.batch},
+        "useNewMedia": True,
+    }
 
 
-def clip_request(job, tier, media, context):
+def clip_request(job, tier, media):
     """-> the element of one clip, and what stands beside the elements."""
     element = {
         "videoModelKey": job.plan.key(tier),
@@ -1816,7 +1852,7 @@ def clip_request(job, tier, media, context):
     }
     if job.source:
         element["videoInput"] = {"mediaId": job.source["media"]}
-        element["metadata"] = {"workflowId": job.source["scene"] or str(uuid.uuid4())}
+        element["metadata"] = {"workflowId": str(uuid.uuid4())}
     elif job.plan.mode == "references":
         kind = {"imageUsageType": "IMAGE_USAGE_TYPE_ASSET"}
         element["referenceImages"] = [{**kind, "mediaId": name} for name in media]
@@ -1824,35 +1860,34 @@ def clip_request(job, tier, media, context):
         for frame, name in zip(("startImage", "endImage"), media, strict=False):
             element[frame] = {"mediaId": name}
     group = {"batchId": job.batch, "audioFailurePreference": "BLOCK_SILENCED_VIDEOS"}
-    return element, {"mediaGenerationContext": group, "useV2ModelConfig": True}
+    return element, {
+        "clientContext": client_context(job.project, tier),
+        "mediaGenerationContext": group,
+        "useV2ModelConfig": True,
+    }
 
 
-def upscale_request(job, output, context):
+def upscale_request(job, tier, output):
     size = job.plan.upscale
     element = {
         "videoInput": {"mediaId": output.media},
-        "metadata": {"sceneId": output.scene or str(uuid.uuid4())},
+        "metadata": {"sceneId": str(uuid.uuid4())},
         "videoModelKey": f"veo_3_1_upsampler_{size}",
         "seed": random.randrange(99999),
         "aspectRatio": f"VIDEO_ASPECT_RATIO_{WIRE_RATIOS[job.plan.ratio]}",
         "resolution": f"VIDEO_RESOLUTION_{size.upper()}",
     }
+    context = client_context(job.project, tier)
     return {"clientContext": context, "requests": [element], "useV2ModelConfig": True}
-
-
-def status_request(outputs):
-    return {"media": [{"name": out.name, "projectId": out.project} for out in outputs]}
 
 
 def read_statuses(body, code="upstream_changed"):
     """-> Reply: whatever lists outputs, in media[], or in workflows[] alone. An entry of
     unknown shape raises `code`; if that is empty, it is left out."""
     statuses = {}
-    items = list_at(body, "media")
-    if not items:  # a workflow names its medium
-        for flow in list_at(body, "workflows"):
-            items.append({"name": dig(flow, "metadata", "primaryMediaId", default=None)})
-    for item in items:
+    flows = list_at(body, "workflows")  # each names its medium
+    names = ({"name": dig(flow, "metadata", "primaryMediaId")} for flow in flows)
+    for item in list_at(body, "media") or names:
         try:
             status = read_medium(item)
             statuses.setdefault(status.name, status)
@@ -1862,54 +1897,43 @@ def read_statuses(body, code="upstream_changed"):
     return Reply([*statuses.values()], read_number(dig(body, "remainingCredits")))
 
 
-def list_at(body, *path):
-    """dig() for a list; a single thing is a list of one."""
-    value = dig(body, *path)
-    return value if isinstance(value, list) else [value] if value else []
-
-
 def read_number(value):
     """A whole number that Google wrote as one, or as a text; None for anything else."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value):
-        return int(value)
-    good = type(value) in (int, float) and 0 <= value < 10**15  # not so nan
-    return int(value) if good else None
+    text = str(value) if isinstance(value, int | float | str) else ""
+    number = re.fullmatch(r"([0-9]{1,15})(\.[0-9]+)?", text)
+    return int(number[1]) if number else None
 
 
 def read_medium(item):
     """-> Status of an element of media[] in submit, status and listing replies. Raises
     KeyError, TypeError, AttributeError, ValueError where it has another shape."""
-    kind = "image" if dig(item, "image") else "video"
     name = item["name"]
     project = dig(item, "projectId")
-    url = dig(item, kind, f"generated{kind.capitalize()}", "fifeUrl")
-    if {type(name), type(project), type(url)} != {str}:
-        raise TypeError("a name or an address that is no text")
-    if not MEDIUM_NAME.fullmatch(name):
-        raise ValueError(f"{name[:40]!r} is no name")
-    read_link(url)  # a ValueError where it is no address
+    url = dig(item, "image", "generatedImage", "fifeUrl")
+    url = url or dig(item, "video", "generatedVideo", "fifeUrl")
+    read_link(url)  # it is an address, or empty
+    if not MEDIUM_NAME.fullmatch(name) or not isinstance(project, str):
+        raise ValueError(f"the name or the project of {name[:40]!r}")
     status = dig(item, "mediaMetadata", "mediaStatus")
     word = dig(status, "mediaGenerationStatus").removeprefix("MEDIA_GENERATION_STATUS_")
-    ready = url or kind == "image"  # where there is no word
-    state = "pending"
+    if not word and (url or dig(item, "image")):
+        word = "SUCCESSFUL"
+    state = WIRE_STATES.get(word[:4], "pending")
     error = None
-    if word.startswith(("FAIL", "ERROR", "CANCEL")):
+    if state == "failed":
         reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
-        error = failed_output(" ".join(text for text in reasons if isinstance(text, str)))
-        state = "failed"
-    elif word.startswith(("SUCCESS", "COMPLETE")) or ready and not word:
-        state = "done"
+        error = failed_output(" ".join(map(str, reasons)))
     data = base64.b64decode(dig(item, "video", "encodedVideo"))
     return Status(name, state, name, project, url, data, error)
 
 
 def read_link(url):
     """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
-    Raises ValueError where it is neither an address nor empty."""
+    Raises ValueError, TypeError where it is neither an address nor empty."""
     if not re.match(r"https?://|\Z", url):
         raise ValueError(f"{url[:40]!r} is no address")
     expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
-    return Link(url, now() + 3600 if expires is None else float(expires))
+    return Link(url, expires or now() + 3600)
 
 
 def read_answer(response, body, spends=False):
@@ -1919,19 +1943,19 @@ def read_answer(response, body, spends=False):
     if isinstance(body, dict) and status < 300:
         return body
     error = dig(body, "error", "json") or dig(body, "error")  # tRPC wraps it once more
-    reasons = (dig(item, "reason", kind=str) for item in list_at(error, "details"))
-    reason = next(filter(None, reasons), "")
+    details = list_at(error, "details")
+    reason = " ".join(text_at(item, "reason") for item in details).strip()
     refused = 400 <= status < 500 and status not in (408, 499)
     if spends and not refused and "PUBLIC_ERROR" not in reason:
         raise GatewayError("submit_unknown", f"Google's answer is no JSON: HTTP {status}")
     if status < 300:
         raise changed("Google answered with something else than JSON")
     wait = read_number(response.headers.get("Retry-After")) or 0
-    raise google_error(status, reason, dig(error, "message", kind=str), wait)
+    raise google_error(status, reason, text_at(error, "message"), wait)
 
 
-# Names in a status call; those that are asked for one by one, at a time.
-STATUS_CHUNK, STATUS_ALONE = 256, 20
+STATUS_CHUNK = 256  # names in a status call
+STATUS_ALONE = 20  # of those that are asked for one by one, at a time
 
 
 class RestFlow:
@@ -1945,8 +1969,9 @@ class RestFlow:
         self.alone = {}  # names that spoilt a status call -> when to ask for each alone
         self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
-    async def _call(self, token, method, site, path, headers, **options):
-        """-> (response, its JSON, or None). site: labs, api"""
+    async def _call(self, token, site, path, headers, **options):
+        """-> (response, its JSON or None). site: labs, api. What has `json` is a POST."""
+        method = "POST" if "json" in options else "GET"
         url = f"{self.settings[f'flow.{site}_base_url'].rstrip('/')}/{path}"
         timeout = aiohttp.ClientTimeout(self.settings["flow.timeout"], sock_connect=20)
         options.update(headers=headers, timeout=timeout, proxy=token.proxy_url)
@@ -1961,30 +1986,30 @@ class RestFlow:
                 body = parse_json(data)
         return response, body
 
-    async def _labs(self, token, method, path, **options):
+    async def _labs(self, token, path, **options):
         """A call to labs.google, which knows the session by its cookie. A session that
         has been replaced meanwhile says nothing of the new one."""
         st = None
         while st != token.st:
             st = token.st
             cookie = {"Cookie": f"{SESSION_COOKIE}={st}"}
-            answer = await self._call(token, method, "labs", path, cookie, **options)
+            answer = await self._call(token, "labs", path, cookie, **options)
         return answer
 
-    async def _trpc(self, token, method, path, **options):
+    async def _trpc(self, token, path, **options):
         """A tRPC call -> its inner object, which can hold a refusal under HTTP 200."""
-        response, body = await self._labs(token, method, f"trpc/{path}", **options)
+        response, body = await self._labs(token, f"trpc/{path}", **options)
         if response.status == 401:
             raise session_ended("Google refused the session token")
         body = dig(read_answer(response, body), "result", "data", "json", default={})
         status = dig(body, "status", kind=int, default=200)
         if status != 200:
-            raise google_error(status, "", dig(body, "statusText", kind=str))
+            raise google_error(status, "", text_at(body, "statusText"))
         return body
 
-    async def _api(self, token, method, path, *, spends=False, **options):
-        """A call with an access token -> its JSON object. A refused token is renewed
-        once: a 401 comes before any billing. No redirect of a submit: it could be paid twice."""
+    async def _api(self, token, path, *, spends=False, **options):
+        """A call with an access token -> its JSON object. A refused one is renewed once: a
+        401 comes before any billing. A redirect of a submit could be paid twice."""
         options.update(spends=spends, allow_redirects=not spends)
         access = ""
         for _ in range(2):
@@ -1993,7 +2018,7 @@ class RestFlow:
                     await self._open_session(token)
                 access = token.at
             bearer = {"Authorization": f"Bearer {access}"}
-            reply, body = await self._call(token, method, "api", path, bearer, **options)
+            reply, body = await self._call(token, "api", path, bearer, **options)
             if reply.status != 401:
                 return read_answer(reply, body, spends)
         raise session_ended("Google refuses even a fresh access token")
@@ -2008,22 +2033,23 @@ class RestFlow:
     async def _open_session(self, token):
         """GET auth/session. Of a dead session Google says so with HTTP 200 and {}."""
         async with self.refreshes:
-            response, body = await self._labs(token, "GET", "auth/session")
+            response, body = await self._labs(token, "auth/session")
         body = read_answer(response, body)
-        access = dig(body, "access_token", kind=str)
+        access = text_at(body, "access_token")
         if not access or dig(body, "error"):
             raise session_ended("Session ended. Sign in to Flow again, paste its token")
         if not re.fullmatch("[!-~]+", access):
             raise changed("Google gave an odd access token")
         expires = now() + 3600
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            expires = datetime.datetime.fromisoformat(dig(body, "expires")).timestamp()
+        with contextlib.suppress(ValueError, OverflowError):
+            end = datetime.datetime.fromisoformat(text_at(body, "expires"))
+            expires = end.timestamp()
         cookie = response.cookies.get(SESSION_COOKIE)
         if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
         user = dig(body, "user")
-        return {name: dig(user, name, kind=str)[:200] for name in ("email", "name")}
+        return {name: text_at(user, name)[:200] for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
@@ -2033,11 +2059,11 @@ class RestFlow:
 
     async def balance(self, token):
         """GET credits. Google leaves a balance of zero out."""
-        body = await self._api(token, "GET", "credits")
+        body = await self._api(token, "credits")
         credits = read_number(dig(body, "credits", default=0))
         if credits is None:
             raise changed("Google tells the balance in an unknown form")
-        return {"credits": credits, "tier": dig(body, "userPaygateTier", kind=str)}
+        return {"credits": credits, "tier": text_at(body, "userPaygateTier")}
 
     async def project(self, token, gone=""):
         """POST project.createProject, once per account, and for one that is gone."""
@@ -2046,8 +2072,8 @@ class RestFlow:
                 return token.project_id
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
-            body = await self._trpc(token, "POST", "project.createProject", json=request)
-            if not (project := dig(body, "result", "projectId", kind=str)):
+            body = await self._trpc(token, "project.createProject", json=request)
+            if not (project := text_at(body, "result", "projectId")):
                 raise changed("Google's answer names no new project")
             await self._keep(token, project_id=project, project_name=title)
             return project
@@ -2063,29 +2089,29 @@ class RestFlow:
             "mimeType": media_type,
             "imageBytes": encoded.decode(),
         }
-        body = await self._api(token, "POST", "flow/uploadImage", json=request)
-        if name := dig(list_at(body, "media"), 0, "name", kind=str):
+        body = await self._api(token, "flow/uploadImage", json=request)
+        if name := text_at(list_at(body, "media"), 0, "name"):
             return name
         raise bad(f"{POLICY} (a logo?)", code="content_policy_violation")
 
-    async def _context(self, token, job, tier):
-        """A clientContext, with a reCAPTCHA token where there is a source of them."""
-        captcha = ""
+    async def _lend_captcha(self, token, job, request):
+        """Adds a reCAPTCHA token, where there is a source of them."""
         if self.captcha_source:
             action = f"{job.plan.kind.upper()}_GENERATION"
-            captcha = await self.captcha_source(token, action)
-        return client_context(job.project, tier, captcha)
+            request["clientContext"]["recaptchaContext"] = {
+                "token": await self.captcha_source(token, action),
+                "applicationType": "RECAPTCHA_APPLICATION_TYPE_WEB",
+            }
 
     async def submit(self, token, job, media):
         if job.plan.kind == "image":
             project = quote(job.project, safe="")
             path = f"projects/{project}/flowMedia:batchGenerateImages"
-            context = await self._context(token, job, "")
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
-            context = await self._context(token, job, token.tier)
-        request = submit_request(job, token.tier, media, context)
-        body = await self._api(token, "POST", path, spends=True, json=request)
+        request = submit_request(job, token.tier, media)
+        await self._lend_captcha(token, job, request)
+        body = await self._api(token, path, spends=True, json=request)
         reply = read_statuses(body, "submit_unknown")
         if not reply.statuses:
             raise GatewayError("submit_unknown", "Google answered a submit with nothing")
@@ -2094,13 +2120,13 @@ class RestFlow:
     async def find(self, token, job):
         """GET flow.projectInitialData, where the submit's batch id is looked for."""
         query = quote(to_json({"json": {"projectId": job.project}}))
-        body = await self._trpc(token, "GET", f"flow.projectInitialData?input={query}")
+        body = await self._trpc(token, f"flow.projectInitialData?input={query}")
         contents = dig(body, "projectContents", kind=dict, default=None)
         if contents is None:  # no proof that nothing was made
             raise changed("Google lists the project in an unknown form")
         flows = list_at(contents, "workflows")
         own = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
-        names = [dig(flow, "name") for flow in own]
+        names = [dig(flow, "name", default=None) for flow in own]
         listed = list_at(contents, "media")
         media = [medium for medium in listed if dig(medium, "workflowId") in names]
         return read_statuses({"media": media, "workflows": own}).statuses
@@ -2111,57 +2137,59 @@ class RestFlow:
         rest = [output for output in outputs if output.name not in self.alone]
         calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
         due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
-        due.sort(key=lambda output: self.alone[output.name])
         calls += [[output] for output in due[:STATUS_ALONE]]
-        statuses = []
-        credits = None
-        for call in calls:
-            reply = await self._poll(token, call)
-            statuses += reply.statuses
-            credits = credits if reply.credits is None else reply.credits
-        return Reply(statuses, credits)
+        replies = [await self._poll(token, call) for call in calls]
+        statuses = [status for reply in replies for status in reply.statuses]
+        balances = [reply.credits for reply in replies if reply.credits is not None]
+        return Reply(statuses, balances[-1] if balances else None)
 
     async def _poll(self, token, outputs):
         path = "video:batchCheckAsyncVideoGenerationStatus"
-        names = [output.name for output in outputs]
+        media = [{"name": out.name, "projectId": out.project} for out in outputs]
         try:
-            body = await self._api(token, "POST", path, json=status_request(outputs))
+            body = await self._api(token, path, json={"media": media})
         except GatewayError as err:
             if err.upstream not in (400, 404):
                 raise
-            pause = 60 if len(names) == 1 else 0
-            self.alone.update(dict.fromkeys(names, now() + pause))
-            missing = err.upstream == 404 and len(names) == 1
-            return Reply([Status(names[0], "missing")] if missing else [])
-        for name in names:
-            self.alone.pop(name, None)
+            single = len(outputs) == 1
+            for output in outputs:
+                self.alone[output.name] = now() + 60 * single
+            missing = single and err.upstream == 404
+            return Reply([Status(outputs[0].name, "missing")] if missing else [])
+        for output in outputs:
+            self.alone.pop(output.name, None)
         return read_statuses(body, "")
 
     async def upscale(self, token, job, output):
         """A larger picture comes at once, as data, and costs nothing. A clip is polled
         under a name that is known before: a lost answer or "under way" is no loss."""
-        context = await self._context(token, job, token.tier)
         if job.plan.kind == "image":
-            size = f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}"
-            data = b""
-            request = {"mediaId": output.media, "targetResolution": size}
-            request["clientContext"] = context
-            body = await self._api(token, "POST", "flow/upsampleImage", json=request)
-            with contextlib.suppress(TypeError, ValueError):
-                encoded = dig(body, "encodedImage")
-                data = await asyncio.to_thread(base64.b64decode, encoded)
-            if not data:
-                raise changed("Google sent no larger picture")
-            return Status(output.name, "done", output.media, data=data)
+            return await self._enlarge(token, job, output)
         path = f"{CLIP_PATH}UpsampleVideo"
-        request = upscale_request(job, output, context)
+        request = upscale_request(job, token.tier, output)
+        await self._lend_captcha(token, job, request)
+        statuses = []
         try:
-            body = await self._api(token, "POST", path, spends=True, json=request)
+            body = await self._api(token, path, spends=True, json=request)
+            statuses = read_statuses(body, "").statuses
         except GatewayError as err:
             if err.code not in ("conflict", "submit_unknown"):
                 raise
-            body = {}
-        return next(iter(read_statuses(body, "").statuses), self.upscaled(output))
+        return statuses[0] if statuses else self.upscaled(output)
+
+    async def _enlarge(self, token, job, output):
+        request = {
+            "mediaId": output.media,
+            "targetResolution": f"UPSAMPLE_IMAGE_RESOLUTION_{job.plan.upscale}",
+            "clientContext": client_context(job.project, token.tier),
+        }
+        await self._lend_captcha(token, job, request)
+        body = await self._api(token, "flow/upsampleImage", json=request)
+        encoded = text_at(body, "encodedImage")
+        with contextlib.suppress(ValueError):
+            if data := await asyncio.to_thread(base64.b64decode, encoded):
+                return Status(output.name, "done", output.media, data=data)
+        raise changed("Google sent no larger picture")
 
     def upscaled(self, output):
         name = output.media + "_upsampled"
@@ -2171,10 +2199,11 @@ class RestFlow:
         name = quote(output.media or output.name, safe="")
         form = "MEDIA_URL_TYPE_" + ("THUMBNAIL" if thumbnail else "FULL_MEDIA")
         path = f"trpc/media.getMediaUrlRedirect?name={name}&mediaUrlType={form}"
-        response, body = await self._labs(token, "GET", path, allow_redirects=False)
-        if 300 <= response.status < 400 and "Location" in response.headers:
+        response, body = await self._labs(token, path, allow_redirects=False)
+        location = response.headers.get("Location")
+        if location and response.status < 400:
             with contextlib.suppress(ValueError):
-                return read_link(response.headers["Location"])
+                return read_link(location)
         if response.status == 404:
             raise GatewayError("content_not_found", "Flow has no such file", upstream=404)
         read_answer(response, body)
@@ -2585,17 +2614,16 @@ class Media:
         """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
         OSError on a full disk, upstream_changed where it is larger than any `kind`."""
         part = self.kept / f"{secrets.token_urlsafe(24)}.part"
-        start, size = b"", 0
+        start = b""
         if self.free_disk() < SPARE_DISK:
             raise OSError(errno.ENOSPC, "the disk is full")
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
                     start = start or chunk[:16]
-                    size += len(chunk)
-                    if size > FILE_SIZES[kind]:
-                        raise changed("Google's file is too large to be kept")
                     await asyncio.to_thread(file.write, chunk)
+                    if file.tell() > FILE_SIZES[kind]:
+                        raise changed("Google's file is too large to be kept")
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
             return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
@@ -2616,7 +2644,7 @@ class Media:
     def expire(self, lifetime):
         """Removes the kept files that are older, in seconds -> the bytes that stay."""
         stay = 0
-        for path in list(self.kept.glob("*")):
+        for path in self.kept.glob("*"):
             limit = PART_SECONDS if path.suffix == ".part" else lifetime
             with contextlib.suppress(OSError):  # it is gone; it is a folder
                 stat = path.stat()
@@ -2627,20 +2655,20 @@ class Media:
         return stay
 
     def save_inputs(self, job_id, images):
-        """Writes a job's input pictures, all or none -> their names. Raises queue_full."""
+        """Writes a job's pictures, all or none -> their names. Raises queue_full."""
         size = sum(map(len, images))
         size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
         if size > self.settings["limits.inputs_mb"] << 20:
             message = "The pictures of open jobs fill limits.inputs_mb"
             raise GatewayError("queue_full", message, retry_after=30)
-        names = [f"{job_id}_{number}" for number in range(len(images))]
+        files = {f"{job_id}_{number}": image for number, image in enumerate(images)}
         try:
-            for name, image in zip(names, images, strict=True):
+            for name, image in files.items():
                 (self.inputs / name).write_bytes(image)
         except OSError:
-            self.drop_inputs(names)
+            self.drop_inputs(files)
             raise
-        return names
+        return [*files]
 
     def drop_inputs(self, names):
         for name in names:
@@ -2657,13 +2685,10 @@ class Media:
         elif isinstance(value, str):
             if len(value) > limit * 1.4:  # base64 takes 4/3
                 raise too_large(limit, param)
-            try:
+            with contextlib.suppress(ValueError):
                 value = await asyncio.to_thread(decode_base64, value)
-            except ValueError:
-                message = "This picture is neither a URL nor base64"
-                raise bad(message, param, "invalid_image") from None
         if not isinstance(value, bytes) or not sniff(value)[0].startswith("image/"):
-            message = "This is not a PNG, JPEG, WebP or GIF picture"
+            message = "This is not a PNG, JPEG, WebP or GIF picture, its URL, or its base64"
             raise bad(message, param, "invalid_image")
         if len(value) > limit:
             raise too_large(limit, param)
@@ -4112,7 +4137,6 @@ def source_handle(source):
         "token_id": source.token_id,
         "project": source.project,
         "media": clip.media or clip.name,
-        "scene": clip.scene,
     }
 
 
@@ -4246,7 +4270,7 @@ def side_answer(chat):
     title = chat_title(chat)
     limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
     limit = dig(chat.body, "max_tokens", kind=int, default=limit)
-    if "json" in dig(chat.body, "response_format", "type", kind=str):
+    if "json" in text_at(chat.body, "response_format", "type"):
         client = client or "a client that wants JSON"
         schema = dig(chat.body, "response_format", "json_schema", "schema")
         if schema or not answer.startswith("{"):
@@ -4296,7 +4320,7 @@ def json_instance(schema, title, name="", depth=5):
     """The least that a JSON schema allows, with `title` for each title in it."""
     part = dig(schema, "anyOf", 0, default=schema)
     members = dig(part, "properties", kind=dict, default={})
-    kind = dig(part, "type", kind=str)
+    kind = text_at(part, "type")
     if members and depth:
         inner = depth - 1
         return {key: json_instance(members[key], title, key, inner) for key in members}
@@ -4682,7 +4706,7 @@ class Api:
                     reply.headers[name] = source.headers[name]
                 reply.set_status(source.status)
                 reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.plan.kind]
-                async for chunk in chunks(source, 1 << 16):
+                async for chunk in chunks(source):
                     if not reply.prepared and source.status == 200:
                         reply.content_type = sniff(chunk)[0]
                     await reply.prepare(request)
