@@ -3186,11 +3186,7 @@ class Jobs:
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
-        job.outputs = []
-        for number, status in enumerate(reply.statuses):
-            output = Output(job.id, number, status.name, status.project or job.project)
-            job.outputs.append(output)
-            await self._note(output, status)
+        await self._add_outputs(job, reply.statuses)
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]
@@ -3203,6 +3199,13 @@ class Jobs:
         elif job.plan.upscale or not all(map(self._at_hand, done)):
             await self._step(job, "settling", *job.outputs, token)
         self.media.drop_inputs(job.inputs)  # else it is completed, in one write
+
+    async def _add_outputs(self, job, statuses):
+        job.outputs = []
+        for number, status in enumerate(statuses):
+            output = Output(job.id, number, status.name, status.project or job.project)
+            job.outputs.append(output)
+            await self._note(output, status)
 
     def _at_hand(self, output):
         return output.file or (output.url and not self.settings["cache.enabled"])
