@@ -6742,7 +6742,7 @@ async def check_account(pool, token):
 
 
 class LogFilter(logging.Filter):
-    """Names the request of a line, and folds what repeats within a minute."""
+    """Names the request of a line, and folds warnings that repeat within a minute."""
 
     def __init__(self):
         super().__init__()
@@ -6750,6 +6750,8 @@ class LogFilter(logging.Filter):
 
     def filter(self, record):
         record.request = f"{REQUEST_ID.get()} ".lstrip()
+        if record.levelno < logging.WARNING:
+            return True
         text = record.getMessage()
         printed, left_out = self.lines.pop(text, (0, 0))
         if record.created - printed < 60:
