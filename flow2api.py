@@ -2774,9 +2774,9 @@ class Jobs:
         except asyncio.CancelledError:  # the client left in this very moment
             await accepting
             job.detached = detached and key.explicit  # else it never learnt the id
-            await self.abandon(job)
+            await self.abandon(self._start(job))
             raise
-        return job
+        return self._start(job)
 
     def _note_refused(self, job, err):
         """For the owner: a request that made no job, as one that is not stored."""
@@ -2796,7 +2796,6 @@ class Jobs:
         except StoreError:
             self.media.drop_inputs(job.inputs)
             raise
-        self._start(job)
 
     async def find(self, key):
         """The job that this key has made. Raises idempotency_conflict, task_not_found."""
@@ -2925,7 +2924,8 @@ class Jobs:
         link = await self.pool.adapter_for(token).resolve(token, output, thumbnail)
         if not thumbnail:
             output.update(url=link.url, url_expires=link.expires)
-            self.store.put(output)  # on a full disk it is asked for again
+            with contextlib.suppress(StoreError):  # a full disk: it is asked for again
+                await self.store.put(output)
         return link.url
 
     @contextlib.asynccontextmanager
