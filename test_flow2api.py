@@ -1149,7 +1149,7 @@ async def apart(run, tmp_path, monkeypatch):
 
 async def audit(w, clients):
     """Holds our books against Flow's, when all is at rest -> the jobs of our store."""
-    await until(w.at_rest, 120)
+    await until(w.at_rest, 240)
     files = {}
     for job_id in w.states():
         link = f"{VIDEOS}/{job_id}/content?index="
