@@ -107,7 +107,9 @@ class Bench(tests.World):
         options["stderr"] = (self.data / "log").open("wb")
         code = inspect.getsource(probe) + "\nprobe()"
         start = functools.partial(asyncio.create_subprocess_exec, sys.executable, "-c", code)
-        arguments = "--config", str(self.data), "--host", "127.0.0.1", "--port", "0"
+        (self.data / "setting.toml").touch()  # an empty one
+        config = str(self.data / "setting.toml")
+        arguments = "--config", config, "--host", "127.0.0.1", "--port", "0"
         self.process, self.idle = await start(*arguments, **options), await start(**options)
         self.url = (await self.process.stdout.readline()).split()[-1].decode()
         await self.http.close()  # that one opens 100 connections at most

@@ -3686,6 +3686,7 @@ PICTURE_LINK = re.compile(
     r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
     r"|Picture: (?=http))([^\s()]+)"  # as ChatAnswer has it beside pictures
 )
+LINKS_SEARCHED = 100_000  # characters at the end of an answer
 SYSTEM_ROLES = ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 # What clients call the same; the pictures of `first` come before the others; `inside` are
@@ -4251,7 +4252,9 @@ async def continued_picture(chat, media, own_picture):
     """Where the last turn asks for an edit and brings no picture: the chat's last one, in
     a list, and what to tell of it."""
     answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
-    pictures = ([*PICTURE_LINK.findall(turn.text), *turn.links] for turn in answers)
+    pictures = (
+        [*PICTURE_LINK.findall(turn.text[-LINKS_SEARCHED:]), *turn.links] for turn in answers
+    )
     last = next(filter(None, pictures), [])
     if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
