@@ -988,6 +988,9 @@ class Pause:
     error: GatewayError | None = field(default=None, compare=False)
 
 
+NO_PAUSE = Pause()
+
+
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
@@ -1044,7 +1047,8 @@ class Token(Record):
         self.pauses = {"": Pause(until)} if until else {}
 
     def longest_pause(self, scopes):
-        return max((self.pauses.get(scope, Pause()) for scope in scopes), default=Pause())
+        pauses = [self.pauses[scope] for scope in scopes if scope in self.pauses]
+        return max(pauses, default=NO_PAUSE)
 
     def pause_for(self, plan):
         """The longest of the pauses that hold up this plan."""
@@ -1073,7 +1077,7 @@ class Token(Record):
         """It has served: what counts in a row begins anew; a pause that goes on stays."""
         self.update(failures=0, suspicions=(), wakings=0)
         for scope in plan.scopes:
-            if self.pauses.get(scope, Pause()).until <= now():
+            if self.pauses.get(scope, NO_PAUSE).until <= now():
                 self.pauses.pop(scope, None)
 
     def session(self):
@@ -1495,6 +1499,13 @@ def parse_json(raw):
         text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
         value = json.loads(text)
     return value
+
+
+async def apart(size, call, *arguments):
+    """A call that takes as long as so many bytes do: in a thread, where they are many."""
+    if size > 1 << 16:
+        return await asyncio.to_thread(call, *arguments)
+    return call(*arguments)
 
 
 def dig(body, *path, default="", kind=object):
@@ -1980,10 +1991,7 @@ class RestFlow:
             log.info("%s %s for %s: HTTP %s", method, url, token.email, response.status)
         body = None
         with contextlib.suppress(ValueError):
-            if len(data) > 1 << 16:
-                body = await asyncio.to_thread(parse_json, data)
-            else:
-                body = parse_json(data)
+            body = await apart(len(data), parse_json, data)
         return response, body
 
     async def _labs(self, token, path, **options):
@@ -2376,7 +2384,7 @@ class Pool:
         if not token.is_active:
             return token.reason != "" and age > min(3600 << token.wakings, 86400)
         if token.suspicions:
-            return token.pauses.get("", Pause()).until <= now()
+            return token.pauses.get("", NO_PAUSE).until <= now()
         soon = self.adapter_for(token).expires_soon(token)
         rest = 60 if soon else self.settings["token_refresh.interval"]
         enabled = self.settings["token_refresh.enabled"]
@@ -2393,7 +2401,7 @@ class Pool:
         scope = ""
         if plan and err.effect is not Effect.SESSION:
             scope = plan.family if err.code in OF_A_MODEL else plan.kind
-        pause = token.pauses.get(scope, Pause())
+        pause = token.pauses.get(scope, NO_PAUSE)
         if now() >= pause.until:  # else it is one burst: several jobs were refused
             pause = self._next_pause(pause, err)
             token.failures += err.effect is Effect.BAN
@@ -3734,6 +3742,12 @@ MAX_PROMPT = 20_000
 BODY_STALL = 30.0  # seconds without a byte that end a request
 
 
+class Body(dict):
+    """The fields of a request. size: the bytes that it came in."""
+
+    size = 0
+
+
 class Bodies:
     """Reads request bodies: counted as they come, each alone and all together, and given
     back when they have been read."""
@@ -3778,12 +3792,14 @@ async def read_json(request, most=0, parse=parse_json):
     """The JSON object in a request. Raises invalid_request, and as Bodies.read."""
     async with request.app[BODIES].read(request, most or request.client_max_size) as raw:
         try:
-            body = await asyncio.to_thread(parse, raw)
+            fields = await apart(len(raw), parse, raw)
         except ValueError as err:
             raise bad(f"The body can't be read: {str(err)[:120]}") from None
-    if not isinstance(body, dict):
-        raise bad("The body must be a JSON object")
-    return body
+        if not isinstance(fields, dict):
+            raise bad("The body must be a JSON object")
+        body = Body(fields)
+        body.size = len(raw)
+        return body
 
 
 async def read_body(request):
@@ -4093,7 +4109,7 @@ class Wish:
 
 async def read_wish(body, settings, kind=""):
     """As Wish.read; the loop gets its turns while a large body is looked through."""
-    return await asyncio.to_thread(Wish.read, body, settings, kind)
+    return await apart(getattr(body, "size", 0), Wish.read, body, settings, kind)
 
 
 async def read_picture(body, media, edit):
@@ -4291,8 +4307,9 @@ def own_prompt(chat):
     user, system = one_line(chat.last.text), one_line(chat.system)
     tools = system if chat.body.get("tools") else ""
     texts = {"user": user, "system": system, "either": user + system, "tools": tools}
-    for client, where, answer, parts in SIDE_RULES:
-        if all(part in texts[where] for part in parts):
+    for client, where, answer, first, others in SIDE_RULES:
+        text = texts[where]
+        if first in text and all(part in text for part in others):
             return client, answer
     return "", ""
 
@@ -4302,7 +4319,8 @@ def read_side_prompts(table):
     for block in table.replace("\n|", " |").split("\n\n"):
         head, *prompts = block.split(" | ")
         for prompt in prompts:
-            yield *head.split("; "), prompt.split(" & ")
+            first, *others = prompt.split(" & ")
+            yield *head.split("; "), first, others
 
 
 SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
@@ -4535,7 +4553,7 @@ class Gateway:
         value = request.headers.get("Idempotency-Key", "")
         if len(value) > 255 or not value.isprintable():
             raise bad("An Idempotency-Key may have 255 printable characters at most")
-        request_hash = await asyncio.to_thread(fingerprint, [path, body])
+        request_hash = await apart(body.size, fingerprint, [path, body])
         return RequestKey(value or request_hash, request_hash, explicit=bool(value))
 
     async def _find_or_create(self, request, path, key, read, detached):
