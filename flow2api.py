@@ -1296,7 +1296,7 @@ class Store:
         sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
         ((health, version),) = self._rows(sql)
         if health != "ok":
-            raise sqlite3.DatabaseError(health)
+            raise sqlite3.DatabaseError(" ".join(health.split()))
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
         if version:
