@@ -3481,6 +3481,26 @@ async def test_one_bad_name_in_a_status_call_hides_no_other(world, clock):
     assert await poll(names) == ([38, 1, 1], [*good, "7"])
 
 
+async def test_a_source_of_recaptcha_tokens_is_asked_for_each_submit(world):
+    """There is none today: it is where the owner's own browser could lend them."""
+    w = await world(video_seconds=0.05)
+    asked = []
+
+    async def lend(token, action):
+        asked.append((token.email, action))
+        return "lent"
+
+    for source in (None, lend):
+        w.pool.adapter_for(w.token).captcha_source = source
+        w.flow.calls.clear()
+        for model in (BANANA, FAST):
+            assert (await w.chat(model)).content
+        lent = [body["clientContext"].get("recaptchaContext", {}) for body in w.asked("Generate")]
+        assert [one.get("token") for one in lent if one] == (["lent"] * 2 if source else [])
+    actions = ("IMAGE_GENERATION", "VIDEO_GENERATION")
+    assert asked == [(w.token.email, action) for action in actions]
+
+
 # ---- Pool: which account does what ----
 
 
