@@ -1197,6 +1197,10 @@ class Job(Record):
             self.plan = Plan(**self.plan)
 
     @property
+    def kind(self):
+        return self.plan.kind
+
+    @property
     def ended(self):
         return self.state not in OPEN
 
@@ -1441,11 +1445,6 @@ class Store:
         for output in Output.from_rows(self._rows(sql, [to_json([*jobs])])):
             jobs[output.job_id].outputs.append(output)
         return list(jobs.values())
-
-    def job_of_file(self, name):
-        """The id of the job of which an output is or was kept under this name; or ""."""
-        sql = "SELECT job_id FROM outputs WHERE json_extract(data, '$.file') = ?"
-        return next((row[0] for row in self._rows(sql, [name])), "")
 
     def job_of_key(self, key, since):
         """(hash of the request, job id) of a key that came since then."""
@@ -1829,7 +1828,7 @@ def client_context(project, tier=""):
 
 def submit_request(job, tier, media):
     """Body of a submit: an element with a seed of its own for each output."""
-    build = picture_request if job.plan.kind == "image" else clip_request
+    build = picture_request if job.kind == "image" else clip_request
     element, body = build(job, tier, media)
     seeds = random.sample(range(1, 100_000), job.n)
     return {**body, "requests": [{**element, "seed": seed} for seed in seeds]}
@@ -2105,14 +2104,14 @@ class RestFlow:
     async def _lend_captcha(self, token, job, request):
         """Adds a reCAPTCHA token, where there is a source of them."""
         if self.captcha_source:
-            action = f"{job.plan.kind.upper()}_GENERATION"
+            action = f"{job.kind.upper()}_GENERATION"
             request["clientContext"]["recaptchaContext"] = {
                 "token": await self.captcha_source(token, action),
                 "applicationType": "RECAPTCHA_APPLICATION_TYPE_WEB",
             }
 
     async def submit(self, token, job, media):
-        if job.plan.kind == "image":
+        if job.kind == "image":
             project = quote(job.project, safe="")
             path = f"projects/{project}/flowMedia:batchGenerateImages"
         else:
@@ -2171,7 +2170,7 @@ class RestFlow:
     async def upscale(self, token, job, output):
         """A larger picture comes at once, as data, and costs nothing. A clip is polled
         under a name that is known before: a lost answer or "under way" is no loss."""
-        if job.plan.kind == "image":
+        if job.kind == "image":
             return await self._enlarge(token, job, output)
         path = f"{CLIP_PATH}UpsampleVideo"
         request = upscale_request(job, token.tier, output)
@@ -2466,7 +2465,7 @@ class Pool:
 
     def expect_room(self, kind):
         """Raises queue_full where as many jobs of this kind wait as may."""
-        waiting = sum(waiting.job.plan.kind == kind for waiting in self.queue)
+        waiting = sum(waiting.job.kind == kind for waiting in self.queue)
         if waiting >= self.settings["limits.queue"]:
             raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
@@ -2512,7 +2511,7 @@ class Pool:
         credits = (job.plan.cost(token.tier) or 0) * job.n
         self.reserved[job.id] = credits
         token.reserved += credits
-        token.busy[job.plan.kind] += 1
+        token.busy[job.kind] += 1
 
     def spent(self, job, balance=None):
         """Ends the reservation: the balance that Google tells has the cost in it."""
@@ -2525,7 +2524,7 @@ class Pool:
     def release(self, job):
         self.spent(job)
         if token := self.leases.pop(job.id, None):
-            token.busy[job.plan.kind] -= 1
+            token.busy[job.kind] -= 1
             self.wake()
 
     async def lease(self, job, tried, first=False):
@@ -2533,7 +2532,7 @@ class Pool:
         is the first one of this job."""
         await self.expect_able(job, tried)
         if first:
-            self.expect_room(job.plan.kind)
+            self.expect_room(job.kind)
         turn = asyncio.get_running_loop().create_future()
         self.queue.append(Waiting(job, tried, turn))
         self.wake()
@@ -2841,7 +2840,7 @@ class Jobs:
             jobs += [
                 job
                 for job in self.refused.values()
-                if wishes <= {job.plan.model, job.plan.kind}
+                if wishes <= {job.plan.model, job.kind}
                 and text in job.prompt.lower()
                 and (not after or job.place < after.place)
             ]
@@ -3032,7 +3031,7 @@ class Jobs:
         done = len(job.done())
         token = self.token_of(job)
         if token:
-            token.count(job.plan.kind, done)
+            token.count(job.kind, done)
             token.count("error", len(job.outputs) - done)
             if done:
                 token.trust(job.plan)
@@ -3119,7 +3118,7 @@ class Jobs:
         if len(blamed) > 2:
             return False
         self.pool.blame(token, refusal, job.plan)
-        return refusal.code == "account_busy" and token.busy[job.plan.kind] > 0
+        return refusal.code == "account_busy" and token.busy[job.kind] > 0
 
     async def _take_back(self, job):
         """It was refused: nothing was spent."""
@@ -3189,7 +3188,7 @@ class Jobs:
 
     def _time_left(self, job):
         """A picture ends by its deadline, whatever Google does; not so a paid clip."""
-        left = job.deadline - now() if job.plan.kind == "image" else None
+        left = job.deadline - now() if job.kind == "image" else None
         return asyncio.timeout(left)
 
     async def _accepted(self, job, reply):
@@ -3201,7 +3200,7 @@ class Jobs:
         token = self.token_of(job)
         done = job.done()
         if not done or unfinished(job.outputs):
-            if job.plan.kind == "video":  # whose time is counted from the submit
+            if job.kind == "video":  # whose time is counted from the submit
                 job.deadline = self._deadline("video")
             await self._step(job, "running", *job.outputs, token)
         elif job.plan.upscale or not all(map(self._at_hand, done)):
@@ -3227,7 +3226,7 @@ class Jobs:
         statuses = []
         looks = 0
         pauses = backoff(self.FIRST_LOOK)
-        until = job.deadline if job.plan.kind == "image" else self._deadline("video")
+        until = job.deadline if job.kind == "image" else self._deadline("video")
         self._tell(job, "The answer of Flow was lost; looking for what it has made")
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             try:
@@ -3338,7 +3337,7 @@ class Jobs:
             late = [output for output in pending if self._is_late(job, output)]
             for output in late:
                 message = (
-                    f"Flow was not done by generation.{job.plan.kind}_timeout or in"
+                    f"Flow was not done by generation.{job.kind}_timeout or in"
                     f" {output.answers} answers (flow.max_poll_attempts); it may still"
                     f" appear here, or in project {output.project} at Flow"
                 )
@@ -3353,7 +3352,7 @@ class Jobs:
     def _is_late(self, job, output):
         """Only Google's word after the deadline makes a clip late. A picture, or a clip
         that nobody can ask for, is late by the clock, and so is any after a day."""
-        asked = job.plan.kind == "video" and self.token_of(job)
+        asked = job.kind == "video" and self.token_of(job)
         by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
         moment = now() if by_clock else output.heard_at
         limit = self.settings["flow.max_poll_attempts"]
@@ -3377,7 +3376,7 @@ class Jobs:
         if self.settings["cache.enabled"]:
             self._tell(job, "Fetching the file")
             async with self.fetch(job, output) as reply:
-                output.file = await self.media.keep(chunks(reply), job.plan.kind)
+                output.file = await self.media.keep(chunks(reply), job.kind)
         else:
             await self.link(job, output)
 
@@ -3422,7 +3421,7 @@ class Jobs:
     async def _ask_to_upscale(self, job, token, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
         upstream = self.pool.adapter_for(token)
-        if job.plan.kind == "video":
+        if job.kind == "video":
             if output.upscale == Upscale.RUNNING:
                 return Status(output.name, media=output.media)
             if output.upscale == Upscale.ASKED:
@@ -3702,7 +3701,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 FIELD_TABLE = """
     first    first_frame first_frame_image start_frame start_image init_image image_start
     picture  input_reference image photo picture img reference input_image reference_image
-    picture  ref_image source_image image_reference file input_file attachment
+    picture  ref_image source_image image_reference file input_file attachment frame_image
     last     last_frame last_frame_image end_frame end_image image_end last_image
     last     image_tail tail_image
     length   seconds duration duration_seconds video_length video_duration
@@ -4395,6 +4394,7 @@ LEFT_SECONDS = 600  # in which the same request is that of a client that has lef
 LISTED_PROMPT = 500  # characters of a prompt in a list
 STREAM_END = b"data: [DONE]\n\n"
 API_PREFIX = re.compile(r"/*((flow|v1)/+)*")
+AI_SDK = re.compile("ai(-sdk)?/")  # it makes clips by OpenRouter's API, and no other
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 # Headers of the answer to a request. (Before aiohttp 3.14 such a key was a text.)
 ANSWER_HEADERS = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") else "headers"
@@ -4626,7 +4626,7 @@ class Api:
     def output_url(self, request, job, output):
         """Where a client gets an output, without a key: an address of ours that ends like
         a file's name, and passes on what is not kept."""
-        ending = "mp4" if job.plan.kind == "video" else "png"
+        ending = "mp4" if job.kind == "video" else "png"
         ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
         base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
@@ -4648,12 +4648,8 @@ class Api:
         name = str(link).partition("?")[0].rpartition("/")[2]
         if OUTPUT_LINK.fullmatch(name):
             return await self.output_bytes(*await self.output_of_link(name))
-        job_id = await asyncio.to_thread(self.store.job_of_file, name)
-        job = await self.jobs.get(job_id)
-        for output in job.done() if job else ():
-            if output.file == name:
-                return await self.output_bytes(job, output)
-        return None
+        path = self.media.path(name)  # as links were before
+        return await asyncio.to_thread(path.read_bytes) if path else None
 
     async def data_url(self, job, output):
         """OpenRouter's AI SDK provider takes no other."""
@@ -4729,7 +4725,7 @@ class Api:
                 for name in filter(source.headers.__contains__, PASSED_ON):
                     reply.headers[name] = source.headers[name]
                 reply.set_status(source.status)
-                reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.plan.kind]
+                reply.content_type = "image/png" if thumbnail else MEDIA_TYPES[job.kind]
                 async for chunk in chunks(source):
                     if not reply.prepared and source.status == 200:
                         reply.content_type = sniff(chunk)[0]
@@ -4787,7 +4783,7 @@ class ChatAnswer:
     text: str = ""
 
     def __post_init__(self):
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.id = f"chatcmpl-{random.getrandbits(96):024x}"
         self.created = int(now())
 
     async def send(self):
@@ -4819,9 +4815,9 @@ class ChatAnswer:
         urls = self.api.output_urls(self.request, job)
         form = CLIP_FORMS[self.api.settings["chat.video_content"]]
         images = {}
-        if job.plan.kind == "image":
+        if job.kind == "image":
             form = "![Generated Image]({0})"
-        if job.plan.kind == "image" and self.chat.inline:
+        if job.kind == "image" and self.chat.inline:
             # Many a client sends back the text alone, and an edit needs the picture.
             form = "Picture: {0}"
             data = [await self.api.data_url(job, output) for output in job.done()]
@@ -4971,7 +4967,14 @@ class VideosApi(Api):
 
     def _answer(self, request, job):
         headers = {} if job.ended else {"openai-poll-after-ms": "5000"}
-        return web.json_response(self.video_object(request, job), headers=headers)
+        video = self.video_object(request, job)
+        if AI_SDK.match(request.headers.get("User-Agent", "")):
+            video.update(
+                polling_url=f"{origin(request, self.settings)}/v1/videos/{job.id}",
+                unsigned_urls=self.output_urls(request, job),
+                error=video.get("fail_reason", ""),  # a text, there
+            )
+        return web.json_response(video, headers=headers)
 
     async def get(self, request):
         return self._answer(request, await self.job_of(request))
@@ -5772,7 +5775,7 @@ class AdminApi(Api):
             **{name: row[name] for name in ("id", "token_id", "duration", "progress")},
             "task_id": job.id,
             "task_status": job.state,
-            "operation": f"generate_{job.plan.kind}",
+            "operation": f"generate_{job.kind}",
             "status_code": status if job.ended else 102,
             "token_email": row["account"],
             "token_username": row["username"],
@@ -6389,7 +6392,7 @@ REQUEST_ID = contextvars.ContextVar("request id", default="")
 @web.middleware
 async def answer_errors(request, handler):
     """Failures in the caller's format: {"detail"} under /api, else OpenAI's object."""
-    REQUEST_ID.set(f"req_{secrets.token_hex(12)}")
+    REQUEST_ID.set(f"req_{random.getrandbits(96):024x}")
     request[ANSWER_HEADERS] = {"X-Request-Id": REQUEST_ID.get()}
     try:
         if request.method == "OPTIONS":

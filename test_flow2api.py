@@ -5012,6 +5012,25 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
+@pytest.mark.parametrize("agent", ["ai/7.0.173 ai-sdk/provider-utils/5.0", "ai-sdk/openrouter/3.1"])
+async def test_the_ai_sdk_reads_a_clip_as_openrouter_gives_it(world, agent):
+    w = await world(**QUICK)
+    frames = [{"type": "image_url", "image_url": {"url": DATA}, "frame_type": "first_frame"}]
+    headers = {"User-Agent": agent}
+    for prompt, error in (("a boat", ""), ("unsafe", "safety system")):
+        body = {"model": FAST, "prompt": prompt, "aspect_ratio": "9:16", "frame_images": frames}
+        begun = (await w.post(VIDEOS, body, headers=headers)).json
+        await w.end_of(begun["id"])
+        video = (await w.get(begun["polling_url"].removeprefix(w.url), headers=headers)).json
+        assert video["status"] == ("failed" if error else "completed")
+        assert (
+            begun["error"] == "" and error in video["error"] and bool(error) == bool(video["error"])
+        )
+        assert len(video["unsigned_urls"]) == (0 if error else 1)
+        assert w.store.job(begun["id"]).inputs
+    assert (await w.get(video["polling_url"].removeprefix(w.url))).json["error"]["code"]
+
+
 OMNI_10 = f"{OMNI}-10s"
 READINGS = (  # the default model, what a clip comes to, the fields that ask for it
     (FAST, "720x1280 8", " size= size=auto size=1000x1200 seconds=8 seconds= aspect_ratio=9:16"),
@@ -5028,7 +5047,7 @@ READINGS = (  # the default model, what a clip comes to, the fields that ask for
 
 NAMES_OF_PICTURES = """input_reference input_image image images references image_url image_urls
  imageUrl reference_images reference_image_urls file image_file input_images first_frame
- start_image lastFrame end_image_url image_tail photo attachments"""
+ start_image frame_images lastFrame end_image_url image_tail photo attachments"""
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
