@@ -6582,6 +6582,8 @@ async def listen(server, settings):
         listener = await loop.create_server(take, host, port, backlog=min(128, most // 4))
     except (OSError, ValueError) as err:  # ValueError: no name can be like that
         reason = re.split(r"[]:] ", str(err))[-1].rstrip(")")
+        if "could not bind on any" in reason:  # Python 3.13 says no more
+            reason = "this machine has no such address"
         hint = "set others with --host and --port (server.host, server.port)"
         message = f"can't listen on {host} port {port}: {reason}; {hint}"
         raise SettingError(message) from None
