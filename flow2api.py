@@ -2451,11 +2451,11 @@ class Pool:
         return tokens
 
     async def expect_able(self, job, tried=()):
-        """Raises as `able`; no credits only where no balance is older than a minute."""
+        """Raises as `able`; no credits or tier only by what is a minute old at most."""
         try:
             return self.able(job, tried)
         except GatewayError as err:
-            if err.code != "no_credits":
+            if err.code not in ("no_credits", "tier_required"):
                 raise
         since = now() - 60
         active = [token for token in self.tokens.values() if token.is_active]

@@ -3606,7 +3606,7 @@ async def test_a_clip_beyond_an_accounts_limit_waits_or_goes_elsewhere(world, mo
         await w.account()
 
 
-async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
+async def test_credits_and_plans_are_asked_for_again_before_there_are_none(world, clock):
     """Once a minute at most, and after a spend whose answer names no balance."""
     w = await world(((PRO, 5),), **{"token_refresh.enabled": False})
     expect_error(w, await w.chat(), "no_credits")
@@ -3622,6 +3622,10 @@ async def test_credits_are_asked_for_again_before_there_are_none(world, clock):
     for reply in await asyncio.gather(*(w.chat() for _ in range(9))):
         expect_error(w, reply, "no_credits")
     assert [path for path, _ in w.flow.calls] == ["/v1/credits"]
+    account.tier = ULTRA
+    expect_error(w, await w.chat("veo_3_1-relaxed"), "tier_required")
+    clock.ahead = 250
+    assert (await w.chat("veo_3_1-relaxed")).content
 
 
 async def test_sixty_clips_over_two_tokens_need_two_status_calls_a_tick(world):
