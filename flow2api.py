@@ -2401,15 +2401,15 @@ class Pool:
         if plan and err.effect is not Effect.SESSION:
             scope = plan.family if err.code in OF_A_MODEL else plan.kind
         pause = token.pauses.get(scope, NO_PAUSE)
-        if now() >= pause.until:  # else it is one burst: several jobs were refused
+        if err.code == "account_no_credits" and plan.cost(token.tier):
+            token.credits = 0  # a new balance ends that, and what is free goes on
+        elif now() >= pause.until:  # else it is one burst: several jobs were refused
             pause = self._next_pause(pause, err)
             token.failures += err.effect is Effect.BAN
             if err.effect is Effect.SESSION:
                 token.suspicions += (now(),)
         until = max(pause.until, now() + min(err.retry_after, 86400))
         token.pauses[scope] = dataclasses.replace(pause, until=until)
-        if err.code == "account_no_credits":
-            token.credits = 0
         token.count("error", 1)
         most = self.settings["admin.error_ban_threshold"]
         if token.is_dead() or token.failures >= most:

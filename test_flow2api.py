@@ -3626,6 +3626,11 @@ async def test_credits_and_plans_are_asked_for_again_before_there_are_none(world
     expect_error(w, await w.chat("veo_3_1-relaxed"), "tier_required")
     clock.ahead = 250
     assert (await w.chat("veo_3_1-relaxed")).content
+    w.token.credits, w.fault = 1000, None  # as Google does not know it
+    expect_error(w, await w.chat(), "account_no_credits")
+    assert (await w.chat("veo_3_1-relaxed")).content
+    account.credits, clock.ahead = 20, 350
+    assert (await w.chat()).content
 
 
 async def test_sixty_clips_over_two_tokens_need_two_status_calls_a_tick(world):
