@@ -2333,19 +2333,21 @@ class Pool:
 
     async def examine(self, token, call):
         """check or sign_in as the owner asks for it: a session that looks dead twice is
-        told on the account at once. Raises as the call."""
+        told on the account at once, and one that lives again, too. Raises as the call."""
         try:
-            return await call(token)
+            await call(token)
         except GatewayError as err:
             if err.effect is not Effect.SESSION:
                 raise
-        try:
-            return await call(token)
-        except GatewayError as err:
-            if err.effect is Effect.SESSION and (token.is_active or token.reason):
-                self.disable(token, err)
-                await self.update(token)
-            raise
+            try:
+                await call(token)
+            except GatewayError as err:
+                if err.effect is Effect.SESSION and (token.is_active or token.reason):
+                    self.disable(token, err)
+                    await self.update(token)
+                raise
+        if token.reason_code == "account_session_ended":
+            await self.update(token, **AWAKE)
 
     async def ask(self, token, since):
         """Checks it, once for all who ask, unless that was begun since then; a failure is

@@ -6090,7 +6090,7 @@ async def test_all_accounts_at_once(world):
 
 
 async def test_a_test_or_refresh_that_meets_a_dead_session_shows_on_the_account(world):
-    """And a new session asks for the plan and the balance; not so one hiccup."""
+    """And one that lives again; a new one asks for plan and balance; not so one hiccup."""
     w, do = await owner_of(world)
     (account,) = w.flow.accounts.values()
     w.token.at_expires = 0
@@ -6103,6 +6103,10 @@ async def test_a_test_or_refresh_that_meets_a_dead_session_shows_on_the_account(
         await do(f"POST tokens/1/{call}", 503)
         (row,) = await do("GET tokens")
         assert not row["is_active"] and "Sign in to Flow again" in row["reason"]
+        w.flow.accounts[w.token.st] = account
+        row = (await do(f"POST tokens/1/{call}"))["token"]
+        assert (row["is_active"], row["reason"], row["reason_code"]) == (True, "", "")
+        w.flow.accounts.clear()
     await do("PUT tokens/1/status", is_active=False)  # the owner's own word
     assert (await do("GET tokens"))[0]["reason"] == ""
     account.tier, account.credits = ULTRA, 7
