@@ -5574,13 +5574,13 @@ class AdminApi(Api):
         token = self.token_of(request)
         body = await read_json(request)
         fields = read_token_fields(body)
-        if all(value is None for value in body.values()):
-            names = ", ".join(TOKEN_FIELDS)
-            raise bad(f"This sets st, {names}; the body names none of them")
         proxy = str(body.get("proxy_url"))
         if "…" in proxy and proxy != mask(token.proxy_url):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
-        st = str(body.get("st") or "")
+        st = str(body.get("session_token") or body.get("st") or "")
+        if not (fields or st or "…" in proxy):
+            names = ", ".join(TOKEN_FIELDS)
+            raise bad(f"This sets st, {names}; the body names none of them")
         st = read_session_token(body) if st and "…" not in st else token.st
         if st == token.st:
             await self.pool.update(token, **fields)

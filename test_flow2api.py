@@ -5766,7 +5766,8 @@ CALLS = r"""
 400 proxy/config config/proxy | proxy_enabled true
 400 config/proxy | enabled true
 400 PUT/tokens/1 PUT/tokens/1/status settings | {}
-400 PUT/tokens/1/status | is_active null
+400 PUT/tokens/1/status | is_active null ; is_activ false
+400 PUT/tokens/1 | credits 5 ; session_token "x" 5
 400 admin/apikey | new_api_key null "han1234" "your-api-key"
 400 admin/password | new_password "your-password" "your_password"
 400 admin/apikey | new_api_key "a…secret" "" "12345" "ключ-ключ" "a\u0020blank" 5 ; nothing 1
