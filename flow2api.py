@@ -2344,7 +2344,7 @@ class Pool:
             except GatewayError as err:
                 if err.effect is Effect.SESSION and (token.is_active or token.reason):
                     self.disable(token, err)
-                    await self.update(token)
+                    await self.update(token, wakings=-6)  # if it's a hiccup: in a minute
                 raise
         if token.reason_code == "account_session_ended":
             await self.update(token, **AWAKE)
@@ -2380,10 +2380,11 @@ class Pool:
 
     def is_due(self, token):
         """By `token_refresh.interval` and its expiry, where that is on; a suspect after
-        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours."""
+        each pause; one that we, not its owner, have disabled after 1, 2, 4 … hours, but
+        from a minute on where that was by `examine`."""
         age = now() - token.checked_at
         if not token.is_active:
-            return token.reason != "" and age > min(3600 << token.wakings, 86400)
+            return token.reason != "" and age > min(3600 * 2.0**token.wakings, 86400)
         if token.suspicions:
             return token.pauses.get("", NO_PAUSE).until <= now()
         soon = self.adapter_for(token).expires_soon(token)
