@@ -3092,14 +3092,16 @@ class Jobs:
         refused everywhere speaks against the job: two accounts at most step back."""
         tried = set()
         blamed = set()
-        refusal = None
+        told = None  # if no account is left: what waiting cures, else the last refusal
         pauses = backoff(times=self.RETRIES)
         while True:
-            token = await self._lease(job, tried, refusal)
+            token = await self._lease(job, tried, told)
             try:
                 return await self._submit_on(job, token)
             except GatewayError as err:
                 refusal = err
+            if not told or told.status != 429:
+                told = refusal
             if refusal.effect is Effect.UNKNOWN:
                 log.warning("%s: %s; looking for it at Google", job.id, refusal)
                 return await self._step(job, "unknown")
@@ -3136,7 +3138,7 @@ class Jobs:
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
-            raise refusal or err from None  # what the last account said says more
+            raise refusal or err from None  # what an account said says more
 
     async def _submit_on(self, job, token):
         """Where the account's project is gone at Flow, once more in a new one."""

@@ -3871,6 +3871,13 @@ async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answ
     assert (await w.chat("nano_banana_pro")).content
 
 
+@pytest.mark.parametrize("reasons", itertools.permutations(("THROTTLED", "ACCESS_DENIED")))
+async def test_of_several_refusals_the_one_that_waiting_cures_is_told(world, reasons):
+    w = await world(((PRO, 100),) * 2)
+    w.fault = together([fault(PAID, refusal(403, f"MODEL_{one}"), times=1) for one in reasons])
+    expect_error(w, await w.chat("nano_banana_pro"), "account_throttled")
+
+
 # ---- Media: files and their links ----
 
 FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
