@@ -2334,14 +2334,13 @@ class Pool:
     async def examine(self, token, call):
         """check or sign_in as the owner asks for it: a session that looks dead twice is
         told on the account at once, and one that lives again, too. Raises as the call."""
-        try:
-            await call(token)
-        except GatewayError as err:
-            if err.effect is not Effect.SESSION:
-                raise
+        for again in (True, False):
             try:
                 await call(token)
+                break
             except GatewayError as err:
+                if again and err.effect is Effect.SESSION:
+                    continue
                 if err.effect is Effect.SESSION and (token.is_active or token.reason):
                     self.disable(token, err)
                     await self.update(token, wakings=-6)  # if it's a hiccup: in a minute
@@ -2401,7 +2400,7 @@ class Pool:
         """It steps back for all, or for the kind or the model of the plan; where its
         session is dead for minutes, or its failures are too many, it is disabled."""
         scope = ""
-        if plan and err.effect is not Effect.SESSION:
+        if err.effect is not Effect.SESSION:
             scope = plan.family if err.code in OF_A_MODEL else plan.kind
         pause = token.pauses.get(scope, NO_PAUSE)
         if err.code == "account_no_credits" and plan.cost(token.tier):
@@ -2414,8 +2413,7 @@ class Pool:
         until = max(pause.until, now() + min(err.retry_after, 86400))
         token.pauses[scope] = dataclasses.replace(pause, until=until)
         token.count("error", 1)
-        most = self.settings["admin.error_ban_threshold"]
-        if token.is_dead() or token.failures >= most:
+        if token.is_dead() or token.failures >= self.settings["admin.error_ban_threshold"]:
             self.disable(token, err)
         if not token.removed:
             self.store.put(token)
@@ -5652,7 +5650,7 @@ class AdminApi(Api):
             try:
                 await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
-                if not token.is_active:
+                if not was_active:
                     await self.pool.update(token, **AWAKE)
                     counts["auto_enabled"] += 1
             except GatewayError:
