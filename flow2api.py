@@ -5580,8 +5580,7 @@ class AdminApi(Api):
             raise bad("proxy_url is masked: write it out, with its password", "proxy_url")
         st = str(body.get("session_token") or body.get("st") or "")
         if not (fields or st or "…" in proxy):
-            names = ", ".join(TOKEN_FIELDS)
-            raise bad(f"This sets st, {names}; the body names none of them")
+            raise bad(f"The body names none of st, {', '.join(TOKEN_FIELDS)}")
         st = read_session_token(body) if st and "…" not in st else token.st
         if st == token.st:
             await self.pool.update(token, **fields)
@@ -5686,6 +5685,8 @@ class AdminApi(Api):
         fields = read_token_fields(item)
         for token in self.tokens.values():
             if token.st == st:
+                if fields.get("is_active") is token.is_active:  # no word of the owner's
+                    fields.update(token.pick(*ASLEEP))
                 await self.pool.update(token, **fields)
                 return token, "updated"
         token, new = await self.pool.add(st, **fields)

@@ -6103,6 +6103,8 @@ async def test_what_a_test_or_refresh_finds_shows_on_the_account(world, impatien
         await do(f"POST tokens/1/{call}", 503)
         (row,) = await do("GET tokens")
         assert not row["is_active"] and "Sign in to Flow again" in row["reason"]
+        await do("POST tokens/import", tokens=[row])  # a backup says no more than that
+        assert (await do("GET tokens")) == [row]
         w.flow.accounts[w.token.st] = account
         if call == "test":  # by itself, too
             clock.ahead = 60
