@@ -2891,7 +2891,7 @@ class Jobs:
                 break
             changed = job.changed
             yield
-            await self._wait(changed, HEARTBEAT)
+            await self._wait(changed.wait(), HEARTBEAT)
         if job.error:
             raise GatewayError(**job.error)
         if job.state == "queued":
@@ -2902,10 +2902,10 @@ class Jobs:
                 fate = "is lost: the demo keeps nothing"
             raise GatewayError("interrupted", f"{job.id} was sent and {fate}")
 
-    async def _wait(self, event, seconds):
+    async def _wait(self, awaitable, seconds):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await event.wait()
+                await awaitable
 
     async def completed(self, job):
         """Waits for that. Raises what `watch` raises."""
@@ -3130,9 +3130,10 @@ class Jobs:
 
     async def _lease(self, job, tried, refusal):
         self._tell(job, "Waiting for an account")
+        first = not (refusal or job.detached)  # of what a client has heard none is refused
         try:
             async with asyncio.timeout(job.deadline - now()):
-                return await self.pool.lease(job, tried, first=not refusal)
+                return await self.pool.lease(job, tried, first)
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
@@ -3151,7 +3152,7 @@ class Jobs:
             reply = await self._send_anew(job, token)
         await self._accepted(job, reply)
         if reply.credits is None and job.plan.cost(token.tier):
-            await self.pool.ask(token, now())  # Google leaves a balance of zero out
+            await self._wait(self.pool.ask(token, now()), 10)  # Google leaves out a zero
 
     async def _send_anew(self, job, token):
         try:
@@ -3350,7 +3351,7 @@ class Jobs:
                 await self._save(*late)
             else:
                 rest = job.deadline - now()
-                await self._wait(changed, rest if rest > 0 else HEARTBEAT)
+                await self._wait(changed.wait(), rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
         """Only Google's word after the deadline makes a clip late. A picture, or a clip

@@ -1636,17 +1636,33 @@ def test_every_error_code_is_produced_by_a_test():
     assert set(produced) == set(flow2api.ERRORS)
 
 
-async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
-    w = await world(**{"limits.queue": 2})
-    w.token.paused_until = flow2api.now() + 30
-    put_rows, burst = w.store.put_rows, asyncio.Barrier(8)
+def written_together(w, number):
+    """There is room for each of so many jobs, when it is let in."""
+    put_rows, burst = w.store.put_rows, asyncio.Barrier(number)
 
-    async def write(*rows):  # there was room for each of them, when it was let in
+    async def write(*rows):
         await burst.wait()
         w.store.put_rows = put_rows
         await put_rows(*rows)
 
     w.store.put_rows = lambda *rows: asyncio.ensure_future(write(*rows))
+
+
+async def test_a_clip_that_its_client_has_heard_of_is_not_refused_in_a_burst(world):
+    w = await world(video_seconds=0, **{"limits.queue": 1, "flow.poll_interval": 0.05})
+    w.token.paused_until = flow2api.now() + 30
+    written_together(w, 3)
+    clips = await asyncio.gather(*(w.post(VIDEOS, {"prompt": f"boat {n}"}) for n in range(3)))
+    await until(lambda: len(w.pool.queue) == 3)
+    await w.pool.update(w.token, paused_until=0)
+    for clip in clips:
+        assert (await w.end_of(clip.json["id"])).state == "completed"
+
+
+async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
+    w = await world(**{"limits.queue": 2})
+    w.token.paused_until = flow2api.now() + 30
+    written_together(w, 8)
     clients = [asyncio.create_task(w.chat(text=f"boat {number}")) for number in range(8)]
     await until(lambda: sum(client.done() for client in clients) == 6)
     picture = asyncio.create_task(w.chat("nano_banana_pro"))  # these have a queue of their own
