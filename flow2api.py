@@ -2050,7 +2050,7 @@ class RestFlow:
         expires = now() + 3600
         with contextlib.suppress(ValueError, OverflowError):
             end = datetime.datetime.fromisoformat(text_at(body, "expires"))
-            expires = end.timestamp()
+            expires = end.astimezone(datetime.UTC).timestamp()  # of a year that can be shown
         cookie = response.cookies.get(SESSION_COOKIE)
         if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
