@@ -2679,8 +2679,10 @@ class Media:
         return [*files]
 
     def drop_inputs(self, names):
+        """What can't be removed now goes at the next start."""
         for name in names:
-            (self.inputs / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is gone; it is a folder; a sick disk
+                (self.inputs / name).unlink()
 
     async def input_image(self, value, param):
         """A picture from a URL, a data URL, base64 or bytes. Raises invalid_image and

@@ -1993,8 +1993,10 @@ async def test_a_sick_account_holds_up_no_other_and_swallows_no_jobs(world, impa
 async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world):
     """lost+found is such a folder, where data/tmp is a volume."""
     w = await world(((ULTRA, 1000),))
+    for name in ("tmp", "inputs"):
+        (w.data / name / "lost+found").mkdir()
+    await w.restart()
     owner, kept = await w.owner(), w.data / "tmp"
-    (kept / "lost+found").mkdir()
     (kept / "a.mp4").write_bytes(CLIP)
     assert (await owner("DELETE", "/api/cache")).json["cache_bytes"] == 0
     assert (kept / "lost+found").exists()
