@@ -2665,7 +2665,9 @@ class Media:
     def save_inputs(self, job_id, images):
         """Writes a job's pictures, all or none -> their names. Raises queue_full."""
         size = sum(map(len, images))
-        size += sum(entry.stat().st_size for entry in os.scandir(self.inputs))
+        for entry in os.scandir(self.inputs):
+            with contextlib.suppress(FileNotFoundError):  # its job has ended just now
+                size += entry.stat().st_size
         if size > self.settings["limits.inputs_mb"] << 20:
             message = "The pictures of open jobs fill limits.inputs_mb"
             raise GatewayError("queue_full", message, retry_after=30)

@@ -2255,6 +2255,7 @@ async def test_the_pictures_of_open_jobs_have_a_limit_together(world):
     w = await world(**{"limits.inputs_mb": 1})
     await w.pool.update(w.token, image_concurrency=1)
     picture, clients = data_url(PNG + bytes(400_000)), []
+    (w.data / "inputs" / "a").symlink_to("b")  # as one that goes while they are counted
     w.fault = hold(PAID)
     for number in range(3):  # the first is at Flow, the second waits
         clients.append(asyncio.create_task(w.chat(BANANA, f"{number}", [picture])))
