@@ -4474,14 +4474,20 @@ async def stream_answer(request, events, failed):
     except ConnectionError:  # the client has gone
         raise
     except Exception as err:
-        error = err if isinstance(err, GatewayError) else unexpected(request)
-        await reply.write(failed(error))
+        await reply.write(failed(told_error(request, err)))
     await reply.write_eof()
     return reply
 
 
-def unexpected(request):
-    """For a bug, in its except clause: logged whole, told without its insides."""
+def told_error(request, err):
+    """What its caller is told of an exception, in whose except clause it is called: a bug
+    is logged whole, and told without its insides."""
+    if isinstance(err, GatewayError):
+        return err
+    if isinstance(err, StoreError | sqlite3.Error | OSError):
+        log.error("%s %s: %s", request.method, request.path, err)
+        message = "The data folder can't be used: is its disk full?"
+        return GatewayError("disk_full", message, retry_after=60)
     log.exception("%s %s", request.method, request.path)
     return GatewayError("internal_error", "Something went wrong; the log here says more")
 
@@ -6412,18 +6418,12 @@ async def answer_errors(request, handler):
         return await handler(request)
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
-    except GatewayError as err:
-        return error_response(request, err)
     except web.HTTPException as err:
         code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
         told = f"{request.method} {request.path[:80]}: {message}"
         return error_response(request, GatewayError(code, told))
-    except (StoreError, OSError) as err:
-        log.error("%s %s: %s", request.method, request.path, err)
-        message = "The data folder can't be written: is its disk full?"
-        return error_response(request, GatewayError("disk_full", message, retry_after=60))
-    except Exception:
-        return error_response(request, unexpected(request))
+    except Exception as err:
+        return error_response(request, told_error(request, err))
 
 
 def error_response(request, error):

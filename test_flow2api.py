@@ -2016,6 +2016,9 @@ async def test_a_full_disk_and_a_folder_that_is_gone_or_odd_hold_nobody_up(world
     w.token.checked_at = 0
     await w.pool.ask(w.token, flow2api.now())  # what it raises ends the process
     assert w.token.checked_at and w.token.is_active
+    with mock.patch.object(w.store, "_reader") as reader:
+        reader.execute.side_effect = sqlite3.OperationalError("disk I/O error")
+        expect_error(w, await w.get(VIDEOS), "disk_full")
 
 
 async def test_more_or_larger_requests_than_are_set_are_refused_and_harm_nobody(world):
