@@ -1933,7 +1933,9 @@ def read_medium(item):
     if state == "failed":
         reasons = [dig(status, "error", "message"), *list_at(status, "failureReasons")]
         error = failed_output(" ".join(map(str, reasons)))
-    data = base64.b64decode(dig(item, "video", "encodedVideo"))
+    data = b""
+    with contextlib.suppress(ValueError):  # it is no base64: Google still has the file
+        data = base64.b64decode(text_at(item, "video", "encodedVideo"))
     return Status(name, state, name, project, url, data, error)
 
 
@@ -2620,7 +2622,8 @@ class Media:
 
     async def keep(self, chunks, kind):
         """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
-        OSError on a full disk, upstream_changed where it is larger than any `kind`."""
+        OSError on a full disk, upstream_changed where it is larger than any `kind`, or is
+        no picture or clip (a page that says to log in, nothing)."""
         part = self.kept / f"{secrets.token_urlsafe(24)}.part"
         start = b""
         if self.free_disk() < SPARE_DISK:
@@ -2628,13 +2631,16 @@ class Media:
         try:
             with await asyncio.to_thread(part.open, "wb") as file:
                 async for chunk in chunks:
-                    start = start or chunk[:16]
+                    start += chunk[: 16 - len(start)]
                     await asyncio.to_thread(file.write, chunk)
                     if file.tell() > FILE_SIZES[kind]:
                         raise changed("Google's file is too large to be kept")
                 await asyncio.to_thread(file.flush)
                 await asyncio.to_thread(os.fsync, file.fileno())
-            return part.rename(part.with_suffix(f".{sniff(start)[1]}")).name
+            ending = sniff(start)[1]
+            if ending == "bin":
+                raise changed("Google's file is no picture or clip")
+            return part.rename(part.with_suffix(f".{ending}")).name
         finally:
             part.unlink(missing_ok=True)
 
@@ -3329,7 +3335,8 @@ class Jobs:
             link = read_link(status.url)
             output.update(url=link.url, url_expires=link.expires)
         if status.data:
-            with contextlib.suppress(OSError):  # a full disk: Google still has it
+            # A full disk, or it is no file: Google still has it.
+            with contextlib.suppress(OSError, GatewayError):
                 output.file = await self.media.keep(one_piece(status.data), "image")
         output.media = status.media or output.media
         output.error = status.error.record() if status.error else {}
@@ -3421,7 +3428,7 @@ class Jobs:
         )
         await self._note(output, status)
         if status.data and not output.file:
-            raise GatewayError("disk_full", "the disk is full")
+            raise GatewayError("disk_full", "it is no picture, or the disk is full")
         await self._save(output)
         job.deadline = self._deadline("video")
         await self._await(job, [output])

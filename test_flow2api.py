@@ -741,6 +741,8 @@ ODDITIES = {  # what is odd -> the model, the fault; where the upscale fails, af
     "captcha": ("veo_3_1-1080p", says(403, "UNUSUAL_ACTIVITY", "psample"), 3),
     "number": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": 5})),
     "object": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": {"a": 1}})),
+    "no picture": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "AAAA"})),
+    "no clip": ("veo_3_1-1080p", replaced("batchCheck", "}}, ", '}, "encodedVideo": "AAAA"}, ')),
     "no base64": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "a"})),
     "no ASCII": (LARGER, edited("upsampleImage", lambda body: {"encodedImage": "é"})),
 }
@@ -2290,9 +2292,15 @@ async def test_lists_cut_prompts_and_a_job_itself_has_the_whole_one(world):
     assert told >= 8
 
 
-async def test_a_picture_that_is_too_large_is_not_kept(world, impatient):
+NO_PICTURES = {"too large": lambda request: web.Response(body=PNG + bytes(65 << 20))}
+for status, body in ((200, b""), (200, b"<html>log in</html>"), (204, b""), (300, b"x"), (416, b"x")):
+    NO_PICTURES[f"{status} {body}"] = lambda request, a=status, b=body: web.Response(status=a, body=b)
+
+
+@pytest.mark.parametrize("answer", NO_PICTURES)
+async def test_what_is_too_large_or_no_picture_is_not_kept(world, impatient, answer):
     w = await world(image_seconds=0, **{"cache.enabled": True})
-    w.fault = fault("^/media/", lambda request: web.Response(body=PNG + bytes(65 << 20)))
+    w.fault = fault("^/media/", NO_PICTURES[answer])
     reply = await w.chat(BANANA)
     assert "can't be fetched" in reply.content and not list((w.data / "tmp").iterdir())
 
