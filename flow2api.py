@@ -2082,7 +2082,8 @@ class RestFlow:
             title = token.project_name or time.strftime("%b %d - %H:%M")
             request = {"json": {"projectTitle": title, "toolName": "PINHOLE"}}
             body = await self._trpc(token, "project.createProject", json=request)
-            if not (project := text_at(body, "result", "projectId")):
+            project = text_at(body, "result", "projectId")
+            if not MEDIUM_NAME.fullmatch(project):
                 raise changed("Google's answer names no new project")
             await self._keep(token, project_id=project, project_name=title)
             return project

@@ -1765,7 +1765,7 @@ BAD_REPLIES = {"half": cut_off, "HTML": replying("<html>hi</html>", "text/html")
 BAD_REPLIES["without end"] = lambda request: web.Response(body=blanks(50_000, 0))
 for raw in ("Infinity", "null", "5", "[]", "[" * 10**5, "9" * 5000):
     BAD_REPLIES[raw[:9]] = replying(raw)
-for raw in (NESTED, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
+for raw in (NESTED, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]", f'"{"9" * 9000}"'):
     BAD_REPLIES[f"all {raw[:9]}"] = replying(EVERY_NAME.replace("@", raw))
 
 
@@ -1773,7 +1773,7 @@ for raw in (NESTED, "1e999", "NaN", r'"\ud800"', '"²"', "[{}]"):
 async def test_after_bad_replies_all_goes_on(world, impatient, looks, endless, monkeypatch, on):
     """No job stands still, what Google has accepted is completed, and paid once."""
     monkeypatch.setattr(flow2api, "SIMULATED_SIZES", SMALL)
-    monkeypatch.setattr(flow2api, "MAX_REPLY", 1 << 17)
+    monkeypatch.setattr(flow2api, "MAX_REPLY", 1 << 18)
     w = await world(((ULTRA, 10**6),), image_seconds=0, video_seconds=0.03)
     model, through = CALLS_TO_FLOW[on], "Generate" in on or on == "UpsampleVideo"
     for name, answer in BAD_REPLIES.items():
