@@ -1942,7 +1942,7 @@ def read_medium(item):
 def read_link(url):
     """-> Link; of an hour where a signed address doesn't tell its end (Google's: 5 h).
     Raises ValueError, TypeError where it is neither an address nor empty."""
-    if not re.match(r"https?://|\Z", url):
+    if not re.fullmatch(r"(https?://[^\0- \x7f]+)?", url):
         raise ValueError(f"{url[:40]!r} is no address")
     expires = read_number(dig(parse_qs(urlsplit(url).query), "Expires", 0))
     return Link(url, expires or now() + 3600)

@@ -3345,7 +3345,8 @@ MEDIA = (  # what stands in media[], what is read
 )
 BALANCES = {0: 0, 7: 7, "880": 880, "many": None, -1: None, None: None}
 ODD = ({"title": "no name"}, "abc", 5, new_clip(name=5), new_clip(mediaGenerationStatus=5),
-       new_image(projectId=5), new_image(url="http://["), new_image(url=5))
+       new_image(projectId=5), new_image(url="http://["), new_image(url=5),
+       new_image(url="http://x/\r\nSet-Cookie: a=b"))
 # fmt: on
 
 
