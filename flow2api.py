@@ -1893,13 +1893,14 @@ def upscale_request(job, tier, output):
 
 def read_statuses(body, code="upstream_changed"):
     """-> Reply: whatever lists outputs, in media[], or in workflows[] alone. An entry of
-    unknown shape raises `code`; if that is empty, it is left out."""
+    unknown shape raises `code`; if that is empty, it is left out, and an odd address
+    alone: the output can be asked for another one."""
     statuses = {}
     flows = list_at(body, "workflows")  # each names its medium
     names = ({"name": dig(flow, "metadata", "primaryMediaId")} for flow in flows)
     for item in list_at(body, "media") or names:
         try:
-            status = read_medium(item)
+            status = read_medium(item, strict=code)
             statuses.setdefault(status.name, status)
         except (KeyError, TypeError, AttributeError, ValueError) as err:
             if code:
@@ -1914,14 +1915,19 @@ def read_number(value):
     return int(number[1]) if number else None
 
 
-def read_medium(item):
+def read_medium(item, strict):
     """-> Status of an element of media[] in submit, status and listing replies. Raises
     KeyError, TypeError, AttributeError, ValueError where it has another shape."""
     name = item["name"]
     project = dig(item, "projectId")
     url = dig(item, "image", "generatedImage", "fifeUrl")
     url = url or dig(item, "video", "generatedVideo", "fifeUrl")
-    read_link(url)  # it is an address, or empty
+    try:
+        read_link(url)  # it is an address, or empty
+    except (TypeError, ValueError):
+        if strict:
+            raise
+        url = ""
     if not MEDIUM_NAME.fullmatch(name) or not isinstance(project, str):
         raise ValueError(f"the name or the project of {name[:40]!r}")
     status = dig(item, "mediaMetadata", "mediaStatus")
