@@ -456,7 +456,7 @@ def session_ended(message):
 
 def google_error(status, reason, message="", retry_after=0):
     """The error for a refusal of Google, as in REASONS."""
-    text = f"{reason} {message} HTTP {status}"
+    text = f"{reason[:2000]} {message[:2000]} HTTP {status}"
     _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
     if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
