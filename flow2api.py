@@ -2733,6 +2733,7 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 NO_ROOM = "Waiting for room on the disk"
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+KEEP_SECONDS = 3600  # in which a file has come; 2 GB need 5 Mbit/s
 LATE_SECONDS = 86400  # a clip that is late is asked for so long
 
 
@@ -3390,9 +3391,11 @@ class Jobs:
             await self._save(job, output)  # what failed is not waited for again
         try:
             if not self.media.path(output.file):
-                await self._patiently(self._keep, job, output)
+                async with asyncio.timeout(KEEP_SECONDS):
+                    await self._patiently(self._keep, job, output)
         except (GatewayError, OSError, StoreError) as err:
-            job.notes.append(f"The file can't be fetched now ({err}); it's kept at Flow.")
+            reason = str(err) or "too slow"
+            job.notes.append(f"The file can't be fetched now ({reason}); it's kept at Flow.")
 
     async def _keep(self, job, output):
         if self.settings["cache.enabled"]:

@@ -2296,10 +2296,12 @@ async def test_lists_cut_prompts_and_a_job_itself_has_the_whole_one(world):
 NO_PICTURES = {"too large": lambda request: web.Response(body=PNG + bytes(65 << 20))}
 for row in ((200, b""), (200, b"<html>log in</html>"), (204, b""), (300, b"x"), (416, b"x")):
     NO_PICTURES[f"{row}"] = lambda request, row=row: web.Response(status=row[0], body=row[1])
+NO_PICTURES["drip"] = lambda request: web.Response(body=blanks())
 
 
 @pytest.mark.parametrize("answer", NO_PICTURES)
-async def test_what_is_too_large_or_no_picture_is_not_kept(world, impatient, answer):
+async def test_what_is_too_large_or_no_picture_is_not_kept(world, impatient, monkeypatch, answer):
+    monkeypatch.setattr(flow2api, "KEEP_SECONDS", 5)
     w = await world(image_seconds=0, **{"cache.enabled": True})
     w.fault = fault("^/media/", NO_PICTURES[answer])
     reply = await w.chat(BANANA)
