@@ -82,7 +82,7 @@ from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_type_hints
 from urllib.parse import parse_qs, parse_qsl, quote, urlsplit
 
 try:  # Python 3.8 reads the file, too, and comes as far as this
@@ -948,8 +948,14 @@ class Record:
     @classmethod
     @functools.cache
     def stored(cls):
-        fields = dataclasses.fields(cls)
-        return tuple(item.name for item in fields if "in_memory" not in item.metadata)
+        """Its fields that are stored -> their types; a number's is that of any number."""
+        numbers = dict.fromkeys((bool, int, float), int | float)
+        kinds = get_type_hints(cls)
+        return {
+            item.name: numbers.get(kinds[item.name], kinds[item.name])
+            for item in dataclasses.fields(cls)
+            if "in_memory" not in item.metadata
+        }
 
     @classmethod
     def from_rows(cls, rows):
@@ -960,7 +966,11 @@ class Record:
             try:
                 values = {**json.loads(row["data"]), **row}
                 fields = {name: values[name] for name in cls.stored() if name in values}
-                records.append(cls(**fields))
+                record = cls(**fields)
+                for name, kind in cls.stored().items():
+                    if not isinstance(getattr(record, name), kind):
+                        raise TypeError(f"{name} is of another type")
+                records.append(record)
             except (ValueError, TypeError, RecursionError) as err:
                 log.error("%s: row %s is left out: %s", cls.TABLE, row[0], err)
         return records

@@ -3107,6 +3107,7 @@ def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
 
 
 BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
+BROKEN_ROWS += ('{"completed_at": "x", "project_id": [], "url_expires": "x"}',)
 
 
 @pytest.mark.parametrize("data", BROKEN_ROWS)
@@ -3121,7 +3122,8 @@ async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
     rows |= {"outputs": f"job_id = '{third}'", "settings": "name LIKE 'admin page%'"}
     with contextlib.closing(sqlite3.connect(w.data / "flow2api.db")) as database:
         for table, where in rows.items():
-            database.execute(f"UPDATE {table} SET data = ? WHERE {where}", [data])
+            sql = f"UPDATE {table} SET data = {'json_patch(data, ?)' if ':' in data else '?'}"
+            database.execute(f"{sql} WHERE {where}", [data])
         database.execute("UPDATE jobs SET state = 'running' WHERE id = ?", [second])
         database.commit()
         await w.start_gateway()
