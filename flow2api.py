@@ -3269,6 +3269,9 @@ class Jobs:
                     looks += 1
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
+                outage = isinstance(err, GatewayError) and err.effect is Effect.RETRY
+                if outage and job.plan.kind == "video":  # whose time that is not
+                    until = min(self._deadline("video"), job.submitted_at + LATE_SECONDS)
         if not statuses:
             risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"

@@ -829,6 +829,18 @@ async def test_an_outage_longer_than_a_deadline_fails_no_clip(world, impatient, 
     assert (await client).content and len(w.paid()) == 1
 
 
+async def test_an_outage_from_the_submit_on_loses_no_clip(world, impatient):
+    w = await world(video_seconds=0.05)
+    w.live.layers["file"]["generation.video_timeout"] = 0.3
+    outage = fault("projectInitialData", refusal(503))
+    w.fault = together([fault(PAID, dropped, through=True), outage])
+    client = asyncio.create_task(w.chat())
+    start = time.time()
+    await until(lambda: time.time() > start + 1 and len(outage.seen) > 2)
+    w.fault = None
+    assert (await client).content and len(w.flow.media) == 1
+
+
 @pytest.mark.parametrize("restart", [False, True])
 async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, restart):
     w = await world(video_seconds=2000, **{"cache.enabled": True})
