@@ -1925,11 +1925,7 @@ def read_number(value):
     return int(number[1]) if number else None
 
 
-def read_medium(item, strict):
-    """-> Status of an element of media[] in submit, status and listing replies. Raises
-    KeyError, TypeError, AttributeError, ValueError where it has another shape."""
-    name = item["name"]
-    project = dig(item, "projectId")
+def read_address(item, strict):
     url = dig(item, "image", "generatedImage", "fifeUrl")
     url = url or dig(item, "video", "generatedVideo", "fifeUrl")
     try:
@@ -1937,7 +1933,16 @@ def read_medium(item, strict):
     except (TypeError, ValueError):
         if strict:
             raise
-        url = ""
+        return ""
+    return url
+
+
+def read_medium(item, strict):
+    """-> Status of an element of media[] in submit, status and listing replies. Raises
+    KeyError, TypeError, AttributeError, ValueError where it has another shape."""
+    name = item["name"]
+    project = dig(item, "projectId")
+    url = read_address(item, strict)
     if not MEDIUM_NAME.fullmatch(name) or not isinstance(project, str):
         raise ValueError(f"the name or the project of {name[:40]!r}")
     status = dig(item, "mediaMetadata", "mediaStatus")
@@ -3252,13 +3257,19 @@ class Jobs:
     def _deadline(self, kind):
         return now() + self.settings[f"generation.{kind}_timeout"]
 
+    def _look_until(self, job):
+        """How long a lost submit is looked for, once Google answers."""
+        if job.plan.kind == "image":
+            return job.deadline
+        return min(self._deadline("video"), job.submitted_at + LATE_SECONDS)
+
     async def _look_for(self, job):
         """A submit whose answer was lost is not sent again: Google is asked for it."""
         token = self.token_of(job)
         statuses = []
         looks = 0
         pauses = backoff(self.FIRST_LOOK)
-        until = job.deadline if job.kind == "image" else self._deadline("video")
+        until = self._look_until(job)
         self._tell(job, "The answer of Flow was lost; looking for what it has made")
         while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
             try:
@@ -3269,9 +3280,8 @@ class Jobs:
                     looks += 1
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
-                outage = isinstance(err, GatewayError) and err.effect is Effect.RETRY
-                if outage and job.plan.kind == "video":  # whose time that is not
-                    until = min(self._deadline("video"), job.submitted_at + LATE_SECONDS)
+                if getattr(err, "effect", None) is Effect.RETRY:  # an outage
+                    until = self._look_until(job)
         if not statuses:
             risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
