@@ -3259,9 +3259,7 @@ class Jobs:
 
     def _look_until(self, job):
         """How long a lost submit is looked for, once Google answers."""
-        if job.plan.kind == "image":
-            return job.deadline
-        return min(self._deadline("video"), job.submitted_at + LATE_SECONDS)
+        return job.deadline if job.plan.kind == "image" else self._deadline("video")
 
     async def _look_for(self, job):
         """A submit whose answer was lost is not sent again: Google is asked for it."""
@@ -3280,7 +3278,8 @@ class Jobs:
                     looks += 1
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
-                if getattr(err, "effect", None) is Effect.RETRY:  # an outage
+                outage = getattr(err, "effect", None) is Effect.RETRY
+                if outage and now() < job.submitted_at + LATE_SECONDS:
                     until = self._look_until(job)
         if not statuses:
             risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
