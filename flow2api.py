@@ -3257,8 +3257,11 @@ class Jobs:
     def _deadline(self, kind):
         return now() + self.settings[f"generation.{kind}_timeout"]
 
-    def _look_until(self, job):
-        """How long a lost submit is looked for, once Google answers."""
+    def _look_until(self, job, err=None):
+        """Until when a lost submit is looked for: an outage's time does not count."""
+        outage = getattr(err, "effect", None) is Effect.RETRY
+        if err and not (outage and now() < job.submitted_at + LATE_SECONDS):
+            return 0
         return job.deadline if job.plan.kind == "image" else self._deadline("video")
 
     async def _look_for(self, job):
@@ -3278,9 +3281,7 @@ class Jobs:
                     looks += 1
             except (GatewayError, TimeoutError) as err:
                 log.warning("%s: %s", job.id, err)
-                outage = getattr(err, "effect", None) is Effect.RETRY
-                if outage and now() < job.submitted_at + LATE_SECONDS:
-                    until = self._look_until(job)
+                until = max(until, self._look_until(job, err))
         if not statuses:
             risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
