@@ -3262,7 +3262,7 @@ class Jobs:
         outage = getattr(err, "effect", None) is Effect.RETRY
         if err and not (outage and now() < job.submitted_at + LATE_SECONDS):
             return 0
-        return job.deadline if job.plan.kind == "image" else self._deadline("video")
+        return job.deadline if job.kind == "image" else self._deadline("video")
 
     async def _look_for(self, job):
         """A submit whose answer was lost is not sent again: Google is asked for it."""
