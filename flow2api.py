@@ -3852,11 +3852,10 @@ async def read_json(request, most=0, parse=parse_json):
 async def read_body(request):
     """The fields of a JSON or form body. In a form a repeated name, `name[]` and `name[0]`
     make a list, `name[key]` an object; files are bytes; what is empty is absent."""
-    kind = request.content_type
-    if kind != "application/x-www-form-urlencoded" and not kind.startswith("multipart/"):
+    kind = request.headers.get("Content-Type", "")  # aiohttp's content_type can take seconds
+    if not kind.lower().startswith(("application/x-www-form-urlencoded", "multipart/")):
         return await read_json(request)
-    parse = functools.partial(parse_form, request.headers["Content-Type"])
-    return await read_json(request, parse=parse)
+    return await read_json(request, parse=functools.partial(parse_form, kind))
 
 
 def parse_form(content_type, raw):
@@ -5284,7 +5283,8 @@ def sent_session(request):
     own_page = site in ("none", "same-origin")
     if not site:  # plain http: a page of another port can POST, but not JSON
         foreign = request.method == "POST" and "Origin" in request.headers
-        own_page = not foreign or request.content_type == "application/json"
+        kind = request.headers.get("Content-Type", "").lower()
+        own_page = not foreign or kind.startswith("application/json")
     return request.cookies.get(SESSION, "") if own_page else ""
 
 

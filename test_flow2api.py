@@ -4910,7 +4910,7 @@ async def test_a_picture_at_fault_is_refused_unsent(world, path, code, param, re
         assert (w.flow.calls, w.store.jobs()) == ([], []), fields
 
 
-KINDS = ("form-data; boundary=b", "form-data; boundary=", "form-data", "mixed; boundary=b", "")
+KINDS = ("form-data; boundary=b", "form-data; boundary=", "form-data; x*", "mixed; boundary=b", "")
 HEAD = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n'
 TAIL = b"\r\na boat\r\n--b--\r\n"
 WRONG_HEADS = b"Transfer-Encoding: x,Transfer-Encoding: base64,Encoding: gzip,X: " + b"x" * 70_000
