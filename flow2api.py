@@ -3898,7 +3898,7 @@ def read_part(headers, data):
         raise ValueError("a part has no name")
     codings = headers.get_all("Content-Encoding", [])
     codings += headers.get_all("Content-Transfer-Encoding", [])
-    if {*map(str.lower, codings)} - {"identity", "7bit", "8bit", "binary"}:
+    if {str(coding).lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
         raise bad(f"{name} is encoded: send it plain", name, "unsupported_encoding")
     kind = headers.get_content_maintype()
     if headers.get_filename() is not None or kind in ("image", "video", "audio"):
