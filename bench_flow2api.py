@@ -357,6 +357,10 @@ def hostile_bodies(size):
             b'{"model": "imagen_4", "messages": [{"role": "assistant", "content": '
             + value + b'}, {"role": "user", "content": "make it red"}]}'
         )  # fmt: skip
+    chat = b'{"model": "imagen_4", "messages": [%s{"role": "user", "content": "make it red"}]}'
+    bodies["turns in a chat"] = chat % (b'{"role":"user","content":[{"type":"a"}]},' * 38_000)
+    answer = b'{"role": "assistant", "content": "%s"},' % (b"P" * 10**5)
+    bodies["answers in a chat"] = chat % (answer * (size // len(answer)))
     bodies["a picture"] = b'{"prompt": "x", "image": "' + b"iVBO" * (size // 4) + b'"}'
     head = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
     bodies["form"] = (head + b"\r\n") * (size // len(head)) + b"--b--\r\n"

@@ -3766,7 +3766,7 @@ for meaning, *names in map(str.split, FIELD_TABLE.strip().splitlines()):
     FIELDS[meaning] += names
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
-PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s)*\Z")
+PICTURE_ENDING = re.compile(r"(?<=.)(_(url|uri|file|data|base64|b64|json|list)|s){,4}\Z")
 # The name of a field and its text, where that is a file or leads to one.
 CARRIED_FILE = re.compile(
     r"""\w*\ (?: data:[^\s,]{0,100}, | .*;base64,
@@ -4313,13 +4313,9 @@ async def read_chat_generation(chat, media, own_picture=None):
 async def continued_picture(chat, media, own_picture):
     """Where the last turn asks for an edit and brings no picture: the chat's last one, in
     a list, and what to tell of it."""
-    answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
-    pictures = (
-        [*PICTURE_LINK.findall(turn.text[-LINKS_SEARCHED:]), *turn.links] for turn in answers
-    )
-    last = next(filter(None, pictures), [])
     if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
+    last = await apart(chat.body.size, last_pictures, chat.turns)
     try:
         links = [*read_links(last[-1:], "messages")]
         if not links:
@@ -4329,6 +4325,13 @@ async def continued_picture(chat, media, own_picture):
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
         return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
+
+
+def last_pictures(turns):
+    """Those of the last answer that has some."""
+    answers = (turn for turn in reversed(turns) if turn.role == "assistant")
+    pictures = (PICTURE_LINK.findall(a.text[-LINKS_SEARCHED:]) + a.links for a in answers)
+    return next(filter(None, pictures), [])
 
 
 def side_answer(chat):
@@ -4813,8 +4816,8 @@ class ChatApi(Api):
 
     async def complete(self, request):
         body = await read_json(request)
-        chat = read_chat(body)
-        client, text = side_answer(chat)
+        chat = await apart(body.size, read_chat, body)
+        client, text = await apart(body.size, side_answer, chat)
         if client and self.settings["chat.answer_side_prompts"]:
             log.info("Answered at no cost, nothing was made: a prompt of %s", client)
             return await ChatAnswer(self, request, chat, text=text).send()

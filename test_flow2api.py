@@ -4295,7 +4295,7 @@ async def test_what_a_chat_request_asks_for_is_read(tmp_path, fields, expected):
     fields = {"model": BANANA, "pictures": [], **fields}
     body = chat_body(fields["model"], "a boat", fields.pop("pictures")) | fields
     media = flow2api.Media(settings, flow2api.Wire(settings))
-    generation = await flow2api.read_chat_generation(flow2api.read_chat(body), media)
+    generation = await flow2api.read_chat_generation(flow2api.read_chat(flow2api.Body(body)), media)
     for name, value in expected.items():
         if name == "told":
             assert value in " ".join(generation.notes)
