@@ -1470,15 +1470,13 @@ MAX_REPLY = 64 << 20  # bytes of a reply that is read as a whole
 PROXY_SCHEMES = ("http://", "https://", "socks4://", "socks5://", "socks5h://")
 PROXY_FORM = "must look like http://host:port or socks5://host:port"
 MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
-MAX_ITEMS = 200_000  # commas and brackets in JSON
+MAX_ITEMS = 200_000  # commas and brackets in JSON, and % in forms
 MAX_DEPTH = 64
 BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
 # Beside what ipaddress calls not global. Of IPv6 all but one block is special: IPv4
 # addresses stand in some (translated, NAT64, 6to4, Teredo), which could be inner ones.
-SPECIAL_NETS = (
-    "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/3"
-    " ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
-)
+SPECIAL_NETS = """192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/3
+    ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"""
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
@@ -1491,22 +1489,26 @@ def expect_flat(items, levels=MAX_DEPTH):
             expect_flat(item.values() if isinstance(item, dict) else item, levels - 1)
 
 
+def expect_light(raw):
+    """Raises ValueError for untrusted text that would cost much more than its bytes."""
+    text = raw.translate(None, BASE64)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
+    if sum(map(text.count, (b",", b"[", b"{", b"%"))) > MAX_ITEMS:
+        raise ValueError("it has too many elements")
+
+
 def parse_json(raw):
     """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
     pair in a text becomes a question mark. Raises ValueError."""
-    pieces = (raw[at : at + (1 << 20)] for at in range(0, len(raw), 1 << 20))
-    if sum(len(piece.translate(None, BASE64)) for piece in pieces) > MAX_TEXT:
-        raise ValueError(f"more than {MAX_TEXT >> 20} MB of it are no picture")
-    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ITEMS:
-        raise ValueError("it has too many elements")
+    expect_light(raw)
     try:
         value = json.loads(raw.decode("utf-8-sig"))
         expect_flat([value])
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if b"\\u" in raw and re.search(rb"\\u[dD][89a-fA-F]", raw):
-        text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
-        value = json.loads(text)
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     return value
 
 
@@ -3865,9 +3867,8 @@ def parse_form(content_type, raw):
         pairs = parse_multipart(content_type, raw)
     elif raw.startswith(b"{"):  # curl -d, no header
         return parse_json(raw)
-    elif len(raw) > MAX_TEXT:
-        raise ValueError("send large files as multipart/form-data")
     else:
+        expect_light(raw)
         pairs = parse_qsl(raw.decode(), max_num_fields=MAX_PARTS)
     for name, value in pairs:
         name, key = re.match(r"([^[]*)\[?([^]]*)", name).groups()
@@ -3877,21 +3878,30 @@ def parse_form(content_type, raw):
 
 
 def parse_multipart(content_type, raw):
-    """Yields (name, text or bytes) of multipart/form-data (RFC 7578)."""
+    """-> the (name, text or bytes) of multipart/form-data (RFC 7578)."""
     boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
     if not boundary:
         raise ValueError("its Content-Type names no boundary")
     parts = (b"\r\n" + raw).split(b"\r\n--" + boundary.encode(), MAX_PARTS + 1)
     if len(parts) < 2 or not parts[-1].startswith(b"--"):
         raise ValueError("its end is missing, or it has too many parts")
-    for part in parts[1:-1]:
-        head, _, data = part.partition(b"\r\n\r\n")
-        if len(head) > 9999:
-            raise ValueError("a part has a huge head")
-        yield read_part(email.message_from_bytes(head.strip()), data)
+    parts = [*map(read_head, parts[1:-1])]
+    expect_light(b"".join(data for _, data, is_file in parts if not is_file))
+    return itertools.starmap(read_part, parts)
 
 
-def read_part(headers, data):
+def read_head(part):
+    """-> the headers of a form's part, its bytes, and whether they are a file."""
+    head, _, data = part.partition(b"\r\n\r\n")
+    if len(head) > 9999:
+        raise ValueError("a part has a huge head")
+    headers = email.message_from_bytes(head.strip())
+    kind = headers.get_content_maintype()
+    named = headers.get_filename() is not None
+    return headers, data, named or kind in ("image", "video", "audio")
+
+
+def read_part(headers, data, is_file):
     """-> the name of a form's part, and its text, or its bytes."""
     name = headers.get_param("name", header="Content-Disposition")
     if not isinstance(name, str):
@@ -3900,8 +3910,7 @@ def read_part(headers, data):
     codings += headers.get_all("Content-Transfer-Encoding", [])
     if {str(coding).lower() for coding in codings} - {"identity", "7bit", "8bit", "binary"}:
         raise bad(f"{name} is encoded: send it plain", name, "unsupported_encoding")
-    kind = headers.get_content_maintype()
-    if headers.get_filename() is not None or kind in ("image", "video", "audio"):
+    if is_file:
         return name, data
     with contextlib.suppress(ValueError):
         data = data.decode()
@@ -4051,7 +4060,8 @@ def read_metadata(body):
     """An object, or its JSON text, that the client finds again in the video object."""
     metadata = body.get("metadata") or None
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        if isinstance(metadata, str):
+            metadata = json.loads(metadata[:20_000])
         short = len(json.dumps(metadata, allow_nan=False)) < 20_000
         if short and isinstance(metadata, dict | None):
             return metadata
@@ -4179,7 +4189,7 @@ async def read_clip(body, media, mode="", source=None):
     refuse(body, SORA_ONLY[2:] if source else SORA_ONLY)
     handle = source_handle(source) if source else {}
     prompt = check_prompt(body.get("prompt"))
-    metadata = read_metadata(body)
+    metadata = await apart(body.size, read_metadata, body)
     wish = await read_wish(body, media.settings, "video")
     model = wish.model
     if source and not wish.ours:
@@ -4315,7 +4325,11 @@ async def continued_picture(chat, media, own_picture):
     a list, and what to tell of it."""
     if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
-    last = await apart(chat.body.size, last_pictures, chat.turns)
+    answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
+    pictures = (
+        [*PICTURE_LINK.findall(turn.text[-LINKS_SEARCHED:]), *turn.links] for turn in answers
+    )
+    last = await apart(chat.body.size, next, filter(None, pictures), [])
     try:
         links = [*read_links(last[-1:], "messages")]
         if not links:
@@ -4325,13 +4339,6 @@ async def continued_picture(chat, media, own_picture):
         return [data], ["The chat's last picture went along as a reference."]
     except GatewayError as err:
         return [], [f"The chat's last picture can't be had, so it stayed behind: {err}"]
-
-
-def last_pictures(turns):
-    """Those of the last answer that has some."""
-    answers = (turn for turn in reversed(turns) if turn.role == "assistant")
-    pictures = (PICTURE_LINK.findall(a.text[-LINKS_SEARCHED:]) + a.links for a in answers)
-    return next(filter(None, pictures), [])
 
 
 def side_answer(chat):
@@ -4539,10 +4546,10 @@ def fingerprint(request):
 
     def shorten(value):
         if isinstance(value, dict):
-            return {name: shorten(item) for name, item in value.items()}
+            return {shorten(name): shorten(item) for name, item in value.items()}
         if isinstance(value, list):
             return [shorten(item) for item in value]
-        long = isinstance(value, str | bytes) and len(value) > 999
+        long = isinstance(value, str | bytes) and len(value) > 99
         return digest(value) if long else value
 
     return digest(json.dumps(shorten(request), sort_keys=True, default=repr))
@@ -5231,11 +5238,7 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-READ_AT_START = (
-    "server.host",
-    "server.port",
-    "server.trusted_proxies",
-)  # they can stop the next start
+READ_AT_START = "server.host", "server.port", "server.trusted_proxies"  # can stop it
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),

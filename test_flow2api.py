@@ -4917,6 +4917,10 @@ ODD_HEADS = b"Transfer-Encoding: \xff,Transfer-Encoding: base64,Encoding: gzip,X
 MALFORMED = [b"", b"nothing", b"--b", b"--b--\r\n", b"--b\r\n\r\n", HEAD + b"\r\na boat"]
 MALFORMED += [b"--b\r\nno colon\r\n" + TAIL, HEAD.replace(b"name", b"nom") + TAIL]
 MALFORMED += [HEAD + TAIL.replace(b"a boat", b"\xff\xfe")]
+LISTS = HEAD.replace(b"prompt", b"x") + b"Content-Type: text/json\r\n\r\n[%b1]\r\n" % (
+    b"[]," * 60_000
+)
+MALFORMED += [LISTS * 2 + HEAD + TAIL]
 MALFORMED += [HEAD + b"Content-%s\r\n" % head + TAIL for head in ODD_HEADS.split(b",")]
 
 
