@@ -4459,8 +4459,7 @@ ANSWER_HEADERS = web.RequestKey("headers", dict) if hasattr(web, "RequestKey") e
 
 def bearer(request):
     """The key of a request: `Bearer K`, or the bare key that older clients send."""
-    header = request.headers.get("Authorization", "")
-    return re.sub(r"^Bearer\s+", "", header, flags=re.IGNORECASE).strip()
+    return re.sub(r"(?i)^Bearer\s+", "", request.headers.get("Authorization", "")).strip()
 
 
 def is_proxy(address, settings):
@@ -4474,15 +4473,16 @@ def forwarded(request, settings, name):
     """The values of X-Forwarded-<name>, where a trusted proxy sends them."""
     with contextlib.suppress(ValueError):
         if is_proxy(request.remote or "", settings):
-            values = request.headers.get(f"X-Forwarded-{name}", "").split(",")
-            return [value.strip() for value in values if value.strip()]
+            values = ",".join(request.headers.getall(f"X-Forwarded-{name}", []))
+            return [value.strip() for value in values.split(",") if value.strip()]
     return []
 
 
 def client_address(request, settings):
-    """The address that a request comes from, beyond trusted proxies."""
-    for address in reversed(forwarded(request, settings, "For")):
-        with contextlib.suppress(ValueError):
+    """The address that a request comes from, beyond trusted proxies. Some add the port."""
+    with contextlib.suppress(ValueError):  # before what is no address, anything can stand
+        for address in reversed(forwarded(request, settings, "For")):
+            address = re.sub(r"^([\d.]+|\[.+\]):\d+$", r"\1", address).strip("[]")
             if not is_proxy(address, settings):
                 return address
     return request.remote
@@ -5238,7 +5238,7 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-READ_AT_START = "server.host", "server.port", "server.trusted_proxies"  # can stop it
+READ_AT_START = "server.host", "server.port", "server.trusted_proxies"  # can stop a start
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),

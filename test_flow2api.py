@@ -5779,13 +5779,13 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
     replies = await asyncio.gather(*(send_login(w, password="x") for _ in range(20)))
     assert sorted(reply.status for reply in replies) == [401] * 10 + [429] * 10
     for number in range(60):
-        status, delay = await log(f"1.1.1.{number}, 9.9.9.9")
+        status, delay = await log(f"1.1.1.{number}, 9.9.9.9:{number}")
         delays += [delay] if status == 429 else []
         clock.ahead += delay * (len(delays) < 5)
     assert len(delays) > 4 and delays[0] == 1 and delays[:5] == sorted({*delays[:5]}), delays
     assert (await log("9.9.9.9", w.password))[0] == 429
     for number in range(150):
-        await log(f"10.{number}.0.1, 1.2.3.{number}")
+        await log(f"10.{number}.0.1, [::{number}]:1")
     assert (await log("4.4.4.4", w.password))[0] == 429  # so many are too many in total
     assert await log("8.8.8.8", w.password) == (200, 0)
     clock.ahead += 86400
