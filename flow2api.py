@@ -4165,7 +4165,7 @@ class Wish:
 
 async def read_wish(body, settings, kind=""):
     """As Wish.read; the loop gets its turns while a large body is looked through."""
-    return await apart(getattr(body, "size", 0), Wish.read, body, settings, kind)
+    return await apart(body.size, Wish.read, body, settings, kind)
 
 
 async def read_picture(body, media, edit):

@@ -4917,10 +4917,8 @@ ODD_HEADS = b"Transfer-Encoding: \xff,Transfer-Encoding: base64,Encoding: gzip,X
 MALFORMED = [b"", b"nothing", b"--b", b"--b--\r\n", b"--b\r\n\r\n", HEAD + b"\r\na boat"]
 MALFORMED += [b"--b\r\nno colon\r\n" + TAIL, HEAD.replace(b"name", b"nom") + TAIL]
 MALFORMED += [HEAD + TAIL.replace(b"a boat", b"\xff\xfe")]
-LISTS = HEAD.replace(b"prompt", b"x") + b"Content-Type: text/json\r\n\r\n[%b1]\r\n" % (
-    b"[]," * 60_000
-)
-MALFORMED += [LISTS * 2 + HEAD + TAIL]
+LISTS = b"Content-Type: text/json\r\n\r\n[%b1]\r\n" % (b"[]," * 60_000)
+MALFORMED += [(HEAD.replace(b"prompt", b"x") + LISTS) * 2 + HEAD + TAIL]
 MALFORMED += [HEAD + b"Content-%s\r\n" % head + TAIL for head in ODD_HEADS.split(b",")]
 
 
@@ -5160,23 +5158,23 @@ async def test_pictures_shape_and_length_are_read_under_their_usual_names(world)
         alone = [urls[0], PICTURES[0]] if count == 1 else []
         objects = [{"image_url": url} for url in urls[:count]]
         for value in (urls[:count], objects, PICTURES[:count], *alone):
-            clip = await flow2api.read_clip(BOAT | {name: value}, media)
+            clip = await flow2api.read_clip(flow2api.Body(BOAT | {name: value}), media)
             mode = ("text", "start", "frames", "references")[count]
             assert (clip.images, clip.plan.mode) == (PICTURES[:count], mode), name
     frames = {"last_frame": urls[2], "images": [urls[1]], "firstFrame": {"url": urls[0]}}
-    assert (await flow2api.read_clip(BOAT | frames, media)).images == PICTURES
+    assert (await flow2api.read_clip(flow2api.Body(BOAT | frames), media)).images == PICTURES
     for default, told, queries in READINGS:
         w.live.put("file", "videos.default_model", default, "test")
         for query in queries.split(" "):
             fields = dict(pair.split("=") for pair in query.split("&") if pair)
-            clip = await flow2api.read_clip(BOAT | fields, media)
+            clip = await flow2api.read_clip(flow2api.Body(BOAT | fields), media)
             size = flow2api.pixels(clip.plan)
             assert " ".join([size, str(clip.plan.seconds), *clip.notes]) == told, query
             assert clip.plan.model == (re.sub("sora.*", "", fields.get("model", "")) or default)
     w.live.put("file", "videos.default_model", FAST, "test")
     for told, requests in CLIP_FIELDS:
         for fields in requests:
-            clip = await flow2api.read_clip(BOAT | fields, media)
+            clip = await flow2api.read_clip(flow2api.Body(BOAT | fields), media)
             parts = [clip.plan.family, clip.plan.seconds, clip.plan.upscale, clip.plan.ratio]
             text = " ".join([*map(str, filter(None, parts)), *clip.notes])
             assert all(part in text for part in told.split(" / ")), (fields, text)
@@ -5189,7 +5187,8 @@ async def test_no_file_and_no_second_wish_is_passed_over(world):
     for code, requests in HOLDS_A_FILE:
         for fields in requests:
             try:
-                assert await flow2api.read_clip(BOAT | fields, w.gateway.media) and not code, fields
+                body = flow2api.Body(BOAT | fields)
+                assert await flow2api.read_clip(body, w.gateway.media) and not code, fields
             except flow2api.GatewayError as error:
                 assert error.code == code, fields
     for param, requests in CONTRADICTIONS:
