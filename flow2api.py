@@ -1567,8 +1567,8 @@ def is_inner(url):
 
 
 def as_it_stands(url):
-    """An address that is asked for byte by byte: a signature can be over each of them."""
-    return URL(url, encoded=url.isascii())
+    """An address, byte by byte where it is a whole one: a signature can be over them."""
+    return URL(url, encoded=url.isascii() and " " not in url)
 
 
 def public_socket(address):
