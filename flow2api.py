@@ -279,7 +279,7 @@ class Settings:
                 if section == "models":
                     self.put_model(key, raw, path.name)
                 else:
-                    self.put("file", f"{section}.{key}", raw, path.name)
+                    self.put("file", f"{section}.{key}".rstrip("."), raw, path.name)
 
     def put_model(self, name, key, origin):
         """Raises SettingError."""
@@ -1284,6 +1284,8 @@ class Store:
         except sqlite3.Error as err:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
+            if re.search("CANTOP|READONLY|IOERR|FULL", getattr(err, "sqlite_errorname", "")):
+                reason = f": {err}; can this user write it, and has its disk room?"
             if "locked" in str(err):
                 reason = " is used by another Flow2API: stop it, or set another --data"
             raise StoreError(f"{self.path}{reason}") from None
@@ -1328,14 +1330,14 @@ class Store:
             self._reader.executescript(sql)
 
     def copy(self, target):
-        """A consistent copy, also while another process is at work. Raises StoreError."""
+        """A consistent copy, also while another process is at work. Raises StoreError, and
+        OSError where the target is there or can't be made."""
+        target.touch(0o600, exist_ok=False)
         try:
-            target.touch(0o600, exist_ok=False)
             with self._beside() as source:
                 source.execute("VACUUM INTO ?", (str(target),))
-        except (OSError, sqlite3.Error) as err:
-            if isinstance(err, sqlite3.Error):
-                target.unlink()  # which was made here
+        except sqlite3.Error as err:
+            target.unlink()
             raise StoreError(f"no copy of {self.path} to {target}: {err}") from None
 
     def set_beside(self, name, value):
@@ -1599,6 +1601,7 @@ def transport_errors(url, sent=None):
         host = url.partition("//")[2].partition("/")[0].rpartition("@")[2]
         # Not str(err): that can hold a proxy's password.
         told = getattr(err, "os_error", "") or type(err).__name__
+        told = getattr(told, "strerror", None) or told
         raise GatewayError(code, f"No reply of {host}: {told}") from None
 
 
@@ -5238,7 +5241,8 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-READ_AT_START = "server.host", "server.port", "server.trusted_proxies"  # can stop a start
+# They can stop the next start.
+READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
@@ -5918,6 +5922,8 @@ class AdminApi(Api):
     async def page(self, request):
         """Its one script and its one style may run by their hashes, and nothing else."""
         path = Path(__file__).with_name("admin.html")
+        if not path.exists():
+            raise GatewayError("not_found", f"The page is in {path.name}, which is missing")
         text = await asyncio.to_thread(path.read_text, "utf-8")
         policy = PAGE_POLICY
         for tag, inside in re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL):
@@ -6653,10 +6659,10 @@ def open_store(settings):
     store = Store(settings.data)
     try:
         store.open()
-    except (OSError, sqlite3.Error) as err:
-        reason = getattr(err, "strerror", None) or err
-        hint = "let this user write there, or set another --data (server.data_dir)"
-        raise StoreError(f"data folder {settings.data}: {reason}; {hint}") from None
+    except OSError as err:
+        hint = "make it a folder of this user, or set another --data (server.data_dir)"
+        message = f"data folder {settings.data}: {err.strerror}; {hint}"
+        raise StoreError(message) from None
     settings.read_stored(store.settings())
     return store
 
@@ -6943,7 +6949,8 @@ def main(argv=None):
                 settings.layers["command line"]["server.data_dir"] = folder
             asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
-        print(f"flow2api: {err}", file=sys.stderr)
+        file = getattr(err, "filename", None)
+        print(f"flow2api: {f'{file}: {err.strerror}' if file else err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -3055,7 +3055,7 @@ async def test_a_backup_is_whole_and_for_its_owner_only(world, run, tmp_path):
     assert await backup("stopped.db") == (0, "")
     for target, data in ((copy, w.data), ("no/x", w.data), ("x", tmp_path / "empty")):
         code, log = await backup(target, data)
-        assert code == 2 and "no copy of" in log
+        assert code == 2 and re.match("flow2api: (no copy of|/.*: [FN]).*", log), log
     assert copy.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "data", "stopped.db"}
 
@@ -6972,6 +6972,7 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     password = program.said("admin_password")
     url, key, body = CURL.fullmatch(program.curl).groups()
     assert key == program.said("api_key") == "demo" and len(password) >= 12
+    assert "admin.html, which is missing" in (await ask(program.url)).body.decode()
     assert "keeps nothing" in program.out[-1]
     answer = await ask(url, json.loads(body), key)
     assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
@@ -7175,9 +7176,9 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
     ("--port {taken} --host 127.0.0.1", rf"127\.0\.0\.1 port \d+: address already .*{ADDRESS}"),
     ("--host 192.0.2.1", rf"192\.0\.2\.1 port 8000: .*address; .*{ADDRESS}"),
     ("--host a..b", rf"listen on a\.\.b port .*{ADDRESS}"),
-    ("--data {folder}/file", r"data folder .*/file: .*--data \(server\.data_dir\)"),
+    ("--data {folder}/file", r"data folder .*/file: .*make it a folder .*--data \(server"),
     ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
-    ("--data {folder}/odd", r"odd/flow2api\.db: unable to open"),
+    ("--data {folder}/odd", r"odd/flow2api\.db: unable to open .*can this user write it"),
     ("--data {folder}/busy", r"busy/flow2api\.db is used by another Flow2API: .*--data"),
     ("--config {folder}/none.toml", r"--config .*/none\.toml: there is no such file"),
     ("--config {folder}/no/none.toml", r"--config .*/no/none\.toml: there is no such file"),
@@ -7293,6 +7294,7 @@ CHECKS = (
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
+    ("new", "port = 1", 1, "WRONG setting.toml: unknown setting port; ignored"),
     ("new", "models.a = 'X'", 1, r"WRONG \[models\] a is unknown; .*nano_banana_2"),
 )
 
