@@ -6660,7 +6660,7 @@ def open_store(settings):
     try:
         store.open()
     except OSError as err:
-        hint = "make it a folder of this user, or set another --data (server.data_dir)"
+        hint = "make it a folder that this user can write, or set another --data (server.data_dir)"
         message = f"data folder {settings.data}: {err.strerror}; {hint}"
         raise StoreError(message) from None
     settings.read_stored(store.settings())
