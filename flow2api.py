@@ -6401,7 +6401,7 @@ ADDRESSES = itertools.chain(*ROUTES.values())
 ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
     404: ("not_found", "it is not there"),
-    405: ("method_not_allowed", "it has other methods"),
+    405: ("method_not_allowed", "use another method, such as GET or POST"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
 CONNECTION_OPTIONS = {
