@@ -6705,7 +6705,8 @@ def greet(settings, port, new, accounts):
     if settings.demo:
         demo, fate = "  (demo: a simulated Flow)", "the demo keeps nothing"
     print(f"Flow2API {__version__} on {url}{demo}")
-    print(f"listens on: {host or 'all addresses'}, port {port}")
+    wide = " (every address of this machine)" if host != url_host else ""
+    print(f"listens on: {host}{wide}, port {port}")
     print(f"admin_username: {settings['global.admin_username']}")
     for name, secret in new.items():
         print(f"{name.partition('.')[2]}: {secret}")
@@ -6949,8 +6950,7 @@ def main(argv=None):
                 settings.layers["command line"]["server.data_dir"] = folder
             asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
-        file = getattr(err, "filename", None)
-        print(f"flow2api: {f'{file}: {err.strerror}' if file else err}", file=sys.stderr)
+        print("flow2api:", re.sub(r"\[Errno \d+\] ", "", str(err)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

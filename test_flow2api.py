@@ -3055,7 +3055,7 @@ async def test_a_backup_is_whole_and_for_its_owner_only(world, run, tmp_path):
     assert await backup("stopped.db") == (0, "")
     for target, data in ((copy, w.data), ("no/x", w.data), ("x", tmp_path / "empty")):
         code, log = await backup(target, data)
-        assert code == 2 and re.match("flow2api: (no copy of|/.*: [FN]).*", log), log
+        assert code == 2 and re.match("flow2api: (no copy of|File exists|No such file)", log)
     assert copy.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "data", "stopped.db"}
 
