@@ -668,7 +668,7 @@ INPUTS = {
     "references": (0, 3, ("text", "references")),
     "image": (0, 10, ("image",)),
 }
-OTHER_MOST = {("omni_flash", 3): 7, ("imagen_4", 10): 3}
+OTHER_MOST = {("veo_3_1", 3): 2, ("omni_flash", 3): 7, ("imagen_4", 10): 3}
 # Other ids of today's models of the same price: a pattern, what it means, and a note.
 OTHER_NAMES = (
     (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
