@@ -3505,11 +3505,10 @@ NO_PROMPT = "Nothing was made: end with a message of the user, and allow over 32
 GREETING = "This works. Say what to make, for example: a paper boat on a lake."
 # Prompts that chat clients send on their own; each would be a paid clip. A block begins
 # with whose they are, where they stand (the user's last message, the system message,
-# either, or the system message of a request with tools) and the answer (%s: a title). A
-# prompt, after a |, is known by texts that are all in it: lower case, in one line, ^ at the
-# start of the message, $ at its end. Nothing that describes a scene may match.
-SIDE_PROMPTS = f"""\
-NextChat; user; %s
+# either, as own_prompt has them) and the answer (%s: a title). A prompt, after a |, is known
+# by texts that are all in it: lower case, in one line, ^ at the start of the message, $ at
+# its end; after ~ a regular expression. Nothing that describes a scene may match.
+SIDE_PROMPTS = rf"""NextChat; user; %s
 | four to five word title & our conversation
 | title (at most 6 words) summarizing our conversation
 | 返回这句话的简要主题 | 返回這句話的簡要主題
@@ -3563,11 +3562,13 @@ LobeChat; either; %s
 | summarize a title based on the ai & prompt provided by the user
 | extracting key takeaways from conversations | conversation context compressor
 | rephrase the follow up question to be a standalone question
+| which can be understood without the chat history
 | ^summarize the conversation for future reference
 
 LobeChat; system; {NO_TEXT}
 | professional translator & translate the input text | 擅长翻译的助理
-| what the user will type next
+| what the user will type next | complete the user's partially typed message
+| autocomplete engine for a chat input
 
 LobeChat; system; 🎬
 | emoji expert who selects | 匹配一个合适的 emoji
@@ -3584,7 +3585,7 @@ Cherry Studio; either; %s
 | conversation into a title within & words
 | 总结给出的会话 & 标题
 
-Cherry Studio; system; %s
+Cherry Studio; opening; %s
 | 會話 & 標題 & 10 | 会話 & タイトル & 10 | 대화 & 제목 & 10 | бесед & заголов & 10
 | диалог & заголов & 10 | gespräch & titel & 10 | unterhaltung & titel & 10
 | conversation & titre & 10 | conversa & título & 10 | conversazione & titolo & 10
@@ -3608,6 +3609,9 @@ LibreChat; either; %s
 | tools you can use to generate the conversation title
 | progressively summarize the lines of conversation
 | summarize the conversation by integrating new lines
+
+Jan; user; %s
+| ^summarize in a & -word title
 
 Open WebUI; user; {{"follow_ups": []}}
 | ^### task: & follow-up questions & <chat_history>
@@ -3642,19 +3646,21 @@ Open WebUI; either; {{"tool_calls": []}}
 | available tools: & choose and return the correct tool
 
 SillyTavern; either; %s
-| ^ignore previous instructions. summarize | ^[pause your roleplay
+| ^ignore previous instructions. summarize | pause your roleplay. | pause your roleplay and
 | ^ignore previous instructions and provide a detailed description
 | ^ignore previous instructions and provide only the last
+| ^ignore previous instructions and generate a list of tasks
+| ^ignore previous instructions. determine if | ^ignore previous instructions. your next
 | classify the emotion of the last message
-| ^in the next response i want you to provide only
+| ^in the next response i want you to provide only | ^[continue your last message
 | ^[write your next reply from the point of view of | ^[write the next reply only as
 
 RikkaHub or Kelivo; either; %s
-| ^i will give you some dialogue content in the `<content>`
+| ^i will give you some dialogue content in the & <content>
 | ^i will give you & messages & summar | conversation compression assistant
 
 RikkaHub or Kelivo; either; {NO_TEXT}
-| ^i will provide you with some chat content in the `<content>`
+| ^i will provide & chat con & <content>
 | act as the **user** to reply to the assistant | ^you are an ocr assistant
 
 HF chat-ui; either; %s
@@ -3673,46 +3679,51 @@ Dify; either; []
 | most likely questions that human would ask
 
 LiteLLM; user; {GREETING}
-| ^test from litellm
+| ^test from litellm | ^hey how's it going$ | ^hey, how's it going$
 
-one-api; user; {GREETING}
-| ^output only your specific model name
+one-api, one-hub or AxonHub; user; {GREETING}
+| ^output only your specific model name | ^you just need to output 'hi'
+| hello world, i'm axonhub
 
 a connection test (new-api, Dify, …); user; {GREETING}
-| ^hi$ | ^hi there$ | ^hello$ | ^hello there$ | ^hey$ | ^ping$ | ^test$ | ^testing$
-| ^say hi$ | ^say hello$ | ^say ok$ | ^reply with ok$ | ^say this is a test$ | ^1+1=$
-| ^who are you$ | ^what model are you$ | ^你是谁$ | ^你好$ | ^您好$ | ^测试$ | ^hola$
-| ^hallo$ | ^bonjour$ | ^ciao$ | ^olá$ | ^привет$ | ^こんにちは$ | ^안녕하세요$
+| ~(?x)\^((hi|hey|hello|ping|test(ing)?|hola|hallo|bonjour|salut|ciao|olá|merhaba|привет)
+([ ]there|[ ,]+world)?([ ,]*how\ are\ you(\ \w+)?)?|(this\ is\ )?(an?\ )?test(\ message)?|
+(connection|api)\ test|((please|just|only)\ )*(say|reply|respond|answer)(\ with|\ exactly)*
+[\ :'"]*(hi|hello|ok|pong|1|this\ is\ a\ test)['"]?|(what('s|\ is)\ )?\d\ ?\+\ ?\d\ ?=?|
+who\ are\ you|(what|which)\ model\ are\ you|are\ you\ there|how\ are\ you|你是谁|[你您]好|
+在吗|测试|嗨|哈[喽啰]|こんにちは|안녕하세요|([你您]好[,，]?)?[请只仅直接]*(回复|输出|返回|说)
+[\ :：'"“]*(ok|hi|好的?|你好|1)['"”]?)\$
 
-a chat client; system; %s
-| generate & title for & conversation | create & title for & conversation
-| short title & conversation & words | concise title & conversation & words
-| short title & based on the first message | short title & user's message
-| title for this conversation | conversation title generator | you are a title generator
-| expert in crafting & titles | titles for conversations | conversation titles
-| 总结 & 对话 & 标题 & 字 | 生成 & 对话 & 标题 & 字以内
+a chat client; opening; %s
+| ~(?mx)^\W*(
+(?=(please|now|you|your|based|given|from|generate|create|write|suggest|provide|give|find|
+come|make|return|summari[sz]e|what)\b)
+(?=.*\b(generat|creat|writ|suggest|provid|give\b|find|com|mak|return|craft|repl|respond|would|
+summari[sz])((?!\b(chat|message|conversation))[^.])*\b(titles?|an?\ name)\b|
+.*\b((chat|conversation|thread)\ titles?|title\ generator|into\ an?\ (\w+\ )*title)\b)
+(?=.*\b(conversation|chat|dialogue|thread|exchange|following|previous|user|message)s?\b)
+(?=.*\b(words?|characters|only|nothing|without|no|concise|short|brief|pithy|best)\b|
+.*(conversation|chat)\W*$)|
+(please\ )?(summari[sz]e|(create|generate|write)\ [^.]*summary\ of)\b
+[^.]*\b(conversation|chat|discussion)\b|
+(?=.*(标题|標題|主题|主題|タイトル))(?=.*(字|简短|簡短|简洁|只|仅|直接|のみ|簡潔|短い))
+(?=.*(对话|對話|会话|會話|会話|聊天|用户|问题|メッセージ|質問|チャット))|
+请?(总结|總結|概括)[这上述以下的面段]*(对话|對話|会话|聊天))
 
-a chat client; user; %s
-| ^generate a & title for this conversation | ^generate a & title for this chat
-| ^create a & title for this conversation | ^create a & title for this chat
-| ^write a & title for this conversation | ^please generate a & title for & conversation
-| ^what would be a short and relevant title for this chat
-| ^generate a title in less than & words for the following
-| ^summarize in a 10-word title | ^summarize & conversation & title
-| ^summarize the & conversation & words or less | ^summarize our conversation
-| ^summarize the above conversation | ^please summarize the above conversation
-| ^summarize the conversation so far | ^create a detailed summary of the conversation
-| ^请为 & 对话 & 标题 & 字 | ^请根据 & 对话 & 标题 & 字 | ^根据 & 对话 & 标题 & 字
-| ^请总结 & 对话 | ^总结 & 对话 & 标题
-
-a chat client; user; []
-| ^suggest & follow-up questions & conversation
-| ^generate & follow-up questions & conversation
+a chat client; asked; []
+| ~(?mx)^\W*(?=(you|your|based|given|generate|create|suggest|predict|give)\b)
+(?=.*\b(follow-?up|next|suggest\w*)\ (\w+\ )*(questions?|messages|replies|prompts)\b)
+(?=.*\b(conversation|chat|user|human|response|text)\b)
 
 a choice of tools; tools; {NO_TEXT}
-| choose the & tool | choose a & tool | choose one & tool | choose which & tool
-| select the & tool | select a & tool | select one & tool | select which & tool
-| pick the & tool | pick a & tool | pick one & tool | which tool | 选择 & 工具"""
+| ~\b(choos|select|pick|decid)[^.]{{0,60}}\btools?\b|which tool|选择[^。]{{0,20}}工具"""
+# Who speaks of these wants one.
+SCENE = re.compile(
+    r"\b(video|vídeo|vidéo|clip|film|movie|image|picture|photo|poster|paint|draw|animat|cartoon"
+    r"|scene|card|screen|camera|sequence|logo|banner|neon|sky|board|chalk|infographic|mural"
+    r"|storyboard|illustrat|shot)|фильм|видео|картин|[图圖画畫]|视频|視頻|影片|片头|动漫|海报"
+    r"|镜头|短片|写真|映像|영상|그림|영화"
+)
 TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
 LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
 # The user's first words, as such prompts quote them.
@@ -4364,22 +4375,32 @@ def side_answer(chat):
 def own_prompt(chat):
     """-> the client whose own prompt this is and its answer, as in SIDE_PROMPTS."""
     user, system = one_line(chat.last.text), one_line(chat.system)
-    tools = system if chat.body.get("tools") else ""
-    texts = {"user": user, "system": system, "either": user + system, "tools": tools}
-    for client, where, answer, first, others in SIDE_RULES:
-        text = texts[where]
-        if first in text and all(part in text for part in others):
+    asked = opening(user)
+    texts = {"user": user, "system": system, "either": user + system, "asked": asked}
+    texts["opening"] = f"{asked}\n{opening(system)}"
+    texts["tools"] = "" if not chat.body.get("tools") or SCENE.search(system) else system
+    for client, where, answer, *parts in SIDE_RULES:
+        if all(is_in(texts[where], part) for part in parts):
             return client, answer
     return "", ""
 
 
+def is_in(text, part):
+    return re.search(part[1:], text) if part[0] == "~" else part in text
+
+
+def opening(text):
+    """What a prompt says before it quotes anything; "" where that speaks of a scene."""
+    start = re.split(r'[:："“`<{]', text[1:400].rstrip("$"))[0]
+    return "" if SCENE.search(start) else start
+
+
 def read_side_prompts(table):
-    """Yields (client, where, answer, the parts of a prompt)."""
+    """Yields (client, where, answer, *the parts of a prompt)."""
     for block in table.replace("\n|", " |").split("\n\n"):
         head, *prompts = block.split(" | ")
         for prompt in prompts:
-            first, *others = prompt.split(" & ")
-            yield *head.split("; "), first, others
+            yield *head.split("; "), *prompt.split(" & ")
 
 
 SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))

@@ -4483,6 +4483,29 @@ What would be a short and relevant title for this chat? You must strictly answer
 Ignore previous instructions and provide a detailed description of the surroundings
 Ignore previous instructions. Classify the emotion of the last message. Output just one word
 Summarize the above conversation in 200 words or less
+Pause your roleplay. Summarize the most important facts and events that have happened in the chat
+Ignore previous instructions and generate a list of tasks to complete an objective
+Ignore previous instructions. Your next response must be formatted as a single comma-delimited list
+[Continue your last message without repeating its original content.]
+I will give you some dialogue content in the <content> block. You need to summarize
+I will provide recent chat context in the `<content>` block, including messages between
+You just need to output 'hi' next.
+Hello world, I'm AxonHub.\\nPlease tell me who you are?
+Hey how's it going?
+What's 1 + 1?
+Please write a brief title for the following request:\\na video of a boat
+Based on this conversation, generate a short, descriptive title (max 5 words).\\nUser: a film
+Based on the chat history, give this thread a name.\\nKeep it short - 10 characters max
+Create a concise and relevant title for the following conversation: "a clip of a boat"
+Generate a concise 3-7 word title for this conversation, omitting punctuation
+Generate a detailed summary of this conversation. Include:
+用不超过15个汉字为以下对话生成一个简短的标题，直接返回标题文本：画一只船
+以下の会話を15文字程度で自然なタイトルに要約してください。
+Your task is to suggest the next question that user might ask.
+Based on the conversation exchange below, generate 2-3 relevant follow-up questions
+Reply with exactly: OK
+请直接回复“ok”
+Hello, how are you?
 Hello!
  你好。
 ping
@@ -4502,6 +4525,10 @@ You will generate a short title based on the first message a user begins a conve
 You are an expert in crafting pithy titles for chatbot conversations.
 You are a summarization AI. Summarize the user's request in four words
 You are a title generator. You output ONLY a thread title.
+You are an autocomplete engine for a chat input box. The user is composing a message
+You generate concise, human-readable titles for chat threads.
+Generate a very short chat title (2-5 words max) based on the user's message.
+你是一个标题生成助手。请根据用户的对话内容生成一个简短的标题（不超过20个字）。
 """
 REAL_PROMPTS = """
 a title card that says: concise title of the conversation
@@ -4527,7 +4554,25 @@ a street sign, four to five words, no punctuation | 一个四到五个字的霓�
 un titre de quatre à cinq mots en néon, sans ponctuation
 un cartel con el tema breve de la fiesta | ein Titel in vier Wörtern über den Bergen
 user: a paper boat | Available tools: a hammer and a saw on a bench
-say hi to the camera, a robot
+say hi to the camera, a robot | test message in a bottle | how are you? asks a parrot
+Generate a cinematic title for this conversation scene between two knights
+Generate a short film title for this chat: two cats in a noir bar
+Make a short intro for my chat channel with the title Hi
+Write a title for this conversation on a chalkboard, a hand is seen writing
+Summarize our conversation as a storyboard picture
+Please summarize the above conversation as an infographic with icons
+根据对话内容做一个动画，标题用大字 | 请为我的对话节目生成一个片头，标题字要金色
+[Pause your roleplay] is written on a theatre curtain
+"""
+REAL_SYSTEMS = """
+You generate videos only, no title. Conversation: short. Use tools.
+You are a creative director. For each user's message make a short film with a short title.
+You are a storyteller. After each answer suggest three follow-up questions to the user.
+When the user asks for a picture, pick the right tool.
+Tu es réalisateur. La conversation porte sur des films; le titre dure 10 secondes.
+あなたは映画監督です。会話から10秒の動画を作り、タイトルも付けてください。
+你是导演。根据对话生成视频，标题10字以内。
+You are Ann. Her title is Duchess. Write short messages in this chat.
 """
 REAL_FIELDS = (
     {"max_tokens": 33, "max_completion_tokens": 4096},
@@ -4541,10 +4586,12 @@ REAL_FIELDS = (
 def test_a_clients_own_prompts_are_told_from_real_ones():
     """Whatever its language and version; and what only has such words in it is made."""
     for prompt in OWN_PROMPTS.strip().splitlines():
-        assert side_client(*SHIP, prompt), prompt
+        assert side_client(*SHIP, prompt.replace("\\n", "\n")), prompt
     for prompt in OWN_SYSTEMS.replace("\n ", " ").strip().splitlines():
         assert side_client(("system", prompt), "a paper boat"), prompt
-    system = ("system", "You generate videos only, no title. Conversation: short. Use tools.")
+    systems = [("system", text) for text in REAL_SYSTEMS.strip().splitlines()]
+    assert not any(side_client(text, "a boat", tools=[{"type": "function"}]) for text in systems)
+    system = systems[0]
     for prompt in re.split(r" \| |\n", REAL_PROMPTS.strip()):
         for chat in ((prompt,), (*SHIP, prompt), (system, prompt), (TOPIC, "a boat", prompt)):
             assert not side_client(*chat), prompt
