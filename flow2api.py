@@ -680,8 +680,17 @@ OTHER_NAMES = (
     ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
     ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
     # Those of Google's public API, as veo-3.1-fast-generate-preview.
-    ("^(models|google)/", "", ""),
-    (r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d)+(?=-|\Z)", r"\1", ""),
+    (
+        r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d|(-\d{4})?-\d\d-\d\d)+(?=-|\Z)",
+        r"\1",
+        "",
+    ),
+    (r"^veo-?(\d)(?=-|\Z)", r"veo-\1.0", ""),
+    (r"^veo(?=\d\.)", "veo-", ""),
+    (r"^imagen-?4(?=-|\Z)", "imagen-4.0", ""),
+    (r"^nano-banana-(?=(2|pro)(-|\Z))", "nano_banana_", ""),
+    ("^nano-banana", "nano_banana", ""),
+    ("^nano_banana_2-lite", "nano_banana_2_lite", ""),
     (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
     (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
     (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4 only."),
@@ -698,10 +707,7 @@ OTHER_NAMES = (
     ("-three-four", "-3-4", ""),
 )
 # Ids of OpenAI's families: what they make, by the default model of that.
-OPENAI_IDS = (
-    ("image", "(openai/)?((chat)?gpt-image|dall-e|sora.*image)"),
-    ("video", "(openai/)?sora"),
-)
+OPENAI_IDS = (("image", "(chat)?gpt-(4o-)?image|dall-?e|sora.*image"), ("video", "sora"))
 EXCLUSIVE = "lite fast, lite relaxed, 720p 1080p 4k, 1K 2K 4K, 4s 6s 8s 10s"
 EXCLUSIVE = [group.split() for group in EXCLUSIVE.split(",")] + [[*RATIOS]]
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
@@ -819,7 +825,13 @@ def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", over
 
 def foreign_kind(model):
     """What an id of OpenAI's families makes, "image" or "video"; "" for any other id."""
-    return next((kind for kind, pattern in OPENAI_IDS if re.match(pattern, model)), "")
+    name = plain_id(model).lower()
+    return next((kind for kind, pattern in OPENAI_IDS if re.match(pattern, name)), "")
+
+
+def plain_id(model):
+    """openrouter/google/veo-3.1:free -> veo-3.1: without what routers put around an id."""
+    return re.sub(r"^([\w.-]+/)+|:\w+\Z", "", model)
 
 
 def parse_id(model, resolution=""):
@@ -842,7 +854,7 @@ def parse_id(model, resolution=""):
 
 def split_id(model):
     """-> the head of an id, the words that follow, and a note. Raises model_not_found."""
-    name, note = model, ""
+    name, note = plain_id(model), ""
     for pattern, today, told in OTHER_NAMES:
         name, times = re.subn(pattern, today, name)
         if times and told:
@@ -4102,7 +4114,7 @@ class Wish:
         fields = read_fields(body)
         if foreign := foreign_kind(model):
             expect_kind(model, foreign, kind)
-            fields["orientation"] += re.findall("landscape|portrait", model)
+            fields["orientation"] += re.findall("landscape|portrait", model.lower())
             fields["seconds"] += re.findall(r"\d+(?=s\b)", model)
         ours = bool(model) and not foreign
         size, resolution = read_shape(fields)

@@ -2859,7 +2859,12 @@ nano_banana_pro, gemini-3-pro-image gemini-3-pro-image-preview gpt-image-1-mini 
 nano_banana_pro, chatgpt-image-latest openai/gpt-image-2 dall-e-2 sora-image-landscape
 veo_3_1_fast, sora-video-landscape-10s sora-video-portrait-25s sora
 nano_banana_2, gemini-nano-banana-2.1 gemini-2.5-flash-image gemini-2.5-flash-image-preview gemini-3.1-flash-image-preview
-nano_banana_2_lite, gemini-3.1-flash-lite-image
+nano_banana_2_lite, gemini-3.1-flash-lite-image nano-banana-2-lite
+veo_3_1, vertex_ai/veo-3.1-generate-001 google/veo-3 veo3 veo3.1 openrouter/google/veo-3.1:free
+veo_3_1_fast, veo3-fast veo3.1-fast openrouter/openai/sora-2 SORA-2
+imagen_4, google/imagen-4 imagen-4.0-generate-preview-06-06
+nano_banana_pro, DALL-E-3 dalle3 azure/GPT-Image-1 gpt-4o-image google/nano-banana-pro
+nano_banana_2, google/nano-banana google/gemini-2.5-flash-image-preview:free nano-banana-2
 """  # noqa: E501
 
 
