@@ -3743,27 +3743,42 @@ QUOTED = re.compile(
     r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
     r'(\w[^\x00-\x1f<"\\]{0,50})'
 )
-# Words of a wish to change the picture before, a language after the other.
+# A wish to change the picture before does not begin as one for a new picture, and begins as
+# a change does or has such a word. A language after the other.
 EDIT_WORDS = re.compile(
-    r"(?i)\b(it|its|this|that|these|same|again|edit|change|make|add|remove|delete"
-    r"|replace|turn|swap|keep|without|instead|more|less|bigger|smaller|darker|brighter"
-    r"|colou?r|background|zoom|crop|fix"
-    r"|((с?дела|измен|помен|замен|добав|убер|убра|удал|перекрас|исправ|увелич)\w*)"
-    r"|((уменьш|цвет)\w*)|больше|меньше|ярче|темнее|светлее|фоне?|оставь|без|вместо"
-    r"|его|её|ее|эт[оуи]|эт[ои][тйм]"
-    r"|((haz|cambi|agreg|añad|qu[ií]t|elimin|reemplaz|conviert|borr|arregl)\w*)|pon|ponle"
-    r"|más|menos|fondo|sin|mism[oa]|ahora"
-    r"|((mud|troqu|troc|adicion|remov|retir|deix|coloqu|transform|faça)\w*)|mais|fundo"
-    r"|sem|mesm[oa]|agora"
-    r"|((chang|ajout|enlèv|enlev|supprim|remplac|rend|mets|retir)\w*)|plus|moins|fond"
-    r"|arrière-plan|sans|même|couleur|maintenant"
-    r"|((änder|mach|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|mehr|weniger"
-    r"|größer|kleiner|heller|dunkler|hintergrund|ohne|statt|farbe|dies(e[smr]?)?|jetzt"
-    r"|làm|đổi|thay|thêm|xóa|xoá|bỏ|sửa|chỉnh|giữ|nền|màu|nó|này|hơn|lại)\b"
-    r"|[改换变加减去删除修调把它这再更]|背景|颜色"
-    r"|変え|変更|追加|消し|削除|直し|加え|にして|くして|もっと|色を|それ|これ|この|その"
-    r"|同じ|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|[더좀]\s|배경|색|그걸|이걸"
-    r"|그것|이것"
+    r"(?is)\A(?!\W*((please|bitte|por favor)\W+)?(an?\b(?! (bit|little|lot|touch))|two"
+    r"|three|some|draw|generate|create|imagine|portrait|(make|give|show"
+    r"|paint)( me)? (an?|some)\b|ein(e[nrms]?)?\b(?! (bisschen|wenig))|zwei|(mal"
+    r"|mach)e?( mir)? ein|zeichne|erstelle|une?\b(?! peu)|des|deux|dessine|crée|génère"
+    r"|un[ao]s?\b|uma?\b(?! pouc)|dos|dibuja|crea|genera|dois|duas|desenh|crie|gere"
+    r"|создай|vẽ|một|一[只个位座条张幅群朵]|画一))"
+    r"(\W*(more|less|no|as an?|with(out)?|bigger|smaller|darker|brighter|без|больше"
+    r"|меньше|ярче|(чуть )?темнее|светлее|(а )?теперь"
+    r"|[ае]щ[её]|а если|пусть|можно|в стиле|вместо|то ?же|друг(ой|ая)|m[áa]s|menos|sin"
+    r"|ahora|otra vez|lo mismo|que|con (?!m[èe]o|ch[óo]|g[áà])\w+|mais|sem|com|agora"
+    r"|de novo|o mesmo|plus|moins|sans|l[ea] même|maintenant|encore|mehr|weniger|größer"
+    r"|kleiner|heller|dunkler|ohne|statt|jetzt|noch ?(mal|einmal)|das ?(gleiche|selbe)"
+    r"|im \w+stil|den hintergrund|(in|e[nm]) (black|schwarz\w*|noir|blanco|preto|style"
+    r"|estilo)|làm|đổi|thay|thêm|xóa|xoá|bỏ|sửa|chỉnh|giữ|cho|phóng|bây giờ|lần nữa|lại"
+    r"|đeo|giống|không|chuyển|theo phong cách|\w+ hơn)\b|.*\b(it|this|again|edit|change"
+    r"|make|add|remove|delete|erase|replace|turn|swap|keep|fix|instead|colou?r(ize)?"
+    r"|zoom|crop|him|her|now|same|another|rotate|flip|enlarge|extend|upscale|sharpen"
+    r"|blur|undo|put|give|style|angle|lighten|darken|background|should|too|((с?дела"
+    r"|передела|перерису|дорису|измени|поменя|замени|добав|убер|убра|перекрас)\w*)"
+    r"|((покрас|исправ|увелич|уменьш|постав|поверн|размо|смени)\w*)|удали|оставь|слишком"
+    r"|[нр]а[дз]день|нарисуй (ему|ей|им)|haz(l[oae]|me)?|((agreg|añad|qu[ií]ta"
+    r"|elimin)\w*)|((reempla|convi[eé]rt|borra|arregl|mejor|c[oó]l[oó]ca)\w*)"
+    r"|pon(l[oae])?|p[ií]nta(l[oa])?|c[aá]mbia(l[oae])?|gira|aclara|muda|mude|((troc"
+    r"|troqu|adicion|remov|coloqu|coloca)\w*)|((transform|faça|apag|aument)\w*)|(deix"
+    r"|tir|retir)[ae]|faz|põe|pinte|dem(ais|asiado)|((chang|ajout|enl[èe]v|supprim"
+    r"|rempla|effac|agrandi|amélior|recommenc|flout)\w*)|trop|rends|mets|fais|peins"
+    r"|((änder|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|weg|((vergrößer"
+    r"|verkleiner|verbesser)\w*)|mach|setz|gib|zeig|lass|ist zu|male? (das|den|die))\b"
+    r"|.*(把.{1,20}[改换变去删调加放移成]|给[他她它]|让[他她它]|[改换变转]成|换[个掉]|修[改复]|加[上个点]|添加|去掉|擦|调[整亮暗]"
+    r"|放大|缩小|不要|再[来试画]|重新|重画|虚化|抠图|风格|这[张幅]|太.{1,3}了|[点些]\W*\Z"
+    r"|(?<!描い)(?<!作っ)(?<!作成し)(?<!生成し)[てでに](ください|下さい)?\W*\Z|それ|もう|もっと(?!も)|同じ|すぎ|変え|追加"
+    r"|消[すし]|削除|直し|加え|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|다시|너무|[그이](걸|것을)"
+    r"|(?<!그려)(?<!만들어)(?<!그려 )(?<!만들어 )(줘|주세요)\W*\Z|(더 \w+게|스타일로|에서)\W*\Z))"
 )
 PICTURE_LINK = re.compile(
     r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
@@ -4351,9 +4366,10 @@ async def continued_picture(chat, media, own_picture):
     a list, and what to tell of it."""
     if not EDIT_WORDS.search(chat.last.text[:8000]):
         return [], []
-    answers = (turn for turn in reversed(chat.turns) if turn.role == "assistant")
     pictures = (
-        [*PICTURE_LINK.findall(turn.text[-LINKS_SEARCHED:]), *turn.links] for turn in answers
+        [*PICTURE_LINK.findall(turn.text[-LINKS_SEARCHED:]), *turn.links]
+        for turn in reversed(chat.turns)
+        if turn.role in ("assistant", "user")
     )
     last = await apart(chat.body.size, next, filter(None, pictures), [])
     try:

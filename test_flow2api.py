@@ -4270,6 +4270,7 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
     (turns(*HISTORY, "a paper boat at sea"), {"images": [], "notes": []}),
     (turns("a", "![](" * 99 + HISTORY[1] + "![" * 99, "crop it"), {"images": [PNG]}),
     (turns("a", ("assistant", text_and_link("", DATA)), ("user", "fix it")), {"images": [PNG]}),
+    (turns(text_and_link("a cat", DATA), "No account is free.", "make it red"), {"images": [PNG]}),
     (turns("a", "![](http://127.1:9/x.png)", "fix it"), {"images": [], "told": "can't be had"}),
     *(
         (turns([{"type": "text", "text": "a boat"}, part]), BOAT_AND_PICTURE)
@@ -4312,18 +4313,31 @@ async def test_what_a_chat_request_asks_for_is_read(tmp_path, fields, expected):
 
 EDIT_WISHES = """
 Сделай его красным|Добавь шляпу|Убери фон|а теперь без шляпы|поменяй цвет|то же самое, но темнее
+поставь шляпу на него|ещё раз|в стиле аниме|перерисуй|пусть он улыбается|а если ночью
 Hazlo rojo|Cambia el fondo|quítale el sombrero|añade una luna|sin sombrero|ahora de noche
+otra vez|en estilo acuarela|pinta el coche de rojo|que sonría|lo mismo pero de noche
 Deixe vermelho|Mude a cor|tire o chapéu e adicione um gato|com mais luz|sem o barco
+coloca óculos nele|de novo|faz ele sorrir|põe um chapéu|aumenta o contraste
 Rends-le rouge|Change la couleur|ajoute un chat|enlève le chapeau|sans le bateau|le même, de nuit
+fais-le sourire|encore une fois|en style aquarelle|efface le logo|peins la voiture en bleu
 Mach es rot|Ändere die Farbe|füge einen Hut hinzu|entferne den Hintergrund|ohne Hut|dunkler
-赤に変えて|背景を消して|猫を追加して|もっと明るく|青くして|夜にしてください
-빨간색으로 바꿔줘|배경을 지워 줘|고양이를 추가해줘|더 밝게|모자를 없애줘
-làm nó màu đỏ|thêm con mèo|xóa nền|đổi màu|sáng hơn
-make it red|把背景改成蓝色
+setz ihm einen Hut auf|nochmal|im Aquarellstil|das gleiche in blau|lass ihn lächeln
+赤に変えて|背景を消して|猫を追加して|もっと明るく|青くして|夜にしてください|帽子をかぶせて|もう一度
+빨간색으로 바꿔줘|배경을 지워 줘|고양이를 추가해줘|더 밝게|모자를 없애줘|모자를 씌워줘|다시 해줘
+làm nó màu đỏ|thêm con mèo|xóa nền|đổi màu|sáng hơn|đeo kính cho anh ấy|lần nữa|phóng to
+make it red|put a hat on him|now in winter|as an oil painting|different angle|rotate 90 degrees
+把背景改成蓝色|给他戴上帽子|让她微笑|放大头部|重新生成|清晰一点|同样的风格画一只狗|不要人
 """
-NEW_WISHES = """кот на крыше|un barco de papel en el mar|um gato no telhado|un chat sur le toit
-ein Boot auf dem See|海辺の猫|바다 위의 종이배|một con mèo trên mái nhà
-a paper boat at sea|海上的纸船"""
+NEW_WISHES = """кот на крыше|кот без хвоста|дом больше дерева|замок на синем фоне|цветы на поляне
+un barco de papel en el mar|una casa sin ventanas|un perro más grande|retrato sobre fondo azul
+um gato no telhado|uma casa sem janelas|um castelo com fundo azul|um retirante no sertão
+un chat sur le toit|une maison sans fenêtres|un bateau au fond de la mer|portrait sur fond bleu
+ein Boot auf dem See|ein Haus ohne Fenster|ein Mann mit mehr Muskeln|Machu Picchu im Nebel
+海辺の猫|青い背景の肖像画|この世の果ての城|城を描いて
+바다 위의 종이배|파란 배경의 초상화|더운 여름날의 바다|용을 그려줘
+một con mèo trên mái nhà|chân dung trên nền xanh|cô gái mặc áo dài màu đỏ
+a paper boat at sea|a house without windows|make a poster of a fox|a robot, its eyes glow
+海上的纸船|没有窗户的房子|变形金刚在城市里|加拿大的秋天|更高的山|改革开放时的街道|去年的雪"""
 
 
 def test_a_wish_to_edit_is_told_from_a_new_one_in_many_languages():
