@@ -783,7 +783,7 @@ class Plan:
 
 def read_aspect(size):
     """1280x720 or 16:9 -> width by height. Raises invalid_request."""
-    match = re.fullmatch(r"\s*0*([1-9]\d{0,5})\s*[xX×*:]\s*0*([1-9]\d{0,5})\s*", size)
+    match = re.fullmatch(r"\s*0*([1-9]\d{0,5})\s*[xX×*:：/]\s*0*([1-9]\d{0,5})\s*", size)
     if not match:
         raise bad(f"size must be like 1280x720 or 16:9, not {size[:40]!r}", "size")
     return int(match[1]) / int(match[2])
@@ -3612,11 +3612,9 @@ Cherry Studio; either; unknown
 | identify the language used in the user's input text
 
 LibreChat; either; %s
-| ^provide a concise, 5-word-or-less title for
-| 5-word-or-less title for the conversation, using
+| 5-word-or-less title for the conversation, using | ^provide a concise, 5-word-or-less title
 | ^analyze this conversation and provide & detected language
-| extremely concise title for this conversation
-| concise title for this conversation in the given language
+| concise title for this conversation & the given language
 | concise title & for a conversation that starts with
 | tools you can use to generate the conversation title
 | progressively summarize the lines of conversation
@@ -3795,12 +3793,14 @@ FIELD_TABLE = """
     picture  ref_image source_image image_reference file input_file attachment frame_image
     last     last_frame last_frame_image end_frame end_image image_end last_image
     last     image_tail tail_image
-    length   seconds duration duration_seconds video_length video_duration
-    number   n num_images number_of_images sample_count candidate_count
-    shape    aspect_ratio ratio orientation size image_size video_size resolution
+    length   seconds duration duration_seconds video_length video_duration clip_duration
+    length   duration_sec duration_secs duration_in_seconds n_seconds length_seconds
+    number   n num_images number_of_images sample_count candidate_count num_outputs
+    shape    aspect_ratio ratio orientation size image_size video_size dimensions resolution
+    level    quality video_quality definition
     options  extra_body google image_config video_config generation_config config
     options  parameters input options
-    text     prompt messages tools functions response_format
+    text     prompt tools functions response_format
     inside   image_url url data b64_json file_data source image file inline_data
     inside   inlineData base64 bytesBase64Encoded video_url audio_url
 """
@@ -3818,11 +3818,13 @@ CARRIED_FILE = re.compile(
         | https?://\S+\.(?i:png|jpe?g|webp|gif|heic|avif|mp4|mov|webm|mp3|wav|pdf)
           (?![^?\#]))
     | \w*(?:image|img|picture|photo|frame|video|audio|mask|media|file|reference)
-        (?:\w*\ https?:// | _ids?\ .)""",
+        (?:\w*\ https?:// | _ids?\ .)
+    | (?:\w+_)?(?:ref|src|source|input|asset|attachment)s?(?:_ur[il]s?)?\ https?://""",
     re.VERBOSE,
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
 SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
+SIDE_SIZES |= {"horizontal": "16:9", "vertical": "9:16", "square": "1:1"}
 MADE_AT = {
     "video": "clips: POST /v1/videos",
     "image": "pictures: POST /v1/images/generations, or /edits",
@@ -3984,9 +3986,10 @@ def read_links(value, param):
 
 
 def plain(value):
-    """A text, number or boolean as it is compared: 8, 8.0 and "8" are the same."""
+    """A text, number or boolean as it is compared: 8, 8.0, "8" and "8s" are the same."""
     if isinstance(value, str | int | float):
-        return re.sub(r"^(\d{1,9})\.0+\Z", r"\1", str(value).strip().lower())
+        whole = r"^(\d{1,9})(\.0+)?(\s*(s|secs?|seconds?|秒))?\Z"
+        return re.sub(whole, r"\1", str(value).strip().lower())
     return f"a {type(value).__name__}"
 
 
@@ -4067,8 +4070,10 @@ def read_whole(fields, names, most):
 def read_shape(fields):
     """-> the size, such as "1280x720" or "16:9", and the resolution, such as "2k"."""
     texts = [plain(value) for name in FIELDS["shape"] for value in fields[name]]
+    texts += [f"{plain(w)}x{plain(h)}" for w in fields["width"] for h in fields["height"]]
     texts = [SIDE_SIZES.get(text, text) for text in texts]
-    levels = {text for text in texts if re.fullmatch(r"\d{1,4}[kp]", text)}
+    named = [plain(value) for name in FIELDS["level"] for value in fields[name]]
+    levels = {text for text in texts + named if re.fullmatch(r"\d{1,4}[kp]", text)}
     sizes = [text for text in texts if text not in {*levels, "auto"}]
     wide = {aspect > 1 for aspect in map(read_aspect, sizes) if aspect != 1}
     if len(wide) > 1 or len(levels) > 1:
@@ -4126,7 +4131,7 @@ class Wish:
     def read(cls, body, settings, kind=""):
         """Raises invalid_request, unsupported_parameter, invalid_image."""
         model = read_model(body)
-        fields = read_fields(body)
+        fields = read_fields(body if kind else body | {"messages": None})
         if foreign := foreign_kind(model):
             expect_kind(model, foreign, kind)
             fields["orientation"] += re.findall("landscape|portrait", model.lower())
@@ -4327,6 +4332,8 @@ def read_turn(message, where):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
+    if role == "user":
+        read_fields(message | {"content": None})
     fields = message.items()
     links = [value for name, value in fields if value and field_name(name) in PICTURES]
     texts = []

@@ -4759,6 +4759,7 @@ invalid_image messages | image {"url":5} 5 "****" "data:image/png;base64,!!!" "d
 invalid_image messages | image "data:image/svg+xml;base64,PHN2Zy8+" "file:///etc/passwd"
 invalid_image messages | image "http://" "http://[::1" "http://x:99999999/" "https://\u0000/"
 """
+BESIDE_A_TEXT = {"url": {"experimental_attachments": [{"url": DATA}]}, "media": {"media": DATA}}
 PARTS_AT_FAULT = json.loads("""[{"type": "input_audio", "input_audio": {"data": "UklGRg=="}},
  {"type": "file", "file": {"file_id": "file-1"}}, {"type": "document", "document": {"a": "b"}},
  {"type": "video", "fps": 2}, {"type": "image_url", "image_url": {"url": ""}}]""")
@@ -4771,6 +4772,9 @@ def chats_at_fault(huge_url):
     """(error code, its param, what its message names, what stands in the request)"""
     for part in (*PARTS_AT_FAULT, {"type": "video_url", "video_url": {"url": data_url(CLIP)}}):
         yield "invalid_image", "messages", "", turns([{"type": "text", "text": "a boat"}, part])
+    for param, beside in BESIDE_A_TEXT.items():
+        message = {"role": "user", "content": "a boat"} | beside
+        yield "unsupported_parameter", param, param, {"messages": [message]}
     for code, param, body in requests_in(CHAT_FAULTS):
         fields = turns(*body.values()) if "content" in body else body
         yield code, param, param if param in body else "", fields
@@ -5180,7 +5184,8 @@ NAMES_OF_PICTURES = """input_reference input_image image images references image
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
-    ("omni_flash 4", each("seconds", 4, model=OMNI, duration=4.0)),
+    ("omni_flash 4", each("seconds", 4, "4s", "4 seconds", "4秒", model=OMNI, duration=4.0)),
+    ("omni_flash 4", each("clip_duration", "4s", model=OMNI) + each("duration_sec", 4, model=OMNI)),
     ("veo_3_1_fast 8", each("seconds", 8.0, "8.0", n=1.0) + each("resolution", "720p")),
     ("veo_3_1_fast 8 1080p", each("resolution", "1080p", "1080P", model=FAST)),
     ("veo_3_1_fast 8 4k", each("resolution", "4K", model=FAST + "-4k")),
@@ -5188,7 +5193,10 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("veo_3_1_fast 8 landscape", each("aspectRatio", "16:9") + each("ratio", "16:9")),
     ("veo_3_1_fast 8 landscape", each("config", {"aspect_ratio": "16:9"}, size="1024x1024")),
     ("veo_3_1_fast 8 landscape / makes 8 s, not 10", each("model", "sora-video-landscape-10s")),
-    ("veo_3_1_fast 8 / has no 1:1", each("size", "1:1")),
+    ("veo_3_1_fast 8 landscape", each("size", "16：9", "16/9", "horizontal", "LANDSCAPE")),
+    ("veo_3_1_fast 8 landscape", each("width", 1280, "1280", height=720)),
+    ("veo_3_1_fast 8 1080p", each("quality", "1080p") + each("video_quality", "1080P")),
+    ("veo_3_1_fast 8 / has no 1:1", each("size", "1:1", "square")),
     ("veo_3_1_relaxed 8 / Veo 3.1 Lite at low priority", each("model", "veo_3_1-relaxed")),
     ("veo_3_1 8 landscape", each("model", "veo-3.1-generate-preview", "google/veo-3.1")),
 )
@@ -5197,6 +5205,8 @@ HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may ho
     (UNSUPPORTED, each("anything", DATA, PNG, "JPEg/9" * 200)),
     (UNSUPPORTED, each("video_url", "https://x/1", [DATA])),
     (UNSUPPORTED, each("input_audio", {"data": "UklGR" + "A" * 50}) + each("mask", DATA, PNG)),
+    (UNSUPPORTED, each("ref", "https://x/1") + each("input_urls", ["https://x/1"])),
+    (UNSUPPORTED, each("messages", [{"role": "user", "content": [{"url": DATA}]}])),
     (UNSUPPORTED, each("file_id", "file-1") + each("imageFileIds", ["file-1"])),
     ("", each("user", "u" * 2000) + each("callback_url", "https://x/done")),
     ("", each("metadata", {"id": "a1" * 300, "site": "https://x/y"}, {"note": "image: none"})),
@@ -5204,7 +5214,7 @@ HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may ho
 )
 CONTRADICTIONS = (  # what is blamed, fields
     ("seconds", each("duration", 6, model=OMNI, seconds=4)),
-    ("size", each("size", "720x1280", aspect_ratio="16:9")),
+    ("size", each("size", "9:16", aspect_ratio="16:9") + each("width", 9, height=8, size="9:16")),
     ("size", each("size", "720x1280", model="sora-video-landscape-10s")),
     ("seconds", each("seconds", 4, model="sora-video-landscape-10s")),
     ("model", each("resolution", "720p", model=FAST + "-1080p")),
