@@ -3566,6 +3566,9 @@ Chatbox; either; %s
 | ^based on the chat history & conversation a name
 | name the conversation based on the chat records
 
+Chatbox; system; {{"action": "proceed"}}
+| as a professional web researcher & determine the optimal course of action
+
 LobeChat; either; %s
 | professional conversation summarizer
 | 擅长会话的助理 & 标题 | 请总结上述对话为 & 标题
@@ -3709,14 +3712,16 @@ a chat client; opening; %s
 (?=(please|now|you|your|based|given|from|generate|create|write|suggest|provide|give|find|
 come|make|return|summari[sz]e|what)\b)
 (?=.*\b(generat|creat|writ|suggest|provid|give\b|find|com|mak|return|craft|repl|respond|would|
-summari[sz])((?!\b(chat|message|conversation))[^.])*\b(titles?|an?\ name)\b|
+summari[sz])((?!\b(chat|message|conversation))[^.])*\b(?<!no\ )(titles?|an?\ name)\W*
+($|\.|(for|of|that|which|summari|based|about|from|in|us|with|descri|capt|refl|less|max|\d))|
 .*\b((chat|conversation|thread)\ titles?|title\ generator|into\ an?\ (\w+\ )*title)\b)
 (?=.*\b(conversation|chat|dialogue|thread|exchange|following|previous|user|message)s?\b)
 (?=.*\b(words?|characters|only|nothing|without|no|concise|short|brief|pithy|best)\b|
 .*(conversation|chat)\W*$)|
 (please\ )?(summari[sz]e|(create|generate|write)\ [^.]*summary\ of)\b
 [^.]*\b(conversation|chat|discussion)\b|
-(?=.*(标题|標題|主题|主題|タイトル))(?=.*(字|简短|簡短|简洁|只|仅|直接|のみ|簡潔|短い))
+(?=.*((生成|总结|總結|概括|提炼|返回|给出|取|起|拟)[^，。]*(标题|標題|主题|主題)|标题生成|
+タイトル[をに][^。]*(要約|生成|作成|返)))(?=.*(字|简短|簡短|简洁|只|仅|直接|のみ|簡潔|短い))
 (?=.*(对话|對話|会话|會話|会話|聊天|用户|问题|メッセージ|質問|チャット))|
 请?(总结|總結|概括)[这上述以下的面段]*(对话|對話|会话|聊天))
 
@@ -4042,6 +4047,9 @@ def read_fields(body):
 def read_field(name, value, fields, counts=True):
     """Puts a value that counts into `fields`, and looks into it for files."""
     name = field_name(name)
+    if name in FIELDS["options"] and isinstance(value, str):  # in a form
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if counts and value not in (None, ""):
         fields[name].append(value)
     if counts and name in PICTURES:
@@ -4306,7 +4314,7 @@ def read_chat(body):
         system="\n".join(turn.text for turn in turns if turn.role in SYSTEM_ROLES),
         stream=read_flag(body, "stream", False),
         usage=bool(dig(body, "stream_options", "include_usage")),
-        inline="image" in dig(body, "modalities", kind=list, default=[]),
+        inline="image" in str(body.get("modalities")).lower(),
     )
 
 

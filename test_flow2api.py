@@ -4379,6 +4379,7 @@ RIKKA = "I will give you some dialogue content in the `<content>` block. [USER]:
 TITLING = turns(
     ("system", "You are a chat thread titling assistant."), 'User message: "a paper boat"'
 )
+RESEARCHER = "As a professional web researcher, determine the optimal course of action: search?"
 QUESTIONS = "predict the three most likely questions that human would ask"
 # Whose it is in the log, the request, the answer: a text that is in it, or the object.
 SIDE_PROMPTS = (
@@ -4415,6 +4416,7 @@ SIDE_PROMPTS = (
     ("Dify", turns("generate a concise chat title by decomposing"), '"Your Output": "Flow"}'),
     ("Dify", turns(QUESTIONS), "[]"),
     ("Chatbox", turns(*SHIP, "Based on the chat history, give this conversation a name."), "a pap"),
+    ("Chatbox", turns(("system", RESEARCHER), "a boat"), {"action": "proceed"}),
     ("new-api", turns("hi") | {"max_tokens": 3000}, "Say what to make"),
     ("one-api", turns("Output only your specific model name with no additional text."), "Say"),
     ("LiteLLM", turns("test from litellm") | {"max_tokens": 16}, "Say what to make"),
@@ -4577,6 +4579,7 @@ say hi to the camera, a robot | test message in a bottle | how are you? asks a p
 Generate a cinematic title for this conversation scene between two knights
 Generate a short film title for this chat: two cats in a noir bar
 Make a short intro for my chat channel with the title Hi
+write the word TITLE on a wall, message of love below, only white
 Write a title for this conversation on a chalkboard, a hand is seen writing
 Summarize our conversation as a storyboard picture
 Please summarize the above conversation as an infographic with icons
@@ -4592,6 +4595,8 @@ Tu es réalisateur. La conversation porte sur des films; le titre dure 10 second
 あなたは映画監督です。会話から10秒の動画を作り、タイトルも付けてください。
 你是导演。根据对话生成视频，标题10字以内。
 You are Ann. Her title is Duchess. Write short messages in this chat.
+Carefully follow the user's request. Give each answer a short title.
+你是一个AI助手，回答用户的问题要简短，标题用二级标题
 """
 REAL_FIELDS = (
     {"max_tokens": 33, "max_completion_tokens": 4096},
@@ -4724,7 +4729,7 @@ async def test_an_error_after_the_start_is_text_and_event_and_done(world, monkey
 async def test_a_whole_answer_is_a_completion_and_modalities_put_pictures_beside_its_text(world):
     w = await world(**{"cache.enabled": True})
     assert re.fullmatch(r"!\[.+\]\(http\S+\)", (await w.chat("imagen_4")).content)
-    body = {"modalities": ["image", "text"], "n": 2}
+    body = {"modalities": ["IMAGE", "text"], "n": 2}
     events = (await w.stream(BANANA, **body)).events
     assert not any("usage" in event for event in events)  # nobody asked for it
     reply = (await w.chat(BANANA, **body)).json
@@ -5192,6 +5197,7 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("veo_3_1_fast 8 1080p", each("size", "1080p", model="veo_3_1_t2v_fast_landscape")),
     ("veo_3_1_fast 8 landscape", each("aspectRatio", "16:9") + each("ratio", "16:9")),
     ("veo_3_1_fast 8 landscape", each("config", {"aspect_ratio": "16:9"}, size="1024x1024")),
+    ("veo_3_1_fast 8 landscape", each("extra_body", '{"aspect_ratio": "16:9"}')),
     ("veo_3_1_fast 8 landscape / makes 8 s, not 10", each("model", "sora-video-landscape-10s")),
     ("veo_3_1_fast 8 landscape", each("size", "16：9", "16/9", "horizontal", "LANDSCAPE")),
     ("veo_3_1_fast 8 landscape", each("width", 1280, "1280", height=720)),
