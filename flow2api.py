@@ -688,9 +688,9 @@ OTHER_NAMES = (
     (r"^veo-?(\d)(?=-|\Z)", r"veo-\1.0", ""),
     (r"^veo(?=\d\.)", "veo-", ""),
     (r"^imagen-?4(?=-|\Z)", "imagen-4.0", ""),
+    (r"^nano-banana-2-lite(?=-|\Z)", "nano_banana_2_lite", ""),
     (r"^nano-banana-(?=(2|pro)(-|\Z))", "nano_banana_", ""),
     ("^nano-banana", "nano_banana", ""),
-    ("^nano_banana_2-lite", "nano_banana_2_lite", ""),
     (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
     (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
     (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4 only."),
@@ -2085,7 +2085,7 @@ class RestFlow:
         access = text_at(body, "access_token")
         if not access or dig(body, "error"):
             raise session_ended("Session ended. Sign in to Flow again, paste its token")
-        if not re.fullmatch("[!-~]+", access):
+        if not re.fullmatch("[!-~]{1,4000}", access):
             raise changed("Google gave an odd access token")
         expires = now() + 3600
         with contextlib.suppress(ValueError, OverflowError):
