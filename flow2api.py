@@ -3515,20 +3515,84 @@ NO_PROMPT = "Nothing was made: end with a message of the user, and allow over 32
 # new-api, Dify and others test a connection with a greeting, again and again. A person
 # who writes no more than that reads what to do: a clip of it would be money for nothing.
 GREETING = "This works. Say what to make, for example: a paper boat on a lake."
+# What tells a message's meaning: how a wish to change the picture before BEGINs, how one for
+# a NEW picture does, what else is in a CHANGE (a PIECE, without spaces) or its END; then what
+# prompts of chat clients have in common. * is any letters, _ a space.
+WORD_TABLE = """
+PLEASE  please bitte por_favor 请
+BEGIN   more less no with without as_a as_an bigger smaller darker brighter in_black a_bit
+        a_little mehr weniger größer kleiner heller dunkler ohne statt jetzt noch* etwas
+        zu das_gleiche dasselbe im_*stil in_schwarz* ein_bisschen plus moins sans l*_même
+        maintenant encore en_noir en_style un_peu más menos sin con_un* con_gafas
+        con_nieve ahora otra_vez lo_mismo que en_blanco en_estilo un_poco mais sem com
+        agora de_novo o_mesmo em_preto em_estilo um_pouco без больше меньше ярче темнее
+        чуть ещё теперь а_теперь а_если пусть можно в_стиле в_ч*рно* вместо тоже то_же
+        друг* хочу не_надо làm đổi thay thêm xóa bỏ sửa cho phóng lại lần_nữa đeo đội
+        không chuyển giống bây_giờ theo_phong_cách *_hơn *_quá 把* 더
+NEW     a an two three some draw* generat* creat* imagine portrait this_is photo_of
+        make_an? make_me_an? give_me_an? ein eine* zwei zeichne erstelle mal*_ein*
+        mach*_ein* une? des deux dessine crée génère un[ao]s? dos dibuja crea genera uma?
+        dois duas desenh* crie gere создай vẽ một 一[只个位座条张幅群朵]* 画一* もっとも*
+CHANGE  it this again edit change make add remove delete erase replace turn swap keep fix
+        her colou?r colorize zoom crop him now same another rotate flip enlarge extend
+        upscale sharpen blur undo put give move style angle lighten background should
+        instead too what_if what_about get_rid mach setz gib zeig lass weg ist_zu mal*_das
+        den_hintergrund änder* füg* entfern* ersetz* lösch* tausch* färb* vergrößer*
+        verbesser* rends mets fais peins trop chang* ajout* enl*v* supprim* rempla* effac*
+        amélior* agrandi* flout* recommenc* haz hazl* pon ponl* pinta p[ií]ntal* cambia
+        c[aá]mbial* gira aclara agreg* añad* quita quítal* elimin* reempla* borra* mejor*
+        coloca* colóca* faz faça* põe muda mude deix[ae] tire? tira retir[ae] troc* troqu*
+        adicion* remov* coloqu* apag* aument* demais demasiado с?дела* передела* перерису*
+        нарисуй_ему измени* поменя* замени* смени* добав* убер* удали слишком *крась
+        увелич* постав* поверн* размо* дорису* раздень надень
+PIECE   改成 换成 变成 转成 改为 换个 修改 加上 加点 添加 去掉 擦掉 调 放大 不要 再来 再试 重新
+        虚化 抠图 风格 太大 太亮 太暗 给他 给她 给它 让他 让她 让它 もう もっと 同じ すぎ 変え 追加
+        消す 消し 削除 直し 加え 바꾸 바꿔 변경 추가 제거 삭제 지워 없애 고쳐 수정 교체 다시 너무
+        씌워 빼줘 게_해 로_해 스타일로 각도
+END     点 些 に なしで 度で くして にして かして せて けて えて めて 除いて 게 으로 없이
+ASK     please now you your based given from what
+MAKE    generat* creat* writ* suggest* provid* find com* mak* give return* craft* repl*
+        respond* would summari*
+OF      for of that which summari* based about from in us with descri* capt* less max*
+PROPOSE generate create suggest predict give
+FOLLOW  follow-?up next suggest*
+TALK    conversation chat dialogue thread exchange following previous user message 对话 對話
+        会话 會話 会話 聊天 用户 チャット メッセージ
+BRIEF   words? characters only nothing without no concise short brief pithy best
+HELLO   hi hey hello there world hola hallo bonjour ciao olá merhaba привет ping testing
+        a_test this_is test message api connection how_are_you are_you_there who_are_you
+        wh*_model_are_you today 你好 您好 你是谁 在吗 测试 嗨 哈喽 こんにちは 안녕하세요
+SAY     please just only say reply respond answer with exactly 你好 请 只 直接 回复 输出 说
+SCENE   video vídeo vidéo clip film movie image picture photo poster paint draw animat
+        cartoon scene card screen camera sequence logo banner neon sky board chalk
+        infographic mural storyboard illustrat shot фильм видео картин
+SHOWN   图 圖 画 畫 视频 視頻 影片 片头 动漫 海报 镜头 短片 写真 映像 영상 그림 영화
+"""
+WORDS = WORD_TABLE.replace("*", r"\w*").replace("_", r"\s")
+WORDS = dict(re.findall(r"(\w+) +(\S.*(?:\n .*)*)", WORDS))
+
+
+def spell(text):
+    """Text with a regular expression in place of each name in WORDS."""
+    return re.sub("|".join(WORDS), lambda name: f"(?:{'|'.join(WORDS[name[0]].split())})", text)
+
+
+SCENE = re.compile(spell(r"\bSCENE|SHOWN"))  # who speaks of these wants one
+EDIT_WORDS = re.compile(
+    spell(r"(?is)^\W*+(PLEASE\W*+)?+(BEGIN\b|(?!NEW\b).*(\bCHANGE\b|PIECE|END(ください)?\W*$))")
+)
 # Prompts that chat clients send on their own; each would be a paid clip. A block begins
 # with whose they are, where they stand (the user's last message, the system message,
 # either, as own_prompt has them) and the answer (%s: a title). A prompt, after a |, is known
 # by texts that are all in it: lower case, in one line, ^ at the start of the message, $ at
-# its end; after ~ a regular expression. Nothing that describes a scene may match.
+# its end; after ~ a regular expression with WORDS. Nothing that describes a scene may match.
 SIDE_PROMPTS = rf"""NextChat; user; %s
 | four to five word title & our conversation
 | title (at most 6 words) summarizing our conversation
 | 返回这句话的简要主题 | 返回這句話的簡要主題
-| この文の簡潔なテーマ | この文章の簡潔な主題
-| 이 문장의 간략한 주제
+| この文の簡潔なテーマ | この文章の簡潔な主題 | 이 문장의 간략한 주제
 | fünfwörtigen titel & unser gespräch | kurzes thema in vier bis fünf wörtern
-| titre de quatre à cinq mots & notre conversation
-| le sujet succinct de cette phrase
+| titre de quatre à cinq mots & notre conversation | le sujet succinct de cette phrase
 | título de cuatro a cinco palabras & nuestra conversación | un tema breve de esta frase
 | título de quatro a cinco palavras & nossa conversa
 | titolo di quattro o cinque parole & nostra conversazione
@@ -3536,25 +3600,21 @@ SIDE_PROMPTS = rf"""NextChat; user; %s
 | заголовок из четырех & пяти слов & наш | краткую тему этого сообщения
 | konuşmamızı özetleyen & başlık | bu cümlenin & kısa başlığını
 | tiêu đề từ bốn đến năm từ & cuộc trò chuyện | chủ đề tóm tắt của câu này
-| أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة
-| এই বাক্যের সংক্ষিপ্ত থিম
+| أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة | এই বাক্যের সংক্ষিপ্ত থিম
 | stručné téma této věty | titul shrnující naši konverzaci
 | päťslovný titul & našu konverzáciu
 | empat hingga lima kata & percakapan kita | ringkasan topik kalimat ini
-| fire til fem ord & oppsummering av temaet
-| kort overskrift med 4-5 ord om emnet
+| fire til fem ord & oppsummering av temaet | kort overskrift med 4-5 ord om emnet
 
 NextChat; either; %s
 | summarize the discussion briefly in
 | to summarise the conversation in at most 200 words
-| 用作后续的上下文提示 | 用作後續的上下文提示
-| 後続のコンテキストプロンプト
+| 用作后续的上下文提示 | 用作後續的上下文提示 | 後続のコンテキストプロンプト
 | 후속 컨텍스트 프롬프트
 | als kontextaufforderung für | fassen sie unsere diskussion kurz in 200
 | prompt de contexte ultérieur | comme prompt de contexte futur
 | como un prompt de contexto | resuma nuestra discusión & 200 caracteres
-| resuma a discussão brevemente em 200
-| come prompt di contesto
+| resuma a discussão brevemente em 200 | come prompt di contesto
 | последующего контекстного запроса | нашу дискуссию в 200
 | sonraki bağlam ipucu | gợi ý ngữ cảnh cho các lần sau
 | كإشارة سياقية لاحقة | পরবর্তী কনটেক্সট প্রম্পট
@@ -3699,89 +3759,29 @@ one-api, one-hub or AxonHub; user; {GREETING}
 | hello world, i'm axonhub
 
 a connection test (new-api, Dify, …); user; {GREETING}
-| ~(?x)\^((hi|hey|hello|ping|test(ing)?|hola|hallo|bonjour|salut|ciao|olá|merhaba|привет)
-([ ]there|[ ,]+world)?([ ,]*how\ are\ you(\ \w+)?)?|(this\ is\ )?(an?\ )?test(\ message)?|
-(connection|api)\ test|((please|just|only)\ )*(say|reply|respond|answer)(\ with|\ exactly)*
-[\ :'"]*(hi|hello|ok|pong|1|this\ is\ a\ test)['"]?|(what('s|\ is)\ )?\d\ ?\+\ ?\d\ ?=?|
-who\ are\ you|(what|which)\ model\ are\ you|are\ you\ there|how\ are\ you|你是谁|[你您]好|
-在吗|测试|嗨|哈[喽啰]|こんにちは|안녕하세요|([你您]好[,，]?)?[请只仅直接]*(回复|输出|返回|说)
-[\ :：'"“]*(ok|hi|好的?|你好|1)['"”]?)\$
+| ~^HELLO(\W+HELLO)*\W*$ | ~^(what('s| is) )?\d ?\+ ?\d ?=?$
+| ~^(SAY\W*)+(hi|hello|ok|pong|1|this is a test|好的?|你好)\W*$
 
 a chat client; opening; %s
-| ~(?mx)^\W*(
-(?=(please|now|you|your|based|given|from|generate|create|write|suggest|provide|give|find|
-come|make|return|summari[sz]e|what)\b)
-(?=.*\b(generat|creat|writ|suggest|provid|give\b|find|com|mak|return|craft|repl|respond|would|
-summari[sz])((?!\b(chat|message|conversation))[^.])*\b(?<!no\ )(titles?|an?\ name)\W*
-($|\.|(for|of|that|which|summari|based|about|from|in|us|with|descri|capt|refl|less|max|\d))|
-.*\b((chat|conversation|thread)\ titles?|title\ generator|into\ an?\ (\w+\ )*title)\b)
-(?=.*\b(conversation|chat|dialogue|thread|exchange|following|previous|user|message)s?\b)
-(?=.*\b(words?|characters|only|nothing|without|no|concise|short|brief|pithy|best)\b|
-.*(conversation|chat)\W*$)|
-(please\ )?(summari[sz]e|(create|generate|write)\ [^.]*summary\ of)\b
-[^.]*\b(conversation|chat|discussion)\b|
-(?=.*((生成|总结|總結|概括|提炼|返回|给出|取|起|拟)[^，。]*(标题|標題|主题|主題)|标题生成|
-タイトル[をに][^。]*(要約|生成|作成|返)))(?=.*(字|简短|簡短|简洁|只|仅|直接|のみ|簡潔|短い))
-(?=.*(对话|對話|会话|會話|会話|聊天|用户|问题|メッセージ|質問|チャット))|
-请?(总结|總結|概括)[这上述以下的面段]*(对话|對話|会话|聊天))
+| ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*(?<!no )\b(titles?|a name)\W*(OF\b|\d|\.|$) & ~TALK & ~\bBRIEF\b
+| ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*\btitle & ~(conversation|chat)\W*$
+| ~^(ASK|MAKE)\b & ~(chat|thread) title|title generator|into an? (\w+ )*title & ~\bBRIEF\b
+| ~^(please )?summari[sz]e|^MAKE [^.]*summary of & ~conversation|chat|discussion
+| ~(生成|总结|概括|返回|给出|取|起)[^，。]*(标题|標題|主题)|标题生成 & ~TALK & ~字|短|简洁|只|直接
+| ~タイトル[をに][^。]*(要約|生成|作成|返) & ~TALK & ~短い|字
+| ~^请?(总结|概括)(这段|上述|以下)?(对话|会话|聊天)
 
-a chat client; asked; []
-| ~(?mx)^\W*(?=(you|your|based|given|generate|create|suggest|predict|give)\b)
-(?=.*\b(follow-?up|next|suggest\w*)\ (\w+\ )*(questions?|messages|replies|prompts)\b)
-(?=.*\b(conversation|chat|user|human|response|text)\b)
+a chat client; opening; []
+| ~^(ASK|PROPOSE)\b[^.]*\bFOLLOW (\w+ )*(questions?|messages|replies)\b & ~TALK|human|text
 
 a choice of tools; tools; {NO_TEXT}
-| ~\b(choos|select|pick|decid)[^.]{{0,60}}\btools?\b|which tool|选择[^。]{{0,20}}工具"""
-# Who speaks of these wants one.
-SCENE = re.compile(
-    r"\b(video|vídeo|vidéo|clip|film|movie|image|picture|photo|poster|paint|draw|animat|cartoon"
-    r"|scene|card|screen|camera|sequence|logo|banner|neon|sky|board|chalk|infographic|mural"
-    r"|storyboard|illustrat|shot)|фильм|видео|картин|[图圖画畫]|视频|視頻|影片|片头|动漫|海报"
-    r"|镜头|短片|写真|映像|영상|그림|영화"
-)
+| ~\b(choos|select|pick|decid)[^.]{{0,60}}\btools?\b | which tool | ~选择[^。]{{0,20}}工具"""
 TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
 LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
 # The user's first words, as such prompts quote them.
 QUOTED = re.compile(
     r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
     r'(\w[^\x00-\x1f<"\\]{0,50})'
-)
-# A wish to change the picture before does not begin as one for a new picture, and begins as
-# a change does or has such a word. A language after the other.
-EDIT_WORDS = re.compile(
-    r"(?is)\A(?!\W*((please|bitte|por favor)\W+)?(an?\b(?! (bit|little|lot|touch))|two"
-    r"|three|some|draw|generate|create|imagine|portrait|(make|give|show"
-    r"|paint)( me)? (an?|some)\b|ein(e[nrms]?)?\b(?! (bisschen|wenig))|zwei|(mal"
-    r"|mach)e?( mir)? ein|zeichne|erstelle|une?\b(?! peu)|des|deux|dessine|crée|génère"
-    r"|un[ao]s?\b|uma?\b(?! pouc)|dos|dibuja|crea|genera|dois|duas|desenh|crie|gere"
-    r"|создай|vẽ|một|一[只个位座条张幅群朵]|画一))"
-    r"(\W*(more|less|no|as an?|with(out)?|bigger|smaller|darker|brighter|без|больше"
-    r"|меньше|ярче|(чуть )?темнее|светлее|(а )?теперь"
-    r"|[ае]щ[её]|а если|пусть|можно|в стиле|вместо|то ?же|друг(ой|ая)|m[áa]s|menos|sin"
-    r"|ahora|otra vez|lo mismo|que|con (?!m[èe]o|ch[óo]|g[áà])\w+|mais|sem|com|agora"
-    r"|de novo|o mesmo|plus|moins|sans|l[ea] même|maintenant|encore|mehr|weniger|größer"
-    r"|kleiner|heller|dunkler|ohne|statt|jetzt|noch ?(mal|einmal)|das ?(gleiche|selbe)"
-    r"|im \w+stil|den hintergrund|(in|e[nm]) (black|schwarz\w*|noir|blanco|preto|style"
-    r"|estilo)|làm|đổi|thay|thêm|xóa|xoá|bỏ|sửa|chỉnh|giữ|cho|phóng|bây giờ|lần nữa|lại"
-    r"|đeo|giống|không|chuyển|theo phong cách|\w+ hơn)\b|.*\b(it|this|again|edit|change"
-    r"|make|add|remove|delete|erase|replace|turn|swap|keep|fix|instead|colou?r(ize)?"
-    r"|zoom|crop|him|her|now|same|another|rotate|flip|enlarge|extend|upscale|sharpen"
-    r"|blur|undo|put|give|style|angle|lighten|darken|background|should|too|((с?дела"
-    r"|передела|перерису|дорису|измени|поменя|замени|добав|убер|убра|перекрас)\w*)"
-    r"|((покрас|исправ|увелич|уменьш|постав|поверн|размо|смени)\w*)|удали|оставь|слишком"
-    r"|[нр]а[дз]день|нарисуй (ему|ей|им)|haz(l[oae]|me)?|((agreg|añad|qu[ií]ta"
-    r"|elimin)\w*)|((reempla|convi[eé]rt|borra|arregl|mejor|c[oó]l[oó]ca)\w*)"
-    r"|pon(l[oae])?|p[ií]nta(l[oa])?|c[aá]mbia(l[oae])?|gira|aclara|muda|mude|((troc"
-    r"|troqu|adicion|remov|coloqu|coloca)\w*)|((transform|faça|apag|aument)\w*)|(deix"
-    r"|tir|retir)[ae]|faz|põe|pinte|dem(ais|asiado)|((chang|ajout|enl[èe]v|supprim"
-    r"|rempla|effac|agrandi|amélior|recommenc|flout)\w*)|trop|rends|mets|fais|peins"
-    r"|((änder|füg|entfern|ersetz|lösch|tausch|färb|verwandl)\w*)|weg|((vergrößer"
-    r"|verkleiner|verbesser)\w*)|mach|setz|gib|zeig|lass|ist zu|male? (das|den|die))\b"
-    r"|.*(把.{1,20}[改换变去删调加放移成]|给[他她它]|让[他她它]|[改换变转]成|换[个掉]|修[改复]|加[上个点]|添加|去掉|擦|调[整亮暗]"
-    r"|放大|缩小|不要|再[来试画]|重新|重画|虚化|抠图|风格|这[张幅]|太.{1,3}了|[点些]\W*\Z"
-    r"|(?<!描い)(?<!作っ)(?<!作成し)(?<!生成し)[てでに](ください|下さい)?\W*\Z|それ|もう|もっと(?!も)|同じ|すぎ|変え|追加"
-    r"|消[すし]|削除|直し|加え|바꾸|바꿔|변경|추가|제거|삭제|지워|없애|고쳐|수정|다시|너무|[그이](걸|것을)"
-    r"|(?<!그려)(?<!만들어)(?<!그려 )(?<!만들어 )(줘|주세요)\W*\Z|(더 \w+게|스타일로|에서)\W*\Z))"
 )
 PICTURE_LINK = re.compile(
     r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
@@ -4418,23 +4418,23 @@ def side_answer(chat):
 def own_prompt(chat):
     """-> the client whose own prompt this is and its answer, as in SIDE_PROMPTS."""
     user, system = one_line(chat.last.text), one_line(chat.system)
-    asked = opening(user)
-    texts = {"user": user, "system": system, "either": user + system, "asked": asked}
-    texts["opening"] = f"{asked}\n{opening(system)}"
+    texts = {"user": user, "system": system, "either": user + system}
+    texts["opening"] = f"{opening(user)}\n{opening(system)}"
     texts["tools"] = "" if not chat.body.get("tools") or SCENE.search(system) else system
     for client, where, answer, *parts in SIDE_RULES:
-        if all(is_in(texts[where], part) for part in parts):
-            return client, answer
+        for text in texts[where].splitlines():
+            if all(is_in(text, part) for part in parts):
+                return client, answer
     return "", ""
 
 
 def is_in(text, part):
-    return re.search(part[1:], text) if part[0] == "~" else part in text
+    return re.search(part[1:], text.strip("^$")) if part[0] == "~" else part in text
 
 
 def opening(text):
     """What a prompt says before it quotes anything; "" where that speaks of a scene."""
-    start = re.split(r'[:："“`<{]', text[1:400].rstrip("$"))[0]
+    start = re.split(r'[:："“`<{]', text.strip("^$#* ")[:400])[0]
     return "" if SCENE.search(start) else start
 
 
@@ -4446,7 +4446,7 @@ def read_side_prompts(table):
             yield *head.split("; "), *prompt.split(" & ")
 
 
-SIDE_RULES = tuple(read_side_prompts(SIDE_PROMPTS))
+SIDE_RULES = tuple(read_side_prompts(spell(SIDE_PROMPTS)))
 
 
 def one_line(text):
