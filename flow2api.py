@@ -38,6 +38,11 @@ Needs Python 3.11+ and aiohttp; aiohttp-socks only where a SOCKS proxy is set.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import base64
@@ -66,7 +71,6 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sqlite3
 import struct
@@ -221,8 +225,8 @@ SETTINGS = tuple(map(Setting.read, SETTING_TABLE.strip().splitlines()))
 SETTING = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
 # Of this program's and other programs' examples: they count as unset.
-PLACEHOLDERS = ("", "your_api_key", "your_password", "your-api-key", "your-password")
-PLACEHOLDERS += ("han1234", "admin")
+PLACEHOLDERS = "your_api_key your_password your-api-key your-password han1234 admin"
+PLACEHOLDERS = ("", *PLACEHOLDERS.split())
 HIDDEN = (*SECRETS, "proxy.proxy_url")
 
 
@@ -237,7 +241,7 @@ class Settings:
         self.layers["default"] = {setting.name: setting.default for setting in SETTINGS}
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
-        self.folder = Path.cwd()
+        self.folder = Path()
         self.demo = False  # Google is a simulated Flow, and nothing is kept
 
     def __getitem__(self, name):
@@ -268,7 +272,9 @@ class Settings:
         self.folder = path.parent
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
-        except ValueError as err:  # of its TOML or its UTF-8
+        except UnicodeError:
+            raise SettingError(f"{path} is no text in UTF-8") from None
+        except ValueError as err:
             raise SettingError(f"{path}: {err}") from None
         except IsADirectoryError:
             hint = "Docker makes one where the file to mount is missing"
@@ -294,9 +300,9 @@ class Settings:
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
         names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
-        for variable, raw in environ.items():
-            if variable.startswith("FLOW2API_"):
-                self.put("environment", names.get(variable, variable), raw, variable)
+        for key, raw in environ.items():
+            if key.startswith("FLOW2API_"):
+                self.put("environment", names.get(key, "of the environment"), raw, key)
 
     def read_stored(self, rows):
         """Takes those of the database, by "layer:name"."""
@@ -897,7 +903,7 @@ def find_product(model_id, family, mode, seconds, overrides):
         if (product.mode, product.seconds) == (mode, length):
             return product
     has = ", ".join(dict.fromkeys(MODES[product.mode] for product in own))
-    message = f"{model}: {family} has no {MODES[mode]!r} at {length} s; it has {has}"
+    message = f"{model} has no {MODES[mode]!r} at {length} s; it has {has}"
     raise bad(message, "model", "mode_not_available")
 
 
@@ -5308,11 +5314,12 @@ TEXT_FORMS = {
 # They can stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
+COUNTS = "image_concurrency video_concurrency"
+COUNTS += " image_count video_count error_count use_count"
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
     **dict.fromkeys(("is_active", "image_enabled", "video_enabled"), bool),
-    **dict.fromkeys(("image_concurrency", "video_concurrency"), int),
-    **dict.fromkeys(("image_count", "video_count", "error_count", "use_count"), int),
+    **dict.fromkeys(COUNTS.split(), int),
 }
 # Fields of a token as GET /api/tokens gives them.
 TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabled
@@ -5320,14 +5327,14 @@ TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabl
     failures busy"""
 PASTE_IT = f"paste the value of the cookie {SESSION_COOKIE} of labs.google"
 PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the first counts
-    ("^$", f"The session token is missing: {PASTE_IT}"),
-    (r"(^|[\s\"':=])ya29\.", f"This is an access token, which ends soon: {PASTE_IT}"),
-    (r"^\S+@\S+$", f"This is an e-mail address: {PASTE_IT}"),
+    ("^$", "The session token is missing: {}"),
+    (r"(^|[\s\"':=])ya29\.", "This is an access token, which ends soon: {}"),
+    (r"^\S+@\S+$", "This is an e-mail address: {}"),
     (r"next-auth\.session-token\.\d", "The cookie is in parts, .0 and .1: paste all"),
     (r"next-auth\.session-token", "This is the cookie's name: paste its value, too"),
-    (r"=[^=]|[:;\t{\[]", f"The right cookie is not in this: {PASTE_IT}"),
-    (r"[^!#-+\--~]", f"This has blanks or odd characters in it: {PASTE_IT}, whole"),
-    ("^.{1,9}$", f"This is too short: {PASTE_IT}, whole"),
+    (r"=[^=]|[:;\t{\[]", "The right cookie is not in this: {}"),
+    (r"[^!#-+\--~]", "This has blanks or odd characters in it: {}, whole"),
+    ("^.{1,9}$", "This is too short: {}, whole"),
 )
 NO_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
 NO_COUNTS = dict.fromkeys(NO_COUNTS.split(), 0)
@@ -5482,7 +5489,7 @@ def read_session_token(body):
     st = clean_session_token(text) if isinstance(text, str) else ""
     for pattern, mistake in PASTE_MISTAKES:
         if re.search(pattern, st):
-            raise bad(mistake, "st")
+            raise bad(mistake.format(PASTE_IT), "st")
     return st
 
 
@@ -5727,13 +5734,8 @@ class AdminApi(Api):
         await self.pool.remove(self.token_of(request))
         return ok("Token deleted")
 
-    @token_action
-    async def enable_token(self, token):
-        await self.pool.update(token, **AWAKE)
-
-    @token_action
-    async def disable_token(self, token):
-        await self.pool.update(token, **ASLEEP)
+    enable_token = token_action(lambda self, token: self.pool.update(token, **AWAKE))
+    disable_token = token_action(lambda self, token: self.pool.update(token, **ASLEEP))
 
     @token_action
     async def renew_token(self, token):
@@ -5832,10 +5834,9 @@ class AdminApi(Api):
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
 
-        wakes_up = self.settings["plugin.auto_enable_on_update"]
-
         def wakes(token):  # not what its owner has disabled: the browser comes by itself
-            return token.is_active or (wakes_up and token.reason)
+            wakes_up = token.reason and self.settings["plugin.auto_enable_on_update"]
+            return token.is_active or wakes_up
 
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
@@ -5886,14 +5887,12 @@ class AdminApi(Api):
         return ok("Done", job=self._job_object(request, job, whole=True))
 
     async def delete_job(self, request):
-        job = await self.job_of(request)
-        await self.jobs.delete(job)
-        return ok("Done", job=self._job_object(request, job))
+        await self.jobs.delete(await self.job_of(request))
+        return ok("Deleted")
 
     async def cancel_job(self, request):
-        job = await self.job_of(request)
-        await self.jobs.cancel(job)
-        return ok("Done", job=self._job_object(request, job))
+        await self.jobs.cancel(await self.job_of(request))
+        return await self.get_job(request)
 
     def _log_object(self, request, job):
         """A job as a row of the original's log, base64 cut out."""
@@ -6561,7 +6560,7 @@ async def find_route(request, handler):
         return await handler(request)
     address = f"{request.method} {request.path[:80]}"
     page = "text/html" in request.headers.get("Accept", "")
-    if page and re.match("GET /(?!api/|v1/|flow/)", address):
+    if page and re.match("GET /(?!(api|v1|flow)/.)", address):
         return web.Response(status=302, headers={"Location": "/"})
     nearest = difflib.get_close_matches(address, ADDRESSES, 1, 0.75)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -6765,9 +6764,7 @@ def greet(settings, port, new, accounts):
     host = settings["server.host"]
     url_host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     url = URL.build(scheme="http", host=url_host, port=port)
-    demo, fate = "", "what was sent goes on at the next start"
-    if settings.demo:
-        demo, fate = "  (demo: a simulated Flow)", "the demo keeps nothing"
+    demo = "  (demo: a simulated Flow)" if settings.demo else ""
     print(f"Flow2API {__version__} on {url}{demo}")
     wide = " (every address of this machine)" if host != url_host else ""
     print(f"listens on: {host}{wide}, port {port}")
@@ -6780,6 +6777,7 @@ def greet(settings, port, new, accounts):
         print(TRY_IT % (url, new.get("global.api_key", "$KEY")))
     else:
         print(f"Next: open {url}, log in, and add an account there.")
+    fate = "the demo keeps nothing" if demo else "what was sent goes on at the next start"
     print(f"Ctrl-C stops it; {fate}.", flush=True)
 
 
@@ -6804,9 +6802,6 @@ async def start_demo(settings):
     return runner
 
 
-SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGINT)
-
-
 async def serve(settings):
     """Serves until SIGTERM or SIGINT; leaves within five seconds of it."""
     async with contextlib.AsyncExitStack() as stack:
@@ -6827,10 +6822,8 @@ async def serve(settings):
         new = await make_secrets(settings, store)
         greet(settings, listener.sockets[0].getsockname()[1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
-        stopped = asyncio.Event()
-        for number in SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        await stopped.wait()
+        with contextlib.suppress(asyncio.CancelledError):  # what asyncio makes of SIGINT
+            await asyncio.Event().wait()
         log.info("stopping")
 
 
@@ -6839,7 +6832,7 @@ async def check(settings, verbose):
     all_well = True
     async for well, text in findings(settings):
         print("ok   " if well else "WRONG", text)
-        all_well = all_well and well
+        all_well &= well
     print("Settings that differ from their defaults (with --verbose: all):")
     for name, setting in SETTING.items():
         value = settings[name]
@@ -6890,7 +6883,7 @@ async def check_account(pool, token):
     text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
     if not token.is_active:
         return False, f"{text}; disabled: {token.reason or 'by hand'}; enable it"
-    return True, f"{text}, access token until {iso(token.at_expires)}"
+    return True, text
 
 
 class LogFilter(logging.Filter):
@@ -6921,8 +6914,7 @@ class LogFilter(logging.Filter):
 def start_log():
     style = "%(asctime)s %(levelname)s %(request)s%(message)s"
     logging.basicConfig(level=logging.INFO, format=style)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(LogFilter())
+    logging.root.handlers[0].addFilter(LogFilter())
 
 
 def parse_arguments(argv):
@@ -6934,7 +6926,7 @@ def parse_arguments(argv):
     beside = Path(__file__).parent
     option("--config", type=Path, default=beside, help="default: setting.toml beside it")
     option("--data", dest="data_dir", help="data folder; default: data/ beside the config")
-    option("--host", help="address to listen on")
+    option("--host", type=lambda text: text.strip("[]"), help="address to listen on")
     option("--port", help="port to listen on")
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--demo", action="store_true", help="run on a simulated Flow, keep nothing")
@@ -6950,6 +6942,8 @@ def load_settings(arguments):
     """Raises SettingError."""
     settings = Settings()
     settings.demo = arguments.demo
+    if arguments.demo and arguments.data_dir:
+        raise SettingError("--demo keeps nothing: start it without --data")
     path = Path(os.path.expanduser(arguments.config)).resolve()
     if path.is_dir() and path.suffix != ".toml":  # of a folder that one, if it is there
         path /= "setting.toml"
@@ -6997,6 +6991,8 @@ def reset_password(settings):
 def main(argv=None):
     arguments = parse_arguments(argv)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         settings = load_settings(arguments)
         start_log()
         if arguments.check:
@@ -7022,4 +7018,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:  # who reads no more is no news
+        with contextlib.suppress(AttributeError, OSError):
+            sys.stdout.close()

@@ -4216,7 +4216,7 @@ async def test_what_is_not_here_is_told_as_such_and_a_wrong_route_what_is(world)
 async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_not(world):
     w = await world(())
     browser = {"Accept": "text/html,*/*;q=0.8", "Authorization": ""}
-    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/favicon"):
+    for path in ("/admin", "/docs", "/index.html", "/admin/login", "/v1/"):
         guess = await w.call("GET", path, headers=browser, allow_redirects=False)
         assert (guess.status, guess.headers.get("Location")) == (302, "/"), path
         expect_error(w, await w.call("POST", path, headers=browser), "not_found")
@@ -4224,6 +4224,7 @@ async def test_a_guess_in_a_browser_leads_to_the_page_and_one_of_a_program_does_
     for path in ("/v1/docs", "/flow/v1/docs"):
         expect_error(w, await w.call("GET", path, headers=browser), "not_found")
     expect_detail(await w.call("GET", "/api/docs", headers=browser), 404)
+    assert (await w.call("GET", "/api/", headers=browser, allow_redirects=False)).status == 302
     expect_error(w, await w.call("GET", "/v1/models", headers=browser), "invalid_api_key")
 
 
@@ -7067,6 +7068,18 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
     assert not [line for line in program.log if "easy to guess" in line or password in line]
 
 
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+async def test_a_signal_during_the_start_leaves_no_traceback_and_no_folder(run, tmp_path, number):
+    env = environment(TMPDIR=str(tmp_path))
+    for moment in (lambda: True, lambda: any(tmp_path.iterdir())):
+        program = await run(sys.executable, "-v", REPOSITORY / "flow2api.py", "--demo", env=env)
+        await until(lambda program=program: any("import 'bisect'" in ln for ln in program.log))
+        await until(moment)
+        program.process.send_signal(number)
+        assert await program.end() in (-number, 130) and not list(tmp_path.iterdir())
+        assert not [line for line in program.log if "Traceback" in line]
+
+
 async def test_the_demo_is_for_this_machine_and_its_end_says_that_its_clips_are_lost(run):
     command = (sys.executable, REPOSITORY / "flow2api.py", "--demo", "--port", "0")
     program = await run(*command, env=environment(FLOW2API_DEMO_VIDEO_SECONDS="3600"))
@@ -7256,7 +7269,7 @@ runpy.run_path(sys.argv[2], run_name='__main__')"""
 ADDRESS = r"(--host and --port|server\.host)"
 START_ERRORS = (  # arguments after a data folder of its own, or none; what is said
     ("--port {taken} --host 127.0.0.1", rf"127\.0\.0\.1 port \d+: address already .*{ADDRESS}"),
-    ("--host 192.0.2.1", rf"192\.0\.2\.1 port 8000: .*address; .*{ADDRESS}"),
+    ("--host [192.0.2.1]", rf"192\.0\.2\.1 port 8000: .*address; .*{ADDRESS}"),
     ("--host a..b", rf"listen on a\.\.b port .*{ADDRESS}"),
     ("--data {folder}/file", r"data folder .*/file: .*make it a folder .*--data \(server"),
     ("--data {folder}/file/data", r"data folder .*/file/data: Not a directory; .*--data"),
@@ -7267,6 +7280,8 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
     ("--config {folder}/setting.toml", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}", r"/setting\.toml is a folder, not a file"),
     ("--config {folder}/file", r"/file: Expected '='.*line 1"),
+    ("--config {folder}/utf-16", r"/utf-16 is no text in UTF-8"),
+    ("--demo", r"--demo keeps nothing: start it without --data"),
     ("--data {folder}/none --reset-password", r"/none \(unable to open .*start Flow2API"),
 )
 
@@ -7274,13 +7289,16 @@ START_ERRORS = (  # arguments after a data folder of its own, or none; what is s
 async def test_what_hinders_the_start_is_one_sentence_that_says_what_to_do(run, tmp_path):
     script = REPOSITORY / "flow2api.py"
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "utf-16").write_text("server.port = 1", "utf-16")
     (tmp_path / "setting.toml").mkdir()
     (tmp_path / "odd" / "flow2api.db").mkdir(parents=True)
     lines = [
         (sys.executable, "-c", BLOCKED, "tomllib", script),
         (sys.executable, "-c", BLOCKED, "aiohttp", script),
+        ("sh", "-c", f"{sys.executable} {script} --demo --port 0 >/dev/full"),
     ]
     patterns = [r"needs Python 3\.11 or newer, and \S+ is 3", r"needs aiohttp .*-m pip install"]
+    patterns.append("No space left on device")
     with socket.create_server(("127.0.0.1", 0)) as taken, opened(tmp_path / "busy"):
         for number, (text, pattern) in enumerate(START_ERRORS):
             text = text.format(folder=tmp_path, taken=taken.getsockname()[1])
@@ -7298,7 +7316,7 @@ def test_python_3_8_reads_the_file_as_far_as_the_check_of_its_version():
     statements = ast.parse(text, feature_version=(3, 8)).body
     check = next(number for number, node in enumerate(statements) if isinstance(node, ast.Try))
     imports = statements[1:check]
-    assert {type(node) for node in imports} == {ast.Import, ast.ImportFrom}
+    assert {type(node) for node in imports} == {ast.Import, ast.ImportFrom, ast.If}
     assert "tomllib" not in "".join(map(ast.unparse, imports))
 
 
