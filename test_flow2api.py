@@ -6831,7 +6831,9 @@ async def test_the_extension_brings_a_session_and_its_successors_and_tells_a_sig
     await page.sees("#account", "mine@example.com")
     await page.sees("#connection", "Connected")
     assert w.token.st == first
-    assert await page.eval("window.asked") == {"origins": [f"{w.url}/*"]}
+    await page.eval("chrome.permissions.contains = async () => false, render()")
+    await page.sees("#problem", "does not let this extension")
+    assert await page.eval("window.asked") == {"origins": ["https://labs.google/*", f"{w.url}/*"]}
     await w.pool.update(w.token, is_active=False, reason="its session has ended")
     await visit(second[:200], second[200:])
     await until(lambda: w.token.st == second)

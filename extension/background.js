@@ -6,6 +6,9 @@ const SETTLE_MS = 1000; // the parts of a long cookie are set one after the othe
 const CHECK_MINUTES = 10; // for what no change of the cookie brings about: the gateway was away
 const PATIENCE_MS = 25000; // the browser ends a worker whose fetch takes 30 s
 
+/** What the browser must let this extension reach. */
+const originsOf = ({ address }) => ["https://labs.google/*", `${new URL(address).origin}/*`];
+
 /** The session, put together where its cookie came in parts; "" when there is none. */
 async function readSession() {
   const read = async (name) => (await chrome.cookies.get({ url: LABS, name }))?.value ?? "";
@@ -26,8 +29,6 @@ async function digestOf(session) {
 
 /** Sends it -> {problem, detail, account}. The problem "" is none; the detail is the gateway's. */
 async function send({ address, token }, session) {
-  const allowed = await chrome.permissions.contains({ origins: [`${new URL(address).origin}/*`] });
-  if (!allowed) return { problem: "not_allowed" };
   try {
     const reply = await fetch(`${address}/api/plugin/update-token`, {
       method: "POST",
@@ -47,14 +48,21 @@ async function send({ address, token }, session) {
   }
 }
 
+const showProblem = (problem) => chrome.action.setBadgeText({ text: problem ? "!" : "" });
+
 /** Looks at the cookie, and hands it over unless it has been answered already. */
 async function handOver(again) {
   const { pairing, status = {} } = await chrome.storage.local.get(["pairing", "status"]);
   if (!pairing) return;
-  const session = await readSession();
+  const allowed = await chrome.permissions.contains({ origins: originsOf(pairing) });
+  const session = allowed ? await readSession() : "";
   const digest = session && (await digestOf(session));
-  if (session && digest === status.answered && !again) return;
-  const outcome = session ? await send(pairing, session) : { problem: "signed_out" };
+  if (session && digest === status.answered && !again) {
+    await showProblem(status.problem); // the browser forgets it at its end
+    return;
+  }
+  const nothing = { problem: allowed ? "signed_out" : "not_allowed" };
+  const outcome = session ? await send(pairing, session) : nothing;
   const now = { ...status, detail: "", ...outcome };
   if (!outcome.problem) now.handedOver = Date.now();
   // A refusal will not change; everything else is tried again, by the alarm.
@@ -62,7 +70,7 @@ async function handOver(again) {
   const { pairing: today } = await chrome.storage.local.get("pairing");
   if (today?.address !== pairing.address || today.token !== pairing.token) return; // meanwhile
   await chrome.storage.local.set({ status: now });
-  await chrome.action.setBadgeText({ text: now.problem ? "!" : "" });
+  await showProblem(now.problem);
 }
 
 let queue = Promise.resolve();
@@ -86,7 +94,6 @@ chrome.runtime.onMessage.addListener((message, sender, answer) => {
 chrome.permissions.onAdded.addListener(() => look(true));
 chrome.alarms.onAlarm.addListener(() => look());
 chrome.runtime.onStartup.addListener(() => look());
-chrome.runtime.onInstalled.addListener(() => {
-  chrome.alarms.create("look", { periodInMinutes: CHECK_MINUTES });
-  look();
-});
+chrome.runtime.onInstalled.addListener(() => look());
+// Whenever the worker starts: the browser may have dropped it.
+chrome.alarms.get("look").then((alarm) => alarm ?? chrome.alarms.create("look", { periodInMinutes: CHECK_MINUTES }));

@@ -10,8 +10,8 @@ const TEXTS = {
   connected: ["Connected", "已连接"], not_connected: ["Not connected", "未连接"], never: ["never", "从未"],
   sends: ["Reads the one session cookie of labs.google and sends it to this gateway. Nothing else leaves the browser.",
     "只读取 labs.google 的会话 cookie 并发送到此网关，其他数据不会离开浏览器。"],
-  not_allowed: ["The browser does not let this extension reach the gateway. Press the button below, and allow it.",
-    "浏览器未允许扩展访问该网关。请点击下面的按钮并选择允许。"],
+  not_allowed: ["The browser does not let this extension reach the gateway and labs.google. Press the button below, "
+    + "and allow it.", "浏览器未允许扩展访问该网关和 labs.google。请点击下面的按钮并选择允许。"],
   unpaired: ["The gateway does not accept this pairing link any more. Unpair, and paste the new one.",
     "网关不再接受此配对链接。请解除配对并粘贴新的链接。"],
   unreachable: ["The gateway does not answer. Is it running, and is its address right? This is tried again by itself.",
@@ -27,11 +27,12 @@ const t = (key) => TEXTS[key][navigator.language.startsWith("zh") ? 1 : 0];
 const $ = (id) => document.getElementById(id);
 let pairing; // {address, token} as it is in storage
 
-const originsOf = ({ address }) => ({ origins: [`${new URL(address).origin}/*`] });
+/** What the browser must let this extension reach. */
+const originsOf = ({ address }) => ["https://labs.google/*", `${new URL(address).origin}/*`];
 
 /** The address and the connection token of a pairing link; null if it is none. */
 function readLink(text) {
-  const match = /^(https?:\/\/[^\s#?]+?)\/?#([!-~]{16,})$/.exec(text.trim());
+  const match = /^(https?:\/\/[^\s#?@]+?)\/?#([!-~]{16,})$/.exec(text.trim());
   return match && URL.canParse(match[1]) ? { address: match[1], token: match[2] } : null;
 }
 
@@ -45,11 +46,13 @@ async function render() {
   $("gateway").textContent = pairing.address;
   $("account").textContent = status.account ?? "–";
   $("handed_over").textContent = status.handedOver ? new Date(status.handedOver).toLocaleString() : t("never");
-  $("problem").hidden = !status.problem;
-  $("problem").textContent = status.problem ? `${t(status.problem)} ${status.detail ?? ""}` : "";
+  const allowed = await chrome.permissions.contains({ origins: originsOf(pairing) });
+  const problem = allowed ? status.problem : "not_allowed";
+  $("problem").hidden = !problem;
+  $("problem").textContent = problem ? `${t(problem)} ${status.detail ?? ""}` : "";
   const signal = AbortSignal.timeout(5000);
   const answers = await fetch(`${pairing.address}/health`, { signal }).then(() => true, () => false);
-  const connected = answers && ![undefined, "unpaired", "not_allowed"].includes(status.problem);
+  const connected = answers && ![undefined, "unpaired", "not_allowed"].includes(problem);
   $("connection").textContent = t(connected ? "connected" : "not_connected");
   $("connection").className = connected ? "good" : "bad";
 }
@@ -57,9 +60,12 @@ async function render() {
 /** Has it handed over; asks first, where the browser does not let it reach the gateway yet. */
 async function handOver() {
   $("add").disabled = true;
-  await chrome.permissions.request(originsOf(pairing));
-  await chrome.runtime.sendMessage("hand over");
-  $("add").disabled = false;
+  try {
+    await chrome.permissions.request({ origins: originsOf(pairing) });
+    await chrome.runtime.sendMessage("hand over");
+  } finally {
+    $("add").disabled = false;
+  }
 }
 
 $("pairing").addEventListener("submit", (event) => {
@@ -75,10 +81,10 @@ $("pairing").addEventListener("submit", (event) => {
 });
 $("add").addEventListener("click", handOver);
 $("unpair").addEventListener("click", async () => {
-  const origins = originsOf(pairing);
+  const [, gateway] = originsOf(pairing);
   await chrome.storage.local.clear();
   await chrome.action.setBadgeText({ text: "" });
-  await chrome.permissions.remove(origins);
+  await chrome.permissions.remove({ origins: [gateway] });
 });
 chrome.storage.onChanged.addListener(render);
 for (const node of document.querySelectorAll("[data-text]")) node.textContent = t(node.dataset.text);
