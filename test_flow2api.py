@@ -6629,6 +6629,10 @@ async def test_the_page_makes_a_clip_that_plays(page, flow2, run, tmp_path):
     await page.click("[data-act=generate]")
     await page.wait("document.querySelectorAll('.try .media img').length === 2")
     await page.wait("document.querySelector('.try .media img').naturalWidth > 500")
+    await page.sees("[name=model]", "Veo 3.1 Relaxed · costs no credits")
+    await page.fill("[name=model]", "veo_3_1_relaxed", "[data-act=generate]")
+    free = r"/Relaxed[^]*\b0 credits/.test(node.innerText)"
+    await page.use(".try [data-state=completed]", condition=free)
     await page.fill("[name=prompt]", "an unsafe boat", "[data-act=generate]")
     await page.sees(".try .error", "content policy")
     page.expect_clean(program.url)
@@ -6695,6 +6699,18 @@ async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, wor
     await page.send("Target.closeTarget", targetId=tab["targetId"])
     await page.sees(ok, "2 / 2")
     assert await page.eval("window.loaded") == "once"
+    session = w.flow.add_account(second.email, PRO, 1000)
+    await page.click("tbody [data-act=more]")
+    await page.click(".menu [data-act=edit]")
+    await page.fill("dialog [name=st]", session, "dialog [data-act=save]")
+    await page.wait("!document.querySelector('dialog')")
+    assert second.st == session
+    await page.click("#nav [href='#jobs']")
+    await page.click(".jobs [data-act=open]")
+    await page.use(".lightbox progress")
+    await page.sees(".lightbox aside", "running")
+    await page.click(".lightbox [data-act=close]")
+    await page.click("#nav [href='#accounts']")
     tags = ("<img src=x onerror=window.loaded=1>", "\"'><svg/onload=window.loaded=1>")
     hostile = sorted([*tags, "长" * 9999])
     items = [{"st": "abcd…wxyz"}]
@@ -6713,7 +6729,10 @@ async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, wor
     assert await page.eval("window.loaded") == "once"
     await page.eval("location.hash = '#settings'")
     field = "[name='generation.video_timeout']"
-    await page.fill(field, "1234", ".savebar [data-act=save]")
+    await page.fill(field, "1234", "#nav [href='#jobs']")
+    await page.wait("!document.querySelector('.savebar').checkVisibility()")
+    await page.click("#nav [href='#settings']")
+    await page.click(".savebar [data-act=save]")
     await page.sees(".setting [data-act=reset]")
     page.expect_clean(w.url)
     await page.send("Page.navigate", url="about:blank")
@@ -6724,7 +6743,7 @@ async def test_the_page_shows_changes_by_itself_and_rests_while_hidden(page, wor
     page.expect_clean(w.url)
     change = {"old_password": w.password, "new_password": "x" * 8}
     await (await log_in(w))("POST admin/password", **change)  # ends the session
-    await page.sees("form.login")
+    await page.sees("form.login", "This login has ended")
 
 
 # ---- The companion extension, in a browser ----
