@@ -101,7 +101,7 @@ try:  # Python 3.8 reads the file, too, and comes as far as this
     if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 12):
         raise ImportError(f"this is {aiohttp.__version__}")
 except ImportError as err:
-    needs = f"aiohttp 3.12 or newer ({err}): {sys.executable} -m pip install -U aiohttp"
+    needs = f"aiohttp 3.12+ ({err}, see README): {sys.executable} -m pip install -U aiohttp"
     if err.name == "tomllib":
         needs = f"Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
     print(f"flow2api: Flow2API needs {needs}", file=sys.stderr)
@@ -5314,12 +5314,11 @@ TEXT_FORMS = {
 # They can stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
-COUNTS = "image_concurrency video_concurrency"
-COUNTS += " image_count video_count error_count use_count"
+INTS = "image_concurrency video_concurrency image_count video_count error_count use_count"
 TOKEN_FIELDS = {  # what a request may set of an account
     **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
     **dict.fromkeys(("is_active", "image_enabled", "video_enabled"), bool),
-    **dict.fromkeys(COUNTS.split(), int),
+    **dict.fromkeys(INTS.split(), int),
 }
 # Fields of a token as GET /api/tokens gives them.
 TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabled
@@ -6464,7 +6463,7 @@ ADDRESSES = itertools.chain(*ROUTES.values())
 ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
     404: ("not_found", "it is not there"),
-    405: ("method_not_allowed", "use another method, such as GET or POST"),
+    405: ("method_not_allowed", "it wants another method: POST makes, GET asks"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
 CONNECTION_OPTIONS = {
@@ -6512,7 +6511,8 @@ class Door:
             raise GatewayError("invalid_api_key", "Invalid or expired admin token")
         key = self.settings["global.api_key"]
         if not key or not same(bearer(request), key):
-            raise GatewayError("invalid_api_key", "Send Authorization: Bearer YOUR_API_KEY")
+            message = "The key is missing or wrong. Send Authorization: Bearer KEY"
+            raise GatewayError("invalid_api_key", message)
 
 
 # Names a request in the log and in its answer, as OpenAI's packages expect it.
@@ -6882,8 +6882,8 @@ async def check_account(pool, token):
         return False, str(err)
     text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
     if not token.is_active:
-        return False, f"{text}; disabled: {token.reason or 'by hand'}; enable it"
-    return True, text
+        text += f"; disabled: {token.reason or 'by hand'}; enable it"
+    return token.is_active, text
 
 
 class LogFilter(logging.Filter):
