@@ -7092,12 +7092,13 @@ async def test_the_demo_works_from_one_file_as_pasted_and_keeps_nothing(flow2, t
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 async def test_a_signal_during_the_start_leaves_no_traceback_and_no_folder(run, tmp_path, number):
     env = environment(TMPDIR=str(tmp_path))
+    command = (sys.executable, "-v", REPOSITORY / "flow2api.py", "--demo", "--port", "0")
     for moment in (lambda: True, lambda: any(tmp_path.iterdir())):
-        program = await run(sys.executable, "-v", REPOSITORY / "flow2api.py", "--demo", env=env)
+        program = await run(*command, env=env)
         await until(lambda program=program: any("import 'bisect'" in ln for ln in program.log))
         await until(moment)
         program.process.send_signal(number)
-        assert await program.end() in (-number, 130) and not list(tmp_path.iterdir())
+        assert await program.end() in (-number, 130, 0) and not list(tmp_path.iterdir())
         assert not [line for line in program.log if "Traceback" in line]
 
 
