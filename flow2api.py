@@ -1160,6 +1160,7 @@ class Output(Record):
     file: str = ""  # name of the kept file
     upscale: str = Upscale.NONE
     original: dict = field(default_factory=dict)  # once it is upscaled: the handle it had
+    alone_at: float = in_memory(float)  # it spoilt a status call: when it is asked alone
     answers: int = in_memory(int)  # status answers so far
     heard_at: float = in_memory(float)  # when the last one came
     missing: int = in_memory(int)  # of them in a row, those that knew no such name
@@ -1448,9 +1449,10 @@ class Store:
     def tokens(self):
         return Token.from_rows(self._rows("SELECT * FROM tokens ORDER BY id"))
 
-    def last_owner(self):
-        """The highest token id that a job bears."""
-        return self._rows("SELECT max(token_id) FROM jobs")[0][0] or 0
+    def last_token_id(self):
+        """The highest in any row, be it a job's, or one that can't be read; else 0."""
+        sql = "SELECT max(id) FROM tokens UNION SELECT max(token_id) FROM jobs"
+        return max(number or 0 for (number,) in self._rows(sql))
 
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
@@ -2007,7 +2009,7 @@ def read_answer(response, body, spends=False):
     if status < 300:
         raise changed("Google answered with something else than JSON")
     wait = read_number(response.headers.get("Retry-After")) or 0
-    raise google_error(status, reason, text_at(error, "message"), wait)
+    raise google_error(status, reason, text_at(error, "message"), min(wait, 86400))
 
 
 STATUS_CHUNK = 256  # names in a status call
@@ -2022,7 +2024,6 @@ class RestFlow:
         token of reCAPTCHA, lent by the owner's own browser; None: requests go without."""
         self.settings, self.wire, self.store = settings, wire, store
         self.captcha_source = captcha_source
-        self.alone = {}  # names that spoilt a status call -> when to ask for each alone
         self.refreshes = asyncio.Semaphore(4)  # renewals of sessions at a time
 
     async def _call(self, token, site, path, headers, **options):
@@ -2180,17 +2181,17 @@ class RestFlow:
             raise changed("Google lists the project in an unknown form")
         flows = list_at(contents, "workflows")
         own = [flow for flow in flows if dig(flow, "metadata", "batchId") == job.batch]
-        names = [dig(flow, "name", default=None) for flow in own]
-        listed = list_at(contents, "media")
-        media = [medium for medium in listed if dig(medium, "workflowId") in names]
+        names = {text_at(flow, "name") for flow in own} - {""}
+        media = list_at(contents, "media")
+        media = [item for item in media if text_at(item, "workflowId") in names]
         return read_statuses({"media": media, "workflows": own}).statuses
 
     async def poll(self, token, outputs):
         """Google refuses a whole status call for one bad name: then its names are asked
         for one by one, and the bad one is left out for a minute."""
-        rest = [output for output in outputs if output.name not in self.alone]
+        rest = [output for output in outputs if not output.alone_at]
         calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
-        due = [out for out in outputs if self.alone.get(out.name, math.inf) <= now()]
+        due = [output for output in outputs if 0 < output.alone_at <= now()]
         calls += [[output] for output in due[:STATUS_ALONE]]
         replies = [await self._poll(token, call) for call in calls]
         statuses = [status for reply in replies for status in reply.statuses]
@@ -2207,11 +2208,11 @@ class RestFlow:
                 raise
             single = len(outputs) == 1
             for output in outputs:
-                self.alone[output.name] = now() + 60 * single
+                output.alone_at = now() + 60 * single
             missing = single and err.upstream == 404
             return Reply([Status(outputs[0].name, "missing")] if missing else [])
         for output in outputs:
-            self.alone.pop(output.name, None)
+            output.alone_at = 0.0
         return read_statuses(body, "")
 
     async def upscale(self, token, job, output):
@@ -2301,8 +2302,13 @@ class Pool:
         self.settings = settings
         self.store = store
         self.adapters = adapters
-        self.tokens = {token.id: token for token in store.tokens()}
-        self.last_id = max([*self.tokens, store.last_owner()])  # never given twice
+        self.tokens = {}
+        for token in store.tokens():
+            if token.adapter in adapters:
+                self.tokens[token.id] = token
+            else:
+                log.error("%s is left out: its adapter is unknown", token.email)
+        self.last_id = store.last_token_id()  # never given twice
         self.leases = {}  # job id -> the token that has a slot taken for it
         self.reserved = {}  # job id -> credits, until its submit is answered
         self.queue = []  # of Waiting
@@ -2457,7 +2463,7 @@ class Pool:
             token.failures += err.effect is Effect.BAN
             if err.effect is Effect.SESSION:
                 token.suspicions += (now(),)
-        until = max(pause.until, now() + min(err.retry_after, 86400))
+        until = max(pause.until, now() + err.retry_after)
         token.pauses[scope] = dataclasses.replace(pause, until=until)
         token.count("error", 1)
         if token.is_dead() or token.failures >= self.settings["admin.error_ban_threshold"]:
@@ -3254,6 +3260,8 @@ class Jobs:
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
         await self._add_outputs(job, reply.statuses)
+        if len(job.outputs) < job.n:
+            job.notes.append(f"Flow tells of {len(job.outputs)} in place of {job.n}.")
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]

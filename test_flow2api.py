@@ -3125,6 +3125,7 @@ def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
 
 BROKEN_ROWS = ("{", "", "[]", "null", "5", '{"plan": 5}', '{"plan": {"a": 1}}', '{"n": {}}', "{}")
 BROKEN_ROWS += ('{"completed_at": "x", "project_id": [], "url_expires": "x"}',)
+BROKEN_ROWS += ('{"adapter": "of another version"}',)
 
 
 @pytest.mark.parametrize("data", BROKEN_ROWS)
@@ -3154,6 +3155,7 @@ async def test_a_broken_row_takes_no_other_along_and_stays(world, data):
         for name in ("tokens", "settings", "jobs", "logs", "state"):
             await owner(f"GET {name}")
         assert (await w.chat()).content
+        assert (await w.account()).id == 3  # the broken one's is not given again
         for table, where in rows.items() if data in ("{", "", "[]") else ():
             sql = f"SELECT data FROM {table} WHERE {where}"
             assert {*database.execute(sql)} == {(data,)}, table
@@ -3400,6 +3402,20 @@ def says_on(on, body, **headers):
     return fault(on, lambda request: web.json_response(body, headers=headers))
 
 
+async def test_of_what_flow_tells_only_a_jobs_own_counts_and_once(world):
+    w = await world()
+    w.fault = edited(PAID, lambda body: {"media": body["media"][:1] * 2})
+    reply = await w.chat(BANANA, n=2)
+    assert len(links_in(reply.content)) == 1 and "1 in place of 2" in reply.content
+    job = await w.jobs.get(reply.job_id)
+    flow = {"name": "", "metadata": {"batchId": job.batch, "primaryMediaId": "own"}}
+    contents = {"workflows": [flow], "media": [new_image("a stranger's")]}
+    body = {"result": {"data": {"json": {"projectContents": contents}}}}
+    w.fault = says_on("projectInitialData", body)
+    (status,) = await w.pool.adapter_for(w.token).find(w.token, job)
+    assert status.name == "own"
+
+
 async def test_hidden_refusals_are_refusals_and_sessions_and_links_are_read(world, monkeypatch):
     """A new session token in a cookie is kept where it can be one: not an empty or short one."""
     w = await world()
@@ -3503,6 +3519,8 @@ def test_each_of_googles_reasons_has_its_code_and_effect():
             call = functools.partial(refused, flow2api.read_answer, response, body)
             assert [call().code, call(spends=True).code] == codes, (status, text[:9])
             assert status == 200 or call().retry_after == 77
+    years = web.Response(status=429, headers={"Retry-After": "9" * 15})
+    assert refused(flow2api.read_answer, years, {}).retry_after == 86400
 
 
 async def test_one_bad_name_in_a_status_call_hides_no_other(world, clock):
@@ -3519,12 +3537,12 @@ async def test_one_bad_name_in_a_status_call_hides_no_other(world, clock):
     async def poll(names):
         """How many names were in each status call, and which were told to be done."""
         w.flow.calls.clear()
-        outputs = [flow2api.Output(name=name, project="p") for name in names]
-        reply = await w.pool.adapter_for(w.token).poll(w.token, outputs)
+        reply = await w.pool.adapter_for(w.token).poll(w.token, [outputs[n] for n in names])
         calls = [len(body["media"]) for body in w.asked("Status")]
         return calls, [status.name for status in reply.statuses if status.state == "done"]
 
     w.fault, names = refuse, list(w.flow.media)
+    outputs = {name: flow2api.Output(name=name, project="p") for name in names}
     assert await poll(names) == ([256, 256, 88], names)
     names = names[:40]
     good = [name for name in names if name not in ("7", "22")]
