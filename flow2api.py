@@ -1196,6 +1196,7 @@ class Job(Record):
     state: str = "queued"
     created_at: float = 0.0
     token_id: int | None = None
+    tier: str = ""  # of that account, when it was sent
     plan: Plan | None = None
     prompt: str = ""
     n: int = 1
@@ -1243,7 +1244,8 @@ class Job(Record):
 
     def spent(self, token):
         """Credits that it costs its account."""
-        return (self.plan.cost(token.tier) or 0) * self.n if self.submitted_at else 0
+        cost = self.plan.cost(self.tier or token.tier) or 0
+        return cost * self.n if self.submitted_at else 0
 
 
 @dataclass(frozen=True)
@@ -2276,6 +2278,7 @@ AWAKE = {
     "suspicions": (),
 }
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
+COUNTED = ("image", "video", "error")
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 
 
@@ -2309,6 +2312,8 @@ class Pool:
             else:
                 log.error("%s is left out: its adapter is unknown", token.email)
         self.last_id = store.last_token_id()  # never given twice
+        # The counters of accounts that were deleted; with a day: of that day.
+        self.gone = Counter(store.settings().get("gone"))
         self.leases = {}  # job id -> the token that has a slot taken for it
         self.reserved = {}  # job id -> credits, until its submit is answered
         self.queue = []  # of Waiting
@@ -2374,7 +2379,11 @@ class Pool:
         if token.busy.total():
             raise bad(f"Disable {token.email} first: jobs under way", code="conflict")
         token.removed = True
-        self.tokens.pop(token.id, None)  # somebody else may have deleted it just now
+        if self.tokens.pop(token.id, None):  # else somebody has deleted it just now
+            for what in COUNTED:
+                self.gone[what] += getattr(token, f"{what}_count")
+                self.gone[what + today()] += token.counts_of_today().get(what, 0)
+            self.store.put_setting("gone", self.gone)
         await self.store.delete(("tokens", "id", token.id))
 
     async def check(self, token):
@@ -3233,7 +3242,8 @@ class Jobs:
                 job.project = own or await upstream.project(token, gone)
                 media = await self._upload(job, token)
                 token.update(last_used_at=now(), use_count=token.use_count + 1)
-                job.update(token_id=token.id, batch=str(uuid.uuid4()))
+                batch = str(uuid.uuid4())
+                job.update(token_id=token.id, tier=token.tier, batch=batch)
                 await self._step(job, "submitting", token, submitted_at=now())
                 self._tell(job, "Sent to Flow")
                 return await upstream.submit(token, job, media)
@@ -4020,8 +4030,8 @@ def one_of(body, name, choices, default):
     for choice in choices:
         if sent == plain(choice):
             return choice
-    allowed = " or ".join(map(str, choices))
-    if isinstance(choices, range):
+    allowed = " or ".join(map(str, choices)) or "left out"
+    if isinstance(choices, range) and len(choices) > 1:
         allowed = f"a whole number from {choices[0]} to {choices[-1]}"
     raise bad(f"{name} must be {allowed}, not {sent[:40]!r}", name)
 
@@ -4657,14 +4667,14 @@ class Gateway:
         await asyncio.to_thread(self.store.close)
 
     def counters(self):
-        tokens = self.pool.tokens.values()
+        tokens, gone = self.pool.tokens.values(), self.pool.gone
         active = sum(token.is_active for token in tokens)
         counters = {"total_tokens": len(tokens), "active_tokens": active}
-        for what in ("image", "video", "error"):
+        for what in COUNTED:
             totals = [getattr(token, f"{what}_count") for token in tokens]
             todays = [token.counts_of_today().get(what, 0) for token in tokens]
-            counters[f"total_{what}s"] = sum(totals)
-            counters[f"today_{what}s"] = sum(todays)
+            counters[f"total_{what}s"] = sum(totals, gone[what])
+            counters[f"today_{what}s"] = sum(todays, gone[what + today()])
         return counters
 
     @contextlib.asynccontextmanager
@@ -5805,7 +5815,7 @@ class AdminApi(Api):
                 token, status = await self._import(item)
                 reason = token.reason
             except GatewayError as err:
-                token, status = Token(id=None, email=item.get("email")), "failed"
+                token, status = Token(id=None, email=text_at(item, "email")), "failed"
                 reason = str(err)
                 errors.append(f"{token.email or 'an account'}: {err}")
             counts[status] += 1

@@ -6218,6 +6218,8 @@ async def test_what_is_exported_is_what_the_original_reads_and_imported_without_
     again = await do("POST tokens/batch-add", tokens=["a-session-that-ended", new])
     failed, updated = again["details"]
     assert (failed["status"], updated["status"]) == ("failed", "updated")
+    odd = await do("POST tokens/import", tokens=[{"email": ["x"], "st": "odd"}])
+    assert shaped(odd["details"][0], {"status": "failed", "email": ""})
     assert "Sign in to Flow again" in failed["reason"]
     assert result["details"][1]["token_id"] == 7  # an id is never given twice
 
@@ -6451,6 +6453,15 @@ async def test_state_statistics_and_metrics_tell_of_accounts_and_open_jobs(world
         await w.chat("nano_banana_pro")
         counts |= {f"today_{what}s": 1, f"total_{what}s": counts[f"total_{what}s"] + 1}
         assert (await do("GET stats"))["stats"] == counts
+    costs = [job["cost"] for job in (await do("GET jobs"))["jobs"]]
+    for number in (1, 2):  # what is deleted was made and paid, all the same
+        await do(f"DELETE tokens/{number}")
+    await w.restart()
+    counts |= {"total_tokens": 0, "active_tokens": 0}
+    assert (await do("GET stats"))["stats"] == counts
+    assert [job["cost"] for job in (await do("GET jobs"))["jobs"]] == costs and any(costs)
+    expect_detail(answer := await w.get("/api/jobs?token_id=1", key=await w.admin()))
+    assert "must be left out" in answer.json["detail"]
 
 
 async def test_no_masked_answer_holds_a_secret_and_an_edit_asks_google_nothing(world):
