@@ -2794,6 +2794,10 @@ def unfinished(outputs):
     return [output for output in outputs if output.state == "pending"]
 
 
+def sent_lately(job):
+    return now() < job.submitted_at + LATE_SECONDS
+
+
 def timed_out(job):
     """The outputs that a failed job could still get."""
     outputs = job.outputs if job.state == "failed" else ()
@@ -3298,31 +3302,28 @@ class Jobs:
     def _deadline(self, kind):
         return now() + self.settings[f"generation.{kind}_timeout"]
 
-    def _look_until(self, job, err=None):
-        """Until when a lost submit is looked for: an outage's time does not count."""
-        outage = getattr(err, "effect", None) is Effect.RETRY
-        if err and not (outage and now() < job.submitted_at + LATE_SECONDS):
-            return 0
-        return job.deadline if job.kind == "image" else self._deadline("video")
-
     async def _look_for(self, job):
-        """A submit whose answer was lost is not sent again: Google is asked for it."""
+        """A submit whose answer was lost is not sent again: Google is asked for it, some
+        times; an outage's time does not count, but a picture ends by its deadline."""
         token = self.token_of(job)
         statuses = []
-        looks = 0
+        looks = self.LOOKS if token else 0
         pauses = backoff(self.FIRST_LOOK)
-        until = self._look_until(job)
+        until = self._deadline(job.kind)
         self._tell(job, "The answer of Flow was lost; looking for what it has made")
-        while token and len(statuses) < job.n and looks < self.LOOKS and now() < until:
+        while looks and len(statuses) < job.n and now() < until:
             try:
                 async with self._time_left(job):
                     await asyncio.sleep(next(pauses))
                     upstream = self.pool.adapter_for(token)
                     statuses = await upstream.find(token, job) or statuses
-                    looks += 1
-            except (GatewayError, TimeoutError) as err:
+                    looks -= 1
+            except TimeoutError:
+                break
+            except GatewayError as err:
                 log.warning("%s: %s", job.id, err)
-                until = max(until, self._look_until(job, err))
+                if err.effect is Effect.RETRY and sent_lately(job):
+                    until = self._deadline(job.kind)
         if not statuses:
             risk = "credits may be spent" if any(job.plan.costs) else "it may have been made"
             message = f"No reply; {risk}: see project {job.project} at Flow"
@@ -3374,7 +3375,7 @@ class Jobs:
             self.pool.suspect(token, err)
             await asyncio.sleep(next(self._pauses[token.id]))
             for job in set(outputs.values()):
-                if now() < job.submitted_at + LATE_SECONDS:  # an end comes, all the same
+                if sent_lately(job):  # an end comes, all the same
                     job.deadline += now() - start
 
     async def _hear(self, statuses, outputs):
@@ -3440,7 +3441,7 @@ class Jobs:
         """Only Google's word after the deadline makes a clip late. A picture, or a clip
         that nobody can ask for, is late by the clock, and so is any after a day."""
         asked = job.kind == "video" and self.token_of(job)
-        by_clock = not asked or now() > job.submitted_at + LATE_SECONDS
+        by_clock = not asked or not sent_lately(job)
         moment = now() if by_clock else output.heard_at
         limit = self.settings["flow.max_poll_attempts"]
         return moment >= job.deadline or output.answers >= limit
