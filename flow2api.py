@@ -1101,12 +1101,9 @@ class Token(Record):
             if pause.until > now()
         )
 
-    def trust(self, plan):
-        """It has served: what counts in a row begins anew; a pause that goes on stays."""
-        self.update(failures=0, suspicions=(), wakings=0)
-        for scope in plan.scopes:
-            if self.pauses.get(scope, NO_PAUSE).until <= now():
-                self.pauses.pop(scope, None)
+    def idle_for(self):
+        """Why it serves nothing now, or not all; "" also where its owner wants it so."""
+        return self.reason or self.paused_for()
 
     def session(self):
         return self.pick("adapter", "st", "at", "at_expires")
@@ -2278,6 +2275,7 @@ AWAKE = {
     "suspicions": (),
 }
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
+BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 COUNTED = ("image", "video", "error")
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 
@@ -2352,13 +2350,13 @@ class Pool:
         awake = AWAKE if wakes(token) else {}
         await self.update(token, **{**account, **draft.session(), **awake, **fields})
         try:
-            await self.check(token)
-            await self.adapter_for(token).project(token)
+            await self.make_ready(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
             if err.code == "upstream_retired":
                 self.disable(token, err)
-                await self.update(token)
+            if err.effect in BLAMED:
+                self.blame(token, err)
         return token, token is draft
 
     async def update(self, token, **changes):
@@ -2393,9 +2391,14 @@ class Pool:
             await adapter.sign_in(token)
         await self.update(token, **await adapter.balance(token), checked_at=now())
 
+    async def make_ready(self, token):
+        """As check, and it gets a project where it has none."""
+        await self.check(token)
+        await self.adapter_for(token).project(token)
+
     async def examine(self, token, call):
-        """check or sign_in as the owner asks for it: a session that looks dead twice is
-        told on the account at once, and one that lives again, too. Raises as the call."""
+        """A call of its owner's: a session that looks dead twice is told on the account at
+        once, and one that lives again, too. Raises as the call."""
         for again in (True, False):
             try:
                 await call(token)
@@ -2420,9 +2423,8 @@ class Pool:
             if token.reason:
                 token.update(wakings=token.wakings + 1, checked_at=now())
             try:
-                await self.check(token)
+                await self.make_ready(token)
                 if token.reason:
-                    await self.adapter_for(token).project(token)
                     await self.update(token, **AWAKE)
                     log.info("%s serves again", token.email)
                 token.suspicions = ()
@@ -2453,6 +2455,16 @@ class Pool:
         enabled = self.settings["token_refresh.enabled"]
         return enabled and age > rest and now() - token.asked_at > 60
 
+    def trust(self, token, plan):
+        """It has served: what counts in a row begins anew; a pause that goes on stays. So
+        its session is alive, if we have taken it for dead."""
+        token.update(failures=0, suspicions=(), wakings=0)
+        if token.reason_code == "account_session_ended":
+            token.update(**AWAKE)
+        for scope in plan.scopes:
+            if token.pauses.get(scope, NO_PAUSE).until <= now():
+                token.pauses.pop(scope, None)
+
     def suspect(self, token, err):
         """Blames it for an error of a call of our own, where that is of its session."""
         if getattr(err, "effect", None) is Effect.SESSION and token.is_active:
@@ -2462,10 +2474,10 @@ class Pool:
         """It steps back for all, or for the kind or the model of the plan; where its
         session is dead for minutes, or its failures are too many, it is disabled."""
         scope = ""
-        if err.effect is not Effect.SESSION:
+        if plan and err.effect is not Effect.SESSION:
             scope = plan.family if err.code in OF_A_MODEL else plan.kind
         pause = token.pauses.get(scope, NO_PAUSE)
-        if err.code == "account_no_credits" and plan.cost(token.tier):
+        if scope and err.code == "account_no_credits" and plan.cost(token.tier):
             token.credits = 0  # a new balance ends that, and what is free goes on
         elif now() >= pause.until:  # else it is one burst: several jobs were refused
             pause = self._next_pause(pause, err)
@@ -2783,7 +2795,6 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "settling": "completed",
     "failed": "settling",  # of generation_timeout alone: Google was late
 }
-BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
 NO_ROOM = "Waiting for room on the disk"
 FILE_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
 KEEP_SECONDS = 3600  # in which a file has come; 2 GB need 5 Mbit/s
@@ -3110,7 +3121,7 @@ class Jobs:
             token.count(job.kind, done)
             token.count("error", len(job.outputs) - done)
             if done:
-                token.trust(job.plan)
+                self.pool.trust(token, job.plan)
         await self._step(job, state, *job.outputs, token, completed_at=now(), **changes)
 
     async def _step(self, job, state, *records, **changes):
@@ -5714,10 +5725,10 @@ class AdminApi(Api):
             raise bad("This session token is in the pool already", "st", "conflict")
         token, new = await self.pool.add(st, **fields)
         message = "Token added" if new else "Known account: its session is updated"
-        if token.reason:
-            message += f", but it is disabled: {token.reason}"
-        names = "id email credits project_id project_name reason"
-        about = token.pick(*names.split())
+        if reason := token.idle_for():
+            message += f", but it is not used now: {reason}"
+        names = "id email credits project_id project_name"
+        about = {**token.pick(*names.split()), "reason": reason}
         return ok(message, token=about, token_id=token.id)
 
     async def update_token(self, request):
@@ -5761,7 +5772,7 @@ class AdminApi(Api):
 
     @token_action
     async def check_token(self, token):
-        await self.pool.examine(token, self.pool.check)
+        await self.pool.examine(token, self.pool.make_ready)
 
     async def enable_all(self, request):
         return await self._update_all("enabled", AWAKE)
@@ -5792,7 +5803,7 @@ class AdminApi(Api):
         for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
             try:
-                await self.pool.examine(token, self.pool.check)
+                await self.pool.examine(token, self.pool.make_ready)
                 counts["valid"] += 1
                 if not was_active:
                     await self.pool.update(token, **AWAKE)
@@ -5814,7 +5825,7 @@ class AdminApi(Api):
             item = item if isinstance(item, dict) else {"st": item}
             try:
                 token, status = await self._import(item)
-                reason = token.reason
+                reason = token.idle_for()
             except GatewayError as err:
                 token, status = Token(id=None, email=text_at(item, "email")), "failed"
                 reason = str(err)
@@ -5861,7 +5872,7 @@ class AdminApi(Api):
         action = "added" if new else "updated"
         about = {"action": action, "token_id": token.id, "email": token.email}
         about["auto_enabled"] = token.is_active and token.id in asleep
-        return ok(f"Token {action}", **about)
+        return ok(f"Token {action}", reason=token.idle_for(), **about)
 
     def _note_call(self, **news):
         self.plugin.update(news)

@@ -3845,6 +3845,18 @@ async def test_an_ended_session_is_told_and_a_new_one_brings_the_clip_home(world
     assert (await client).content and w.token.is_active
 
 
+async def test_a_clip_that_comes_home_proves_its_session_alive(world, impatient, clock):
+    w = await world()
+    client = asyncio.create_task(w.chat())
+    await w.running()
+    accounts = dict(w.flow.accounts)
+    w.flow.accounts.clear()
+    await dies(w, clock)
+    w.flow.accounts.update(accounts)
+    assert (await client).content and w.token.reason == ""
+    assert (await w.chat()).content and w.store.tokens()[0].is_active
+
+
 HICCUPS = (  # what answers, so many times: each is one dead look of the session
     ("auth/session", lambda request: web.json_response({}), 1),
     ("batchGenerateImages", refusal(401), 2),
@@ -6278,16 +6290,41 @@ async def test_what_a_test_or_refresh_finds_shows_on_the_account(world, impatien
     assert shaped(renewed, {"is_active": True, "user_paygate_tier": ULTRA, "credits": 7})
 
 
+BAD_AT_ONCE = (  # what refuses an account that is added, and what is told of it
+    (fault("createProject", refusal(403, "PUBLIC_ERROR_USER_REGION")), "USER_REGION"),
+    (fault("credits", refusal(403, "PUBLIC_ERROR_USER_REGION")), "USER_REGION"),
+    (fault("credits", refusal(429, "PUBLIC_ERROR_QUOTA_REACHED")), "QUOTA_REACHED"),
+    (fault("credits", refusal(401)), "fresh access token"),
+)
+
+
+@pytest.mark.parametrize(("answer", "why"), BAD_AT_ONCE)
+async def test_an_account_that_google_refuses_is_not_added_as_a_good_one(world, answer, why):
+    w, do = await owner_of(world, *())
+    w.fault = answer
+    added = await do("POST tokens", st=w.flow.add_account("bad@example.com", PRO, 5))
+    other = {"st": w.flow.add_account("bad2@example.com", PRO, 5)}
+    imported = (await do("POST tokens/import", tokens=[other]))["details"][0]
+    for told in (added["message"], added["token"]["reason"], imported["reason"]):
+        assert why in told
+    for row in (await do("GET tokens"))[:2]:
+        assert row["is_active"] and why in row["paused_for"]
+
+
 async def test_a_moved_account_is_not_added_as_a_good_one(world, clock):
     """It comes back by itself once Google makes projects for it again."""
     w, do = await owner_of(world, *())
     w.fault = fault("createProject", RETIRED)
-    answer = await do("POST tokens", st=w.flow.add_account("moved@example.com", PRO, 5))
+    st = w.flow.add_account("moved@example.com", PRO, 5)
+    key = (await do("GET plugin/config"))["connection_token"]
+    plugin = (await w.post("/api/plugin/update-token", {"session_token": st}, key=key)).json
+    await do("DELETE tokens/2")
+    answer = await do("POST tokens", st=st)
     row = (await do("GET tokens"))[0]
-    for told in (answer["message"], answer["token"]["reason"], row["reason"]):
+    for told in (plugin["reason"], answer["message"], answer["token"]["reason"], row["reason"]):
         assert "upstream_retired" in told
     assert (row["email"], row["is_active"]) == ("moved@example.com", False)
-    moved = w.pool.tokens[2]
+    moved = w.pool.tokens[row["id"]]
     w.fault, clock.ahead = None, 3700
     await w.pool.ask(moved, flow2api.now())
     assert moved.is_active and moved.project_id
