@@ -1231,6 +1231,11 @@ class Job(Record):
     def ended(self):
         return self.state not in OPEN
 
+    @property
+    def wish(self):
+        """The same for the same request, sent again."""
+        return self.plan.model, hash(self.prompt)
+
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
 
@@ -2397,8 +2402,8 @@ class Pool:
         await self.adapter_for(token).project(token)
 
     async def examine(self, token, call):
-        """A call of its owner's: a session that looks dead twice is told on the account at
-        once, and one that lives again, too. Raises as the call."""
+        """A call that the owner asks for: a session that looks dead twice is told on the
+        account at once, and one that lives again, too. Raises as the call."""
         for again in (True, False):
             try:
                 await call(token)
@@ -2832,6 +2837,7 @@ class Jobs:
         self.late = {}  # the same, of those that ran out of time in the last day
         self.refused = {}  # id -> a request that made no job, as one that has failed
         self.absent = {}  # key -> when Flow had no such in a new project, either
+        self.unwanted = deque(maxlen=100)  # Job.wish of what all accounts were refused
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
@@ -3202,9 +3208,11 @@ class Jobs:
                 raise refusal
 
     def _step_back(self, job, token, refusal, blamed):
-        """-> whether the job waits for the account, which is just busy with others."""
+        """-> whether the job waits for the account, which is just busy with others. For
+        what was refused everywhere, and is sent again, none is blamed again."""
         blamed.add(token.id)
-        if len(blamed) > 2:
+        unwanted = refusal.effect is Effect.BAN and job.wish in self.unwanted
+        if unwanted or len(blamed) > 2:
             return False
         self.pool.blame(token, refusal, job.plan)
         return refusal.code == "account_busy" and token.busy[job.kind] > 0
@@ -3223,6 +3231,8 @@ class Jobs:
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
+            if len(tried) > 1 and refusal.effect is Effect.BAN:
+                self.unwanted.append(job.wish)
             raise refusal or err from None  # what an account said says more
 
     async def _submit_on(self, job, token):

@@ -3958,6 +3958,18 @@ async def test_what_is_refused_everywhere_puts_two_accounts_to_sleep(world, answ
     assert (await w.chat("nano_banana_pro")).content
 
 
+async def test_what_is_sent_again_and_again_though_refused_bans_no_pool(world, clock):
+    """Refused to all, by a bare 403; what others ask for still speaks against an account."""
+    w = await world(((PRO, 100),) * 4)
+    w.fault, tokens = says(403), w.pool.tokens.values()
+    for clock.ahead in range(0, 3000, 300):
+        assert (await w.chat(BANANA)).status == 503
+    assert sorted(token.failures for token in tokens) == [0, 0, 1, 1]
+    for clock.ahead in range(5000, 10**5, 10**4):
+        await w.chat(BANANA, f"at {clock.ahead}")
+    assert not any(token.is_active for token in tokens)
+
+
 # ---- Media: files and their links ----
 
 FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "flow.example.com"}
