@@ -1101,10 +1101,6 @@ class Token(Record):
             if pause.until > now()
         )
 
-    def idle_for(self):
-        """Why it serves nothing now, or not all; "" also where its owner wants it so."""
-        return self.reason or self.paused_for()
-
     def session(self):
         return self.pick("adapter", "st", "at", "at_expires")
 
@@ -1212,6 +1208,7 @@ class Job(Record):
     median: list = field(default_factory=list)  # seconds of earlier jobs, their number
     outputs: list[Output] = in_memory(list)  # rows of their own
     shunned: set[int] = in_memory(set)  # accounts that others go before
+    reserved: int = in_memory(int)  # credits, until its submit is answered
     changed: asyncio.Event = in_memory(asyncio.Event)
     stage: str = in_memory(str)  # what it is at, in words
     task: asyncio.Task | None = in_memory(lambda: None)
@@ -1230,11 +1227,6 @@ class Job(Record):
     @property
     def ended(self):
         return self.state not in OPEN
-
-    @property
-    def wish(self):
-        """The same for the same request, sent again."""
-        return self.plan.model, hash(self.prompt)
 
     def done(self):
         return [output for output in self.outputs if output.state == "done"]
@@ -2139,14 +2131,13 @@ class RestFlow:
 
     async def upload(self, token, project, data, media_type):
         """POST flow/uploadImage. An answer without a name is a silent refusal."""
-        encoded = await asyncio.to_thread(base64.b64encode, data)
         request = {
             "clientContext": client_context(project),
             "fileName": f"flow2api_{int(now() * 1000)}.{media_type.partition('/')[2]}",
             "isHidden": False,
             "isUserUploaded": True,
             "mimeType": media_type,
-            "imageBytes": encoded.decode(),
+            "imageBytes": (await asyncio.to_thread(base64.b64encode, data)).decode(),
         }
         body = await self._api(token, "flow/uploadImage", json=request)
         if name := text_at(list_at(body, "media"), 0, "name"):
@@ -2164,8 +2155,7 @@ class RestFlow:
 
     async def submit(self, token, job, media):
         if job.kind == "image":
-            project = quote(job.project, safe="")
-            path = f"projects/{project}/flowMedia:batchGenerateImages"
+            path = f"projects/{quote(job.project, safe='')}/flowMedia:batchGenerateImages"
         else:
             path = CLIP_PATH + SUBMIT_PATHS[job.plan.mode]
         request = submit_request(job, token.tier, media)
@@ -2281,7 +2271,6 @@ AWAKE = {
 }
 SUSPECT_PAUSE, LONGEST_PAUSE = 50, 3600  # at most, in seconds
 BLAMED = (Effect.ACCOUNT, Effect.BAN, Effect.SESSION)
-COUNTED = ("image", "video", "error")
 OF_A_MODEL = ("account_daily_quota", "model_not_for_account")  # not of all its kind
 
 
@@ -2315,10 +2304,7 @@ class Pool:
             else:
                 log.error("%s is left out: its adapter is unknown", token.email)
         self.last_id = store.last_token_id()  # never given twice
-        # The counters of accounts that were deleted; with a day: of that day.
-        self.gone = Counter(store.settings().get("gone"))
         self.leases = {}  # job id -> the token that has a slot taken for it
-        self.reserved = {}  # job id -> credits, until its submit is answered
         self.queue = []  # of Waiting
         self._alarm = None
 
@@ -2355,7 +2341,7 @@ class Pool:
         awake = AWAKE if wakes(token) else {}
         await self.update(token, **{**account, **draft.session(), **awake, **fields})
         try:
-            await self.make_ready(token)
+            await self.check(token)
         except GatewayError as err:
             log.warning("%s is in the pool, but: %s", token.email, err)
             if err.code == "upstream_retired":
@@ -2372,8 +2358,7 @@ class Pool:
 
     def disable(self, token, err):
         """Because of this error; `ask` wakes it once Google answers well again."""
-        reason = f"{err} ({err.code})"
-        token.update(is_active=False, reason=reason, reason_code=err.code)
+        token.update(is_active=False, reason=f"{err} ({err.code})", reason_code=err.code)
         token.checked_at = now()
         log.warning("%s is disabled: %s", token.email, token.reason)
 
@@ -2382,24 +2367,17 @@ class Pool:
         if token.busy.total():
             raise bad(f"Disable {token.email} first: jobs under way", code="conflict")
         token.removed = True
-        if self.tokens.pop(token.id, None):  # else somebody has deleted it just now
-            for what in COUNTED:
-                self.gone[what] += getattr(token, f"{what}_count")
-                self.gone[what + today()] += token.counts_of_today().get(what, 0)
-            self.store.put_setting("gone", self.gone)
+        self.tokens.pop(token.id, None)  # somebody else may have deleted it just now
         await self.store.delete(("tokens", "id", token.id))
 
     async def check(self, token):
-        """Renews a session that ends soon, and asks for credits and tier."""
+        """Renews a session that ends soon, asks for credits and tier, and for a project
+        where it has none."""
         adapter = self.adapter_for(token)
         if adapter.expires_soon(token):
             await adapter.sign_in(token)
         await self.update(token, **await adapter.balance(token), checked_at=now())
-
-    async def make_ready(self, token):
-        """As check, and it gets a project where it has none."""
-        await self.check(token)
-        await self.adapter_for(token).project(token)
+        await adapter.project(token)
 
     async def examine(self, token, call):
         """A call that the owner asks for: a session that looks dead twice is told on the
@@ -2428,7 +2406,7 @@ class Pool:
             if token.reason:
                 token.update(wakings=token.wakings + 1, checked_at=now())
             try:
-                await self.make_ready(token)
+                await self.check(token)
                 if token.reason:
                     await self.update(token, **AWAKE)
                     log.info("%s serves again", token.email)
@@ -2538,9 +2516,12 @@ class Pool:
             if err.code not in ("no_credits", "tier_required"):
                 raise
         since = now() - 60
-        active = [token for token in self.tokens.values() if token.is_active]
-        stale = [token for token in active if token.checked_at < since]
-        await asyncio.gather(*(self.ask(token, since) for token in stale))
+        asks = [
+            self.ask(token, since)
+            for token in self.tokens.values()
+            if token.is_active and token.checked_at < since
+        ]
+        await asyncio.gather(*asks)
         return self.able(job, tried)
 
     def expect_room(self, kind):
@@ -2588,15 +2569,15 @@ class Pool:
     def take(self, token, job):
         """Leases without a question: also for a job that is found running at start."""
         self.leases[job.id] = token
-        credits = (job.plan.cost(token.tier) or 0) * job.n
-        self.reserved[job.id] = credits
-        token.reserved += credits
+        job.reserved = (job.plan.cost(token.tier) or 0) * job.n
+        token.reserved += job.reserved
         token.busy[job.kind] += 1
 
     def spent(self, job, balance=None):
         """Ends the reservation: the balance that Google tells has the cost in it."""
         if token := self.leases.get(job.id):
-            token.reserved -= self.reserved.pop(job.id, 0)
+            token.reserved -= job.reserved
+            job.reserved = 0
             if balance is not None:
                 token.credits = balance
                 self.wake()
@@ -2834,19 +2815,17 @@ class Jobs:
         self.pool = pool
         self.media = media
         self.open = {}  # job id -> Job
-        self.late = {}  # the same, of those that ran out of time in the last day
         self.refused = {}  # id -> a request that made no job, as one that has failed
         self.absent = {}  # key -> when Flow had no such in a new project, either
-        self.unwanted = deque(maxlen=100)  # Job.wish of what all accounts were refused
+        self.unwanted = deque(maxlen=100)  # prompts that all accounts were refused for
         self.stopping = False
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
         self._pauses = defaultdict(lambda: backoff(self.settings["flow.poll_interval"]))
         for job in reversed(store.jobs(states=("completed",), limit=500)):
             self._learn(job)
-        for job in store.jobs(states=("failed",), limit=500):
-            if timed_out(job):
-                self.late[job.id] = job
+        late = filter(timed_out, store.jobs(states=("failed",), limit=500))
+        self.late = {job.id: job for job in late}  # late in the last day, as open
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
@@ -3110,10 +3089,10 @@ class Jobs:
                 raise GatewayError(**job.outputs[0].error)
             await self._step(job, "settling")
         if job.state == "settling":
-            settling = [self._settle(job, output) for output in job.outputs]
             try:
-                async with self._time_left(job):
-                    await asyncio.gather(*settling)
+                async with self._time_left(job), asyncio.TaskGroup() as group:
+                    for output in job.outputs:
+                        group.create_task(self._settle(job, output))
             except TimeoutError:
                 job.notes.append("generation.image_timeout is over: this is the original")
         await self._end(job, "completed")
@@ -3211,7 +3190,7 @@ class Jobs:
         """-> whether the job waits for the account, which is just busy with others. For
         what was refused everywhere, and is sent again, none is blamed again."""
         blamed.add(token.id)
-        unwanted = refusal.effect is Effect.BAN and job.wish in self.unwanted
+        unwanted = refusal.effect is Effect.BAN and job.prompt in self.unwanted
         if unwanted or len(blamed) > 2:
             return False
         self.pool.blame(token, refusal, job.plan)
@@ -3232,7 +3211,7 @@ class Jobs:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
             if len(tried) > 1 and refusal.effect is Effect.BAN:
-                self.unwanted.append(job.wish)
+                self.unwanted.append(job.prompt)
             raise refusal or err from None  # what an account said says more
 
     async def _submit_on(self, job, token):
@@ -3267,8 +3246,7 @@ class Jobs:
                 job.project = own or await upstream.project(token, gone)
                 media = await self._upload(job, token)
                 token.update(last_used_at=now(), use_count=token.use_count + 1)
-                batch = str(uuid.uuid4())
-                job.update(token_id=token.id, tier=token.tier, batch=batch)
+                job.update(token_id=token.id, tier=token.tier, batch=f"{uuid.uuid4()}")
                 await self._step(job, "submitting", token, submitted_at=now())
                 self._tell(job, "Sent to Flow")
                 return await upstream.submit(token, job, media)
@@ -3289,14 +3267,11 @@ class Jobs:
 
     def _time_left(self, job):
         """A picture ends by its deadline, whatever Google does; not so a paid clip."""
-        left = job.deadline - now() if job.kind == "image" else None
-        return asyncio.timeout(left)
+        return asyncio.timeout(job.deadline - now() if job.kind == "image" else None)
 
     async def _accepted(self, job, reply):
         """Google has the job: its operations go to disk before anybody hears of it."""
         await self._add_outputs(job, reply.statuses)
-        if len(job.outputs) < job.n:
-            job.notes.append(f"Flow tells of {len(job.outputs)} in place of {job.n}.")
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]
@@ -3407,16 +3382,15 @@ class Jobs:
             status = told.get(output.name)
             if not status or (job.ended and status.state != "done"):
                 continue
-            output.heard_at = now()
-            output.answers += 1
             output.missing = output.missing + 1 if status.state == "missing" else 0
             if not output.missing:
                 await self._note(output, status)
+            output.heard_at = now()
+            output.answers += 1
             if output.missing or output.state != "pending" or self._is_late(job, output):
                 moved[output] = job
-        try:
-            if moved:
-                await self.store.put(*moved)
+        try:  # what was late is written with its job: killed in between, it stays late
+            await self.store.put(*(one for one, job in moved.items() if not job.ended))
         finally:  # on a full disk, too: nobody else would wake the jobs
             for job in set(moved.values()):
                 if self.late.pop(job.id, None):
@@ -3461,9 +3435,8 @@ class Jobs:
     def _is_late(self, job, output):
         """Only Google's word after the deadline makes a clip late. A picture, or a clip
         that nobody can ask for, is late by the clock, and so is any after a day."""
-        asked = job.kind == "video" and self.token_of(job)
-        by_clock = not asked or not sent_lately(job)
-        moment = now() if by_clock else output.heard_at
+        asked = job.kind == "video" and self.token_of(job) and sent_lately(job)
+        moment = output.heard_at if asked else now()
         limit = self.settings["flow.max_poll_attempts"]
         return moment >= job.deadline or output.answers >= limit
 
@@ -4278,8 +4251,7 @@ async def read_picture(body, media, edit):
     wish = await read_wish(body, media.settings, "image")
     if edit and not wish.links:
         raise bad("An edit needs a picture in image", "image")
-    plan = wish.plan(media.settings)
-    return await wish.generation(media, plan, prompt)
+    return await wish.generation(media, wish.plan(media.settings), prompt)
 
 
 async def read_clip(body, media, mode="", source=None):
@@ -4689,14 +4661,14 @@ class Gateway:
         await asyncio.to_thread(self.store.close)
 
     def counters(self):
-        tokens, gone = self.pool.tokens.values(), self.pool.gone
+        tokens = self.pool.tokens.values()
         active = sum(token.is_active for token in tokens)
         counters = {"total_tokens": len(tokens), "active_tokens": active}
-        for what in COUNTED:
-            totals = [getattr(token, f"{what}_count") for token in tokens]
-            todays = [token.counts_of_today().get(what, 0) for token in tokens]
-            counters[f"total_{what}s"] = sum(totals, gone[what])
-            counters[f"today_{what}s"] = sum(todays, gone[what + today()])
+        todays = [token.counts_of_today() for token in tokens]
+        for what in ("image", "video", "error"):
+            totals = (getattr(token, f"{what}_count") for token in tokens)
+            counters[f"total_{what}s"] = sum(totals)
+            counters[f"today_{what}s"] = sum(counts.get(what, 0) for counts in todays)
         return counters
 
     @contextlib.asynccontextmanager
@@ -4743,8 +4715,7 @@ class Gateway:
     async def _earlier(self, request, key):
         """The job of an earlier request that this one repeats, or None. Raises as find."""
         # OpenAI's packages send a request again that took them too long, and count that.
-        retried = request.headers.get("x-stainless-retry-count", "0") != "0"
-        if key.explicit or retried:
+        if key.explicit or request.headers.get("x-stainless-retry-count", "0") != "0":
             return await self.jobs.find(key)
         # Others send it again once they have left. Who is still there wants another one.
         start = now() - LEFT_SECONDS
@@ -5438,8 +5409,7 @@ class Sessions:
     def _wait(self, address):
         """The seconds until an address may try again."""
         start = now() - GUESS_SECONDS
-        recent = [item for item in self.guesses.items() if item[1][1] > start]
-        self.guesses = dict(recent)
+        self.guesses = {who: one for who, one in self.guesses.items() if one[1] > start}
         failures, last = self.guesses.get(address, (0, 0))
         total = sum(number for number, _ in self.guesses.values())
         if total >= GUESSES and address not in self.friends:
@@ -5735,11 +5705,10 @@ class AdminApi(Api):
             raise bad("This session token is in the pool already", "st", "conflict")
         token, new = await self.pool.add(st, **fields)
         message = "Token added" if new else "Known account: its session is updated"
-        if reason := token.idle_for():
+        if reason := token.reason or token.paused_for():
             message += f", but it is not used now: {reason}"
-        names = "id email credits project_id project_name"
-        about = {**token.pick(*names.split()), "reason": reason}
-        return ok(message, token=about, token_id=token.id)
+        about = token.pick("id", "email", "credits", "project_id", "project_name")
+        return ok(message, token={**about, "reason": reason}, token_id=token.id)
 
     async def update_token(self, request):
         """Sets what is named; Google is asked about a new session only."""
@@ -5782,7 +5751,7 @@ class AdminApi(Api):
 
     @token_action
     async def check_token(self, token):
-        await self.pool.examine(token, self.pool.make_ready)
+        await self.pool.examine(token, self.pool.check)
 
     async def enable_all(self, request):
         return await self._update_all("enabled", AWAKE)
@@ -5813,7 +5782,7 @@ class AdminApi(Api):
         for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
             try:
-                await self.pool.examine(token, self.pool.make_ready)
+                await self.pool.examine(token, self.pool.check)
                 counts["valid"] += 1
                 if not was_active:
                     await self.pool.update(token, **AWAKE)
@@ -5835,7 +5804,7 @@ class AdminApi(Api):
             item = item if isinstance(item, dict) else {"st": item}
             try:
                 token, status = await self._import(item)
-                reason = token.idle_for()
+                reason = token.reason or token.paused_for()
             except GatewayError as err:
                 token, status = Token(id=None, email=text_at(item, "email")), "failed"
                 reason = str(err)
@@ -5882,7 +5851,8 @@ class AdminApi(Api):
         action = "added" if new else "updated"
         about = {"action": action, "token_id": token.id, "email": token.email}
         about["auto_enabled"] = token.is_active and token.id in asleep
-        return ok(f"Token {action}", reason=token.idle_for(), **about)
+        about["reason"] = token.reason or token.paused_for()
+        return ok(f"Token {action}", **about)
 
     def _note_call(self, **news):
         self.plugin.update(news)
@@ -5967,12 +5937,11 @@ class AdminApi(Api):
         return self._log_object(request, await self.job_of(request))
 
     async def state(self, request):
-        tokens = [token_object(token, masked=True) for token in self.tokens.values()]
-        jobs = [self._job_object(request, job) for job in self.jobs.open.values()]
+        tokens, jobs = self.tokens.values(), self.jobs.open.values()
         return {
             "success": True,
-            "tokens": tokens,
-            "jobs": jobs,
+            "tokens": [token_object(token, masked=True) for token in tokens],
+            "jobs": [self._job_object(request, job) for job in jobs],
             "stats": self.gateway.counters(),
             "disk_free_mb": self.media.free_disk() >> 20,
         }
@@ -5990,8 +5959,7 @@ class AdminApi(Api):
         return {"success": True, "info": info, **info}
 
     async def empty_cache(self, request):
-        stay = await asyncio.to_thread(self.media.expire, -1)
-        return ok("Emptied", cache_bytes=stay)
+        return ok("Emptied", cache_bytes=await asyncio.to_thread(self.media.expire, -1))
 
     async def test_proxy(self, request):
         """{proxy_url}: whether Google is reached, by the set one or none."""
@@ -6892,7 +6860,7 @@ async def findings(settings):
         yield False, str(err)
         return
     yield True, f"database {gateway.store.path}, schema {len(MIGRATIONS)}"
-    free = shutil.disk_usage(settings.data).free >> 20
+    free = gateway.media.free_disk() >> 20
     yield free > 500, f"{free} MB free on the disk of {settings.data}; it should have 500"
     for warning in weak_secrets(settings):
         yield False, warning
@@ -6917,7 +6885,7 @@ async def check_address(gateway, url):
 
 async def check_account(pool, token):
     try:
-        await pool.check(token)
+        token.update(**await pool.adapter_for(token).balance(token))
     except GatewayError as err:
         return False, str(err)
     text = f"{TIERS.get(token.tier, 'plan unknown')}, {token.credits} credits"
