@@ -1447,8 +1447,8 @@ class Store:
 
     def last_token_id(self):
         """The highest in any row, be it a job's, or one that can't be read; else 0."""
-        sql = "SELECT max(id) FROM tokens UNION SELECT max(token_id) FROM jobs"
-        return max(number or 0 for (number,) in self._rows(sql))
+        both = "SELECT max(id) AS id FROM tokens UNION SELECT max(token_id) FROM jobs"
+        return self._rows(f"SELECT max(id) FROM ({both})")[0][0] or 0
 
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
@@ -1479,7 +1479,7 @@ class Store:
         sql = """SELECT request, job_id FROM request_keys
             WHERE explicit = ? AND value = ? AND created_at > ?"""
         rows = self._rows(sql, (key.explicit, key.value, since))
-        return tuple(rows[0]) if rows else None
+        return rows[0] if rows else None
 
 
 # ---- 5. Network ------------------------------------------------------------------------
@@ -1774,10 +1774,7 @@ SUBMIT_PATHS = {
 }
 MEDIUM_NAME = re.compile(r"[A-Za-z0-9][ -~]{0,499}")
 # By how Google's words begin (SUCCESSFUL, CANCELLED …); what has another is on its way.
-WIRE_STATES = {
-    **dict.fromkeys(("SUCC", "COMP"), "done"),
-    **dict.fromkeys(("FAIL", "ERRO", "CANC"), "failed"),
-}
+WIRE_STATES = dict(SUCC="done", COMP="done", FAIL="failed", ERRO="failed", CANC="failed")
 
 
 @dataclass(frozen=True)
@@ -2098,8 +2095,7 @@ class RestFlow:
         if cookie and re.fullmatch("[!-~]{200,}", cookie.value):  # Google has renewed it
             token.st = cookie.value
         await self._keep(token, at=access, at_expires=expires)
-        user = dig(body, "user")
-        return {name: text_at(user, name)[:200] for name in ("email", "name")}
+        return {name: text_at(body, "user", name)[:200] for name in ("email", "name")}
 
     async def _keep(self, token, **changes):
         token.update(**changes)
@@ -2536,8 +2532,8 @@ class Pool:
 
         def affords(token):
             cost = plan.cost(token.tier) * n
-            unknown = token.credits is None
-            return not cost or unknown or cost <= token.credits - token.reserved
+            credits = token.credits
+            return not cost or credits is None or cost <= credits - token.reserved
 
         needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
         kinds = {"image": "pictures", "video": "clips"}[plan.kind]
@@ -2552,11 +2548,9 @@ class Pool:
         credits, then the least recently used; those that the job shuns come last."""
 
         def load(token):
-            credits = 0
-            if plan.cost(token.tier):
-                credits = token.reserved - (token.credits or 0)
+            left = (token.credits or 0) - token.reserved if plan.cost(token.tier) else 0
             shunned = token.id in job.shunned
-            return shunned, token.busy.total(), credits, token.last_used_at, token.id
+            return shunned, token.busy.total(), -left, token.last_used_at, token.id
 
         plan = job.plan
         free = [
@@ -3190,8 +3184,7 @@ class Jobs:
         """-> whether the job waits for the account, which is just busy with others. For
         what was refused everywhere, and is sent again, none is blamed again."""
         blamed.add(token.id)
-        unwanted = refusal.effect is Effect.BAN and job.prompt in self.unwanted
-        if unwanted or len(blamed) > 2:
+        if len(blamed) > 2 or job.prompt in self.unwanted:
             return False
         self.pool.blame(token, refusal, job.plan)
         return refusal.code == "account_busy" and token.busy[job.kind] > 0
@@ -4646,11 +4639,10 @@ class Gateway:
     def __init__(self, settings, store):
         self.settings = settings
         self.store = store
-        self.wire = Wire(settings)
-        parts = settings, self.wire, store
-        adapters = {name: adapter(*parts) for name, adapter in ADAPTERS.items()}
+        self.wire = wire = Wire(settings)
+        adapters = {name: kind(settings, wire, store) for name, kind in ADAPTERS.items()}
         self.pool = Pool(settings, store, adapters)
-        self.media = Media(settings, self.wire)
+        self.media = Media(settings, wire)
         self.jobs = Jobs(store, self.pool, self.media)
         self.locks = weakref.WeakValueDictionary()  # by key, while a request is read
         self.left = {}  # hash of a request -> its job, and when its client left
@@ -5353,8 +5345,7 @@ ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # as its owner w
 
 def hash_password(password, salt=None):
     salt = salt or secrets.token_bytes(16)
-    data = password.encode(errors="replace")
-    key = hashlib.scrypt(data, salt=salt, n=1 << 14, r=8, p=1)
+    key = hashlib.scrypt(password.encode(errors="replace"), salt=salt, n=16384, r=8, p=1)
     return f"scrypt${salt.hex()}${key.hex()}"
 
 
@@ -5658,8 +5649,7 @@ class AdminApi(Api):
         """The companion extension, as a zip of the files beside this one."""
         files = sorted(Path(__file__).with_name("extension").glob("[!.]*.*"))
         if not files:
-            message = "This copy of Flow2API has no folder extension/ beside flow2api.py"
-            raise GatewayError("not_found", message)
+            raise GatewayError("not_found", "No folder extension/ is beside flow2api.py")
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in files:
@@ -5849,10 +5839,10 @@ class AdminApi(Api):
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
         action = "added" if new else "updated"
-        about = {"action": action, "token_id": token.id, "email": token.email}
-        about["auto_enabled"] = token.is_active and token.id in asleep
-        about["reason"] = token.reason or token.paused_for()
-        return ok(f"Token {action}", **about)
+        woken = token.is_active and token.id in asleep
+        reason = token.reason or token.paused_for()
+        about = {"email": token.email, "auto_enabled": woken, "reason": reason}
+        return ok(f"Token {action}", action=action, token_id=token.id, **about)
 
     def _note_call(self, **news):
         self.plugin.update(news)

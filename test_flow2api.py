@@ -841,14 +841,19 @@ async def test_an_outage_from_the_submit_on_loses_no_clip(world, impatient):
     assert (await client).content and len(w.flow.media) == 1
 
 
-@pytest.mark.parametrize("restart", [False, True])
-async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, restart):
+@pytest.mark.parametrize("restart", [False, True, "killed as it comes home"])
+async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, monkeypatch, restart):
     w = await world(video_seconds=2000, **{"cache.enabled": True})
     w.live.layers["file"]["generation.video_timeout"] = 0.3
     reply = await w.chat()
     expect_error(w, reply, "generation_timeout")
     path = f"{VIDEOS}/{reply.job_id}"
     assert (await w.get(path)).json["status"] == "failed"
+    if restart == "killed as it comes home":
+        with monkeypatch.context() as patch:
+            patch.setattr(flow2api.Jobs, "_start", lambda jobs, job: None)
+            clock.ahead = 7200
+            await until(lambda: not w.jobs.late)
     if restart:
         await w.restart()
     clock.ahead = 7200
