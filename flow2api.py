@@ -3180,14 +3180,14 @@ class Jobs:
             else:
                 raise refusal
 
-    def _step_back(self, job, token, refusal, blamed):
+    def _step_back(self, job, token, err, blamed):
         """-> whether the job waits for the account, which is just busy with others. For
-        what was refused everywhere, and is sent again, none is blamed again."""
+        what was refused everywhere, and is sent again, none comes nearer to its ban."""
         blamed.add(token.id)
-        if len(blamed) > 2 or job.prompt in self.unwanted:
+        if len(blamed) > 2 or (err.effect is Effect.BAN and job.prompt in self.unwanted):
             return False
-        self.pool.blame(token, refusal, job.plan)
-        return refusal.code == "account_busy" and token.busy[job.kind] > 0
+        self.pool.blame(token, err, job.plan)
+        return err.code == "account_busy" and token.busy[job.kind] > 0
 
     async def _take_back(self, job):
         """It was refused: nothing was spent."""
@@ -3203,7 +3203,7 @@ class Jobs:
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
-            if len(tried) > 1 and refusal.effect is Effect.BAN:
+            if len(tried) > 1:
                 self.unwanted.append(job.prompt)
             raise refusal or err from None  # what an account said says more
 
