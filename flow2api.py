@@ -2790,8 +2790,8 @@ def sent_lately(job):
 
 
 def timed_out(job):
-    """The outputs that a failed job could still get."""
-    outputs = job.outputs if job.state == "failed" else ()
+    """The outputs that a job which has ended could still get."""
+    outputs = job.outputs if job.ended else ()
     return [output for output in outputs if output.error.get("code") == "generation_timeout"]
 
 
@@ -2816,10 +2816,12 @@ class Jobs:
         self.durations = defaultdict(lambda: deque(maxlen=25))  # Plan.pace -> seconds
         # token id -> the pauses after failed status calls
         self._pauses = defaultdict(lambda: backoff(self.settings["flow.poll_interval"]))
-        for job in reversed(store.jobs(states=("completed",), limit=500)):
-            self._learn(job)
-        late = filter(timed_out, store.jobs(states=("failed",), limit=500))
-        self.late = {job.id: job for job in late}  # late in the last day, as open
+        self.late = {}  # as open, of those with an output that was late in the last day
+        for job in reversed(store.jobs(states=("completed", "failed"), limit=1000)):
+            if job.state == "completed":
+                self._learn(job)
+            if timed_out(job):
+                self.late[job.id] = job
 
     async def create(self, generation, origin, key, detached):
         """-> a Job on disk and under way. detached: its client can come back for it.
@@ -3382,11 +3384,11 @@ class Jobs:
             output.answers += 1
             if output.missing or output.state != "pending" or self._is_late(job, output):
                 moved[output] = job
-        try:  # what was late is written with its job: killed in between, it stays late
-            await self.store.put(*(one for one, job in moved.items() if not job.ended))
+        try:  # a failed job is written with what was late: killed in between, it stays late
+            await self.store.put(*(out for out, job in moved.items() if job.state != "failed"))
         finally:  # on a full disk, too: nobody else would wake the jobs
             for job in set(moved.values()):
-                if self.late.pop(job.id, None):
+                if job.state == "failed" and self.late.pop(job.id, None):
                     self._start(job)
                 self._tell(job, job.stage)
 
@@ -4767,7 +4769,7 @@ class Api:
         a file's name, and passes on what is not kept."""
         ending = "mp4" if job.kind == "video" else "png"
         ending = output.file.rpartition(".")[2] or ending
-        name = f"{job.id}_{link_secret(job)}_{job.done().index(output)}.{ending}"
+        name = f"{job.id}_{link_secret(job)}_{output.number}.{ending}"
         base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
         return f"{base or origin(request, self.settings)}/tmp/{name}"
 
@@ -4777,8 +4779,9 @@ class Api:
         match = OUTPUT_LINK.fullmatch(name)
         job = await self.jobs.get(match[1]) if match else None
         if job and same(match[2], link_secret(job)):
-            for output in job.done()[int(match[3]) :]:
-                return job, output
+            for output in job.done():
+                if output.number == int(match[3]):
+                    return job, output
         raise GatewayError("not_found", "There is no such file, or it has expired")
 
     async def own_picture(self, link):

@@ -864,6 +864,25 @@ async def test_a_clip_that_is_late_is_delivered(world, impatient, clock, monkeyp
     assert w.token.video_count == 1 and not w.token.busy.total()
 
 
+async def test_of_several_clips_a_late_one_comes_and_moves_no_link(world, impatient, clock):
+    w = await world(video_seconds=2000)
+    w.live.layers["file"]["generation.video_timeout"] = 2
+    reply = asyncio.create_task(w.chat(n=2))
+    await until(lambda: len(w.flow.media) == 2)
+    late, ready = w.flow.media.values()
+    ready.ready = 0
+    link = re.search(r"http://\S+\.mp4", (await reply).content)[0]
+    job = (await w.get("/v1/videos?limit=1")).json["data"][0]
+    assert (job["status"], len(job.get("urls", [1]))) == ("completed", 1)
+    await w.restart()
+    clock.ahead = 7200
+    await until(lambda: len(w.store.job(job["id"]).done()) == 2)
+    urls = (await w.get(f"{VIDEOS}/{job['id']}")).json["urls"]
+    files = [(await w.get(url.removeprefix(w.url))).body for url in urls]
+    assert files == [late.file(), ready.file()] and len(w.paid()) == 1
+    assert (await w.get(f"/tmp/{link.rpartition('/')[2]}")).body == ready.file()
+
+
 SLOW = ("uploadImage", "batchGenerateImages", "upsampleImage", "createProject")
 
 
