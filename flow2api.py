@@ -4853,7 +4853,7 @@ class Api:
         Google in constant memory (or by a redirect, where the settings say so)."""
         kept = self.media.path(output.file)
         if kept and not thumbnail:
-            return web.FileResponse(kept, headers=FILE_HEADERS)
+            return kept_file(request, kept)
         redirect = self.settings["videos.content"] == "redirect" and not thumbnail
         if redirect and (url := await self.jobs.link(job, output)):
             return web.Response(status=302, headers={"Location": url})
@@ -4882,6 +4882,16 @@ class Api:
             log.warning("%s was cut off: %s", request.path, err)
             raise ConnectionResetError from None  # so that the client sees it, too
         return reply
+
+
+def kept_file(request, path):
+    """The answer with a file that is kept here. Raises invalid_request for a date that
+    aiohttp, when it sends the file, would fail on."""
+    try:
+        _ = request.if_modified_since, request.if_unmodified_since, request.if_range
+    except Exception:
+        raise bad("A date in the headers is none") from None
+    return web.FileResponse(path, headers=FILE_HEADERS)
 
 
 def pixels(plan):
@@ -5202,7 +5212,7 @@ class ServiceApi(Api):
         output of a job (see output_url)."""
         name = request.match_info["name"]
         if path := self.media.path(name):
-            return web.FileResponse(path, headers=FILE_HEADERS)
+            return kept_file(request, path)
         job, output = await self.output_of_link(name)
         self.expect_done(job)
         return await self.send_output(request, job, output)

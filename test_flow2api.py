@@ -5406,6 +5406,9 @@ async def test_a_dead_link_is_asked_for_anew_once_an_old_one_not_tried(world, cl
     expect_error(w, await download(w, nowhere), "content_not_found")
 
 
+DATED = ("If-Modified-Since", "If-Unmodified-Since", "If-Range")
+
+
 @pytest.mark.parametrize("kept", [False, True])
 async def test_each_of_several_clips_comes_by_index_and_url_whole_and_in_ranges(world, kept):
     w = await world(video_seconds=0.3, **{"cache.enabled": kept})
@@ -5443,6 +5446,9 @@ async def test_each_of_several_clips_comes_by_index_and_url_whole_and_in_ranges(
             assert (part.status, part.body) == (206, file[2:6])
             whole = await w.fetch(url)
             assert (whole.body, whole.headers["Content-Type"]) == (file, "video/mp4")
+            for name, year in itertools.product(DATED, ("9" * 20, "9" * 5000, "0")):
+                odd = await w.fetch(url, **{name: f"Mon, 01 Jan {year} 00:00:00 GMT"})
+                assert odd.status in (200, 400, 412), (name, year[:30])
         for query, file in (("variant=video", one), ("index=0", one), ("index=1", two)):
             assert (await w.get(f"{path}/content?{query}")).body == file
         for file in (w.data / "tmp").iterdir():
