@@ -6530,10 +6530,14 @@ class Door:
 REQUEST_ID = contextvars.ContextVar("request id", default="")
 
 
+def new_request_id():
+    return f"req_{random.getrandbits(96):024x}"
+
+
 @web.middleware
 async def answer_errors(request, handler):
     """Failures in the caller's format: {"detail"} under /api, else OpenAI's object."""
-    REQUEST_ID.set(f"req_{random.getrandbits(96):024x}")
+    REQUEST_ID.set(new_request_id())
     request[ANSWER_HEADERS] = {"X-Request-Id": REQUEST_ID.get()}
     try:
         if request.method == "OPTIONS":
@@ -6592,7 +6596,8 @@ def preflight(request):
 
 async def add_headers(request, response):
     """What every answer bears: of which job it is, and what a browser may read of it."""
-    response.headers.update(request.get(ANSWER_HEADERS, {}))
+    by_aiohttp = {"X-Request-Id": new_request_id()}
+    response.headers.update(request.get(ANSWER_HEADERS, by_aiohttp))
     response.headers["Server"] = "Flow2API"  # not the versions of what it runs on
     if request.path.startswith("/api/"):
         response.headers["Cache-Control"] = "no-store"
@@ -6658,17 +6663,42 @@ def add_route(app, route, handler):
         numbers = itertools.count()
         end = re.sub("/", lambda match: f"{{_{next(numbers)}:/+}}", end)
         path = f"/{{_before:{API_PREFIX.pattern}}}{end}{{_after:{again}/*}}"
-    app.add_routes([web.route(method, path, handler)])
+    app.add_routes([web.route(method, path, handler, expect_handler=expect)])
+
+
+async def expect(request):
+    """Tells a client that its body is awaited. aiohttp's own refuses whatever else one
+    expects."""
+    awaited = request.headers["Expect"].lower() == "100-continue"
+    if awaited and request.version >= (1, 1):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # none of the answer is sent
 
 
 class Connection(web.RequestHandler):
     """A client's connection. aiohttp would log what is malformed, and send it back: keys
-    and all."""
+    and all; before 3.14.4 it fails on a request for an address that is none."""
+
+    def data_received(self, data):
+        with self._odd_address():
+            super().data_received(data)
+
+    async def start(self):
+        with self._odd_address():
+            await super().start()
+
+    @contextlib.contextmanager
+    def _odd_address(self):
+        try:
+            yield
+        except ValueError:
+            log.warning("A malformed request: its address is none")
+            self.force_close()
 
     def handle_error(self, request, status=500, exc=None, message=None):
         log.warning("A malformed request of %s: %s", request.remote, type(exc).__name__)
         body = bad("This is no HTTP request that can be read").body()
-        headers = {"Server": "Flow2API", "X-Request-Id": f"req_{secrets.token_hex(12)}"}
+        headers = {"Server": "Flow2API", "X-Request-Id": new_request_id()}
         response = web.json_response(body, status=400, headers=headers)
         response.force_close()
         return response
@@ -6681,7 +6711,8 @@ class Refusal(asyncio.Protocol):
         body = to_json(GatewayError("queue_full", "Too many connections at once").body())
         head = (
             "HTTP/1.1 429 queue full\r\nContent-Type: application/json\r\n"
-            f"Retry-After: 10\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Retry-After: 10\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+            f"Server: Flow2API\r\nX-Request-Id: {new_request_id()}\r\n\r\n"
         )
         transport.write(f"{head}{body}".encode())
         transport.close()
