@@ -2238,7 +2238,7 @@ BAD_HEADS = rf"""GET / HTTP/1.1\r\nAuthorization Bearer {KEY} ;; GET /{KEY} HTTP
 GET /?key={KEY} HTTP/1.1 {KEY} ;; B@D{KEY} /{AT} ;; GET /{AT}Authorization: Bearer {KEY}\x00
 GET /{AT}Cookie : flow2api_session={KEY} ;; GET /{AT}Cookie: a={KEY}\r\n folded {KEY}
 GET /{AT}X: {KEY * 2000} ;; GET /{KEY * 2000}{AT} ;; GET http://[{KEY}{AT} ;; GET http://{KEY}:x/{AT}
-{LOGIN}Content-Length: {KEY} ;; {LOGIN}Transfer-Encoding: {KEY} ;; GET /{AT}Host: {KEY}é[
+{LOGIN}Content-Length: {KEY} ;; {LOGIN}Transfer-Encoding: {KEY} ;; GET /{AT}Connection: close\r\nHost: {KEY}é[
 {LOGIN}Transfer-Encoding: chunked\r\n\r\n{KEY} ;; \x16\x03\x01\x02{KEY}\x00\xff
 {LOGIN}Connection: close\r\nContent-Encoding: gzip\r\nContent-Length: 18\r\n\r\n{KEY}
 {LOGIN}Content-Length: 1\r\nContent-Length: 2\r\n\r\n{KEY}"""
