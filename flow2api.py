@@ -1490,6 +1490,8 @@ PROXY_FORM = "must look like http://host:port or socks5://host:port"
 MAX_TEXT = 4 << 20  # bytes of JSON beside letters and digits: pictures have hardly any
 MAX_ITEMS = 200_000  # commas and brackets in JSON, and % in forms
 MAX_DEPTH = 64
+STEP = 1 << 20  # bytes that one call works on: meanwhile no other thread runs
+HEAVY = concurrent.futures.ThreadPoolExecutor(1, "heavy")
 BASE64 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+/="
 # Beside what ipaddress calls not global. Of IPv6 all but one block is special: IPv4
 # addresses stand in some (translated, NAT64, 6to4, Teredo), which could be inner ones.
@@ -1498,13 +1500,19 @@ SPECIAL_NETS = """192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/3
 SPECIAL_NETS = [ipaddress.ip_network(net) for net in SPECIAL_NETS.split()]
 
 
-def expect_flat(items, levels=MAX_DEPTH):
-    """Raises RecursionError where lists and objects are nested in more levels."""
-    for item in items:
-        if isinstance(item, dict | list):
-            if not levels:
-                raise RecursionError
-            expect_flat(item.values() if isinstance(item, dict) else item, levels - 1)
+def mended(value, levels=MAX_DEPTH):
+    """JSON's value, where half a surrogate pair in a text becomes a question mark. Raises
+    RecursionError where lists and objects are nested in more levels."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="replace").decode()
+    if isinstance(value, dict | list) and not levels:
+        raise RecursionError
+    if isinstance(value, list):
+        return [mended(item, levels - 1) for item in value]
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {mended(name): mended(item, levels - 1) for name, item in pairs}
+    return value
 
 
 def expect_light(raw):
@@ -1517,24 +1525,30 @@ def expect_light(raw):
 
 
 def parse_json(raw):
-    """The value of untrusted JSON. It costs little more than its bytes; half a surrogate
-    pair in a text becomes a question mark. Raises ValueError."""
+    """The value of untrusted JSON; costs little more than its bytes. Raises ValueError."""
     expect_light(raw)
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
-        expect_flat([value])
+        return mended(json.loads(raw.decode("utf-8-sig")))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    return value
 
 
 async def apart(size, call, *arguments):
-    """A call that takes as long as so many bytes do: in a thread, where they are many."""
+    """A call that takes as long as so many bytes do: in a thread, where they are many; one
+    at a time: several would take turns among themselves, and few would be the loop's."""
     if size > 1 << 16:
-        return await asyncio.to_thread(call, *arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(HEAVY, call, *arguments)
     return call(*arguments)
+
+
+def decode_base64(text):
+    """The bytes of a data URL, or of base64 in either alphabet. Raises ValueError."""
+    text = text.partition(",")[2] if text.startswith("data:") else text
+    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    text += "=" * (-len(text) % 4)
+    pieces = (text[at : at + STEP] for at in range(0, len(text), STEP))
+    return b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)
 
 
 def dig(body, *path, default="", kind=object):
@@ -2232,7 +2246,7 @@ class RestFlow:
         body = await self._api(token, "flow/upsampleImage", json=request)
         encoded = text_at(body, "encodedImage")
         with contextlib.suppress(ValueError):
-            if data := await asyncio.to_thread(base64.b64decode, encoded):
+            if data := await apart(len(encoded), decode_base64, encoded):
                 return Status(output.name, "done", output.media, data=data)
         raise changed("Google sent no larger picture")
 
@@ -2646,13 +2660,6 @@ def sniff(data):
     return "application/octet-stream", "bin"
 
 
-def decode_base64(text):
-    """The bytes of a data URL, or of base64 in either alphabet. Raises ValueError."""
-    text = text.partition(",")[2] if text.startswith("data:") else text
-    text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
-    return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
-
-
 async def one_piece(data):
     yield data
 
@@ -2756,7 +2763,7 @@ class Media:
             if len(value) > limit * 1.4:  # base64 takes 4/3
                 raise too_large(limit, param)
             with contextlib.suppress(ValueError):
-                value = await asyncio.to_thread(decode_base64, value)
+                value = await apart(len(value), decode_base64, value)
         if not isinstance(value, bytes) or not sniff(value)[0].startswith("image/"):
             message = "This is not a PNG, JPEG, WebP or GIF picture, its URL, or its base64"
             raise bad(message, param, "invalid_image")
@@ -3944,7 +3951,7 @@ def parse_multipart(content_type, raw):
     boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
     if not boundary:
         raise ValueError("its Content-Type names no boundary")
-    parts = (b"\r\n" + raw).split(b"\r\n--" + boundary.encode(), MAX_PARTS + 1)
+    parts = split_parts(b"\r\n" + raw, b"\r\n--" + boundary.encode())
     if len(parts) < 2 or not parts[-1].startswith(b"--"):
         raise ValueError("its end is missing, or it has too many parts")
     parts = [*map(read_head, parts[1:-1])]
@@ -3952,12 +3959,27 @@ def parse_multipart(content_type, raw):
     return itertools.starmap(read_part, parts)
 
 
+def split_parts(raw, mark):
+    """raw.split(mark, MAX_PARTS + 1)"""
+    parts = []
+    start = at = 0
+    while at < len(raw) and len(parts) <= MAX_PARTS:
+        end = raw.find(mark, at, at + STEP + len(mark))
+        if end < 0:
+            at += STEP
+        else:
+            parts.append(raw[start:end])
+            start = at = end + len(mark)
+    return [*parts, raw[start:]]
+
+
 def read_head(part):
     """-> the headers of a form's part, its bytes, and whether they are a file."""
-    head, _, data = part.partition(b"\r\n\r\n")
-    if len(head) > 9999:
-        raise ValueError("a part has a huge head")
-    headers = email.message_from_bytes(head.strip())
+    end = part.find(b"\r\n\r\n", 0, 9999)
+    if end < 0:
+        raise ValueError("a part has no head, or a huge one")
+    data = part[end + 4 :]
+    headers = email.message_from_bytes(part[:end].strip())
     kind = headers.get_content_maintype()
     named = headers.get_filename() is not None
     return headers, data, named or kind in ("image", "video", "audio")

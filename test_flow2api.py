@@ -5060,6 +5060,7 @@ HEAD = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n'
 TAIL = b"\r\na boat\r\n--b--\r\n"
 ODD_HEADS = b"Transfer-Encoding: \xff,Transfer-Encoding: base64,Encoding: gzip,X: " + b"x" * 10**5
 MALFORMED = [b"", b"nothing", b"--b", b"--b--\r\n", b"--b\r\n\r\n", HEAD + b"\r\na boat"]
+MALFORMED += [HEAD + b"X: " + b"x" * 10_000 + b"\r\n" + TAIL, HEAD + b"--b--\r\n"]
 MALFORMED += [b"--b\r\nno colon\r\n" + TAIL, HEAD.replace(b"name", b"nom") + TAIL]
 MALFORMED += [HEAD + TAIL.replace(b"a boat", b"\xff\xfe")]
 LISTS = b"Content-Type: text/json\r\n\r\n[%b1]\r\n" % (b"[]," * 60_000)
@@ -5076,6 +5077,15 @@ async def test_a_malformed_form_is_refused(world, raw):
         reply = await w.post(path, data=raw, headers=headers)
         expect_error(w, reply, "unsupported_encoding" if encoded else INVALID)
     assert not w.store.jobs()
+
+
+def test_a_form_is_split_in_steps_as_in_one(monkeypatch):
+    monkeypatch.setattr(flow2api, "STEP", 3)
+    dice = random.Random(7)
+    for _ in range(2000):
+        raw = bytes(dice.choices(b"\r\n-b", k=dice.randint(0, 40)))
+        mark = dice.choice((b"\n-", b"\r\n--", b"\r\n--b-b"))
+        assert flow2api.split_parts(raw, mark) == raw.split(mark), (raw, mark)
 
 
 def failing(count):
