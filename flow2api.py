@@ -1296,6 +1296,8 @@ class Store:
             self._migrate(self._inspect())
             self._writer = self._connect(self.path)
             self._writer.execute("PRAGMA synchronous=FULL")
+            self._writer.execute("DELETE FROM settings WHERE FALSE")  # can it be written?
+            self._writer.rollback()
         except sqlite3.Error as err:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
@@ -1333,7 +1335,8 @@ class Store:
         if version:
             self._rows(SAMPLE)
         if version > 2:
-            self._rows("SELECT explicit, value, job_id FROM request_keys LIMIT 0")
+            sql = "SELECT explicit, value, request, job_id, created_at FROM request_keys"
+            self._rows(f"{sql} LIMIT 0")
         if not version and self._rows("SELECT name FROM sqlite_master"):
             raise sqlite3.DatabaseError("this is another program's database")
         return version
@@ -1440,7 +1443,7 @@ class Store:
 
     def settings(self):
         rows = self._rows("SELECT name, data FROM settings WHERE json_valid(data)")
-        return {name: json.loads(data) for name, data in rows}
+        return {str(name): json.loads(data) for name, data in rows}
 
     def tokens(self):
         return Token.from_rows(self._rows("SELECT * FROM tokens ORDER BY id"))
@@ -1448,7 +1451,8 @@ class Store:
     def last_token_id(self):
         """The highest in any row, be it a job's, or one that can't be read; else 0."""
         both = "SELECT max(id) AS id FROM tokens UNION SELECT max(token_id) FROM jobs"
-        return self._rows(f"SELECT max(id) FROM ({both})")[0][0] or 0
+        sql = f"SELECT max(id) FROM ({both} WHERE token_id < 1e15)"  # what is more is broken
+        return self._rows(sql)[0][0] or 0
 
     def job(self, job_id):
         return next(iter(self._jobs("WHERE id = ?", [job_id])), None)
@@ -2778,7 +2782,7 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "queued": "submitting failed cancelled",
     "submitting": "queued running settling completed unknown",
     "unknown": "running settling completed failed",
-    "running": "settling failed",
+    "running": "running settling completed failed",
     "settling": "completed",
     "failed": "settling",  # of generation_timeout alone: Google was late
 }
@@ -3082,7 +3086,8 @@ class Jobs:
             await self._submit(job)
         elif job.state == "submitting":  # cut short: it may have been sent
             await self._step(job, "unknown")
-        if job.state == "unknown":
+        rows_lost = job.state == "running" and not job.outputs  # they could not be read
+        if job.state == "unknown" or rows_lost:
             await self._look_for(job)
         if job.state == "failed":  # Google has finished it after its deadline
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
