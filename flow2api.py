@@ -1529,7 +1529,7 @@ def expect_light(raw):
 
 
 def parse_json(raw):
-    """The value of untrusted JSON; costs little more than its bytes. Raises ValueError."""
+    """The value of untrusted JSON, for little more than its bytes. Raises ValueError."""
     expect_light(raw)
     try:
         return mended(json.loads(raw.decode("utf-8-sig")))
@@ -1538,8 +1538,8 @@ def parse_json(raw):
 
 
 async def apart(size, call, *arguments):
-    """A call that takes as long as so many bytes do: in a thread, where they are many; one
-    at a time: several would take turns among themselves, and few would be the loop's."""
+    """A call that takes as long as so many bytes do: in a thread, where they are many. One
+    at a time: several would take turns, and few would be the loop's."""
     if size > 1 << 16:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(HEAVY, call, *arguments)
@@ -1586,10 +1586,15 @@ def good_proxy(url):
     return not url or bool(host and proxy.port and url.startswith(PROXY_SCHEMES))
 
 
+def read_ip(text):
+    """An IP address; of ::ffff:127.0.0.1 the one in it. Raises ValueError."""
+    ip = ipaddress.ip_address(text.split("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
 def is_public(host):
     """Whether an IP address is one of the open internet. Raises ValueError for a name."""
-    ip = ipaddress.ip_address(host.split("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1
+    ip = read_ip(host)
     return ip.is_global and not any(ip in net for net in SPECIAL_NETS)
 
 
@@ -4571,7 +4576,7 @@ def bearer(request):
 
 def is_proxy(address, settings):
     """Whether it is a trusted proxy's. Raises ValueError for what is no IP address."""
-    ip = ipaddress.ip_address(address)
+    ip = read_ip(address)
     networks = read_networks(settings["server.trusted_proxies"])
     return any(ip in network for network in networks)
 
@@ -4603,7 +4608,7 @@ def origin(request, settings):
     if not host:
         address, port = request.transport.get_extra_info("sockname")[:2]
         host = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+    return f"{'https' if scheme.lower() == 'https' else 'http'}://{host}"
 
 
 def same(secret, other):
@@ -4797,7 +4802,7 @@ class Api:
         ending = "mp4" if job.kind == "video" else "png"
         ending = output.file.rpartition(".")[2] or ending
         name = f"{job.id}_{link_secret(job)}_{output.number}.{ending}"
-        base = self.settings["cache.base_url"].rstrip("/").removesuffix("/v1")
+        base = re.sub("(?i)(/+v1)*/*$", "", self.settings["cache.base_url"])
         return f"{base or origin(request, self.settings)}/tmp/{name}"
 
     async def output_of_link(self, name):
@@ -5345,7 +5350,7 @@ FIXED_CONFIGS = {
 }
 CONFIGS.update(dict.fromkeys(FIXED_CONFIGS, {}))
 # What a text that is set here must be like, beyond what Settings asks for.
-WEB_ADDRESS = r"https?://[^\s/]+\S*"
+WEB_ADDRESS = r"(?i:https?)://[^\s/?#]+[^\s?#]*"
 TEXT_FORMS = {
     "global.admin_username": (r"\S.*", "must be a name"),
     "global.api_key": ("[!-~]{6,}", "must have 6 characters or more, and no blanks"),
@@ -7036,6 +7041,9 @@ def check_settings(settings):
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
         raise SettingError(f"server.trusted_proxies: {err}") from None
+    for name, (form, fault) in TEXT_FORMS.items():
+        if name.endswith("base_url") and not re.fullmatch(form, settings[name]):
+            raise SettingError(f"{name} {fault}, not {settings[name]!r}")
     names = [*dict.fromkeys(product.name for product in PRODUCTS), "omni_flash_lengths"]
     for name in set(settings.models).difference(names):
         warning = f"[models] {name} is unknown; there are {', '.join(names)}"

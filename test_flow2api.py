@@ -4019,6 +4019,9 @@ BASES = (  # the setting cache.base_url, the headers of a proxy, what links begi
     ("https://me.example/flow/", {}, "https://me.example/flow/tmp/"),
     ("https://me.example/flow/v1", {}, "https://me.example/flow/tmp/"),
     ("https://me.example/v1/", {}, "https://me.example/tmp/"),
+    ("https://me.example//V1//", {}, "https://me.example/tmp/"),
+    ("https://me.example/v1/v1", {}, "https://me.example/tmp/"),
+    ("", FORWARDED | {"X-Forwarded-Proto": "HTTPS"}, "https://flow.example.com/tmp/"),
 )
 
 
@@ -5960,7 +5963,7 @@ async def test_guessing_is_slowed_per_address_and_in_total(world, clock):
     replies = await asyncio.gather(*(send_login(w, password="x") for _ in range(20)))
     assert sorted(reply.status for reply in replies) == [401] * 10 + [429] * 10
     for number in range(60):
-        status, delay = await log(f"1.1.1.{number}, 9.9.9.9:{number}")
+        status, delay = await log(f"1.1.1.{number}, 9.9.9.9:{number}, ::ffff:127.0.0.1")
         delays += [delay] if status == 429 else []
         clock.ahead += delay * (len(delays) < 5)
     assert len(delays) > 4 and delays[0] == 1 and delays[:5] == sorted({*delays[:5]}), delays
@@ -7548,6 +7551,7 @@ CHECKS = (
     ("new", "plugin.connection_token = 'aaaaaaaaaaaaaa'", 1, "WRONG plugin.connection_t.*easy"),
     ("new", PROXY, 1, r"WRONG http://\S+ can't be .*; check network and \[proxy\]"),
     ("new", "server.port = 'x'", 2, "server.port can't be 'x'; allowed: a whole num"),
+    ("new", "cache.base_url = 'me.example'", 2, "cache.base_url must look like https://"),
     ("new", "server.a = 1", 1, "WRONG setting.toml: unknown .* server.a; ignored"),
     ("new", "port = 1", 1, "WRONG setting.toml: unknown setting port; ignored"),
     ("new", "models.a = 'X'", 1, r"WRONG \[models\] a is unknown; .*nano_banana_2"),
