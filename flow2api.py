@@ -2387,7 +2387,12 @@ class Pool:
             raise bad(f"Disable {token.email} first: jobs under way", code="conflict")
         token.removed = True
         self.tokens.pop(token.id, None)  # somebody else may have deleted it just now
-        await self.store.delete(("tokens", "id", token.id))
+        try:
+            await self.store.delete(("tokens", "id", token.id))
+        except StoreError:  # else it would come back at the next start
+            self.tokens[token.id] = token
+            token.removed = False
+            raise
 
     async def check(self, token):
         """Renews a session that ends soon, asks for credits and tier, and for a project
@@ -5470,7 +5475,7 @@ class Sessions:
         if good:
             self.guesses.pop(address, None)
             self.friends.add(address)
-            await self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
+            self.store.put_setting("friends", sorted(self.friends)[-FRIENDS:])
         return good
 
 
@@ -5597,7 +5602,8 @@ class AdminApi(Api):
         if not good or not same(str(name), self.settings["global.admin_username"]):
             raise GatewayError("invalid_api_key", "Invalid credentials")
         session = "admin-" + secrets.token_urlsafe(32)
-        await self.sessions.keep(session)
+        with contextlib.suppress(StoreError):  # a full disk: until the next start, then
+            await self.sessions.keep(session)
         answer = web.json_response(ok("Login successful", token=session, username=name))
         answer.set_cookie(
             SESSION,

@@ -1899,6 +1899,9 @@ async def test_what_does_not_fit_is_told_logged_and_leaves_nothing(world, monkey
         told = [line for line in caplog.messages if re.search("disk|space", line)]
         assert 0 < len({*told}) < 5 and not w.jobs.open and not w.paid()  # the same are folded
         caplog.clear()
+    with full_disk(w.store):  # the owner gets in; an account that can't be deleted stays
+        owner = await w.owner()
+        expect_detail(await owner("DELETE", f"/api/tokens/{w.token.id}"), 507)
     for path, body in orders.items():
         assert (await w.post(path, body)).status == 200
 
