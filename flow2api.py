@@ -1538,8 +1538,8 @@ def parse_json(raw):
 
 
 async def apart(size, call, *arguments):
-    """A call that takes as long as so many bytes do: in a thread, where they are many. One
-    at a time: several would take turns, and few would be the loop's."""
+    """A call that takes as long as so many bytes do: if they are many, in a thread, one
+    after the other: several would take turns, and few would be the loop's."""
     if size > 1 << 16:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(HEAVY, call, *arguments)
@@ -1641,6 +1641,8 @@ def transport_errors(url, sent=None):
         # Not str(err): that can hold a proxy's password.
         told = getattr(err, "os_error", "") or type(err).__name__
         told = getattr(told, "strerror", None) or told
+        if isinstance(err, aiohttp.ClientHttpProxyError):  # 407: its password is wrong
+            told = f"the proxy answers HTTP {err.status}"
         raise GatewayError(code, f"No reply of {host}: {told}") from None
 
 
@@ -2771,7 +2773,7 @@ class Media:
         limit = self.settings["limits.image_mb"] << 20
         if isinstance(value, bytes) and value.startswith((b"http:", b"https:", b"data:")):
             value = value.decode(errors="replace").strip()  # LiteLLM uploads addresses
-        if isinstance(value, str) and value.startswith(("http://", "https://")):
+        if isinstance(value, str) and re.match("(?i)https?://", value):
             value = await self.wire.fetch_public(value, limit, param)
         elif isinstance(value, str):
             if len(value) > limit * 1.4:  # base64 takes 4/3

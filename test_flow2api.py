@@ -1773,6 +1773,8 @@ async def test_a_broken_proxy_ends_nothing(world, impatient, looks, endless, way
         codes += " submit_unknown upstream_changed upstream_error"
     reply = await client
     assert reply.error["code"] in codes.split() and expect_error(w, reply, reply.error["code"])
+    if (way, manner) == ("connect", "refused"):
+        assert "the proxy answers HTTP 403" in reply.error["message"]
     assert (await w.end_of(running.id)).state == "completed"
     assert (await w.chat(text="a boat that arrives")).content
     assert not w.jobs.open and w.token.is_active and not w.token.busy.total()
@@ -3298,7 +3300,7 @@ async def test_the_url_of_a_picture_is_asked_for_as_it_stands(world):
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        host = f"HTTP://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         w = await world()
         for start in (path, "/start" + path):
             assert (await w.chat(BANANA, pictures=[host + start])).content
