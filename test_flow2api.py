@@ -3135,7 +3135,8 @@ def test_an_unusable_database_is_told_in_a_sentence_and_not_touched(
 
     def connect(*arguments, **options):
         connection = real(*arguments, **options | {"timeout": 0.1})
-        connection.execute(f"PRAGMA query_only = {name == 'read only'}")
+        if name == "read only" and arguments[0] == file:
+            connection.execute("PRAGMA query_only = 1")
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", connect)
