@@ -1326,7 +1326,7 @@ class Store:
         """-> the version of its schema. Changes nothing. Raises sqlite3.DatabaseError."""
         if not self.path.stat().st_size:
             raise sqlite3.DatabaseError("the file is empty")
-        sql = "SELECT * FROM pragma_quick_check(1), pragma_user_version"
+        sql = "SELECT * FROM pragma_integrity_check(1), pragma_user_version"
         ((health, version),) = self._rows(sql)
         if health != "ok":
             raise sqlite3.DatabaseError(" ".join(health.split()))

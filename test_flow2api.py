@@ -3109,6 +3109,10 @@ UNUSABLE = {  # name -> what becomes of the file, or the SQL that is run on it
     **{f"no {name}": f"DROP TABLE {name}" for name in ("settings", "outputs", "request_keys")},
     "no column": "ALTER TABLE jobs RENAME COLUMN created_at TO created",
     "no hashes": "ALTER TABLE request_keys RENAME COLUMN request TO hash",
+    "half an index": """INSERT INTO jobs VALUES ('x', 'queued', 1, 1, '{}');
+        DROP INDEX jobs_by_time; CREATE INDEX jobs_by_time ON jobs (id) WHERE id IS NULL;
+        PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql =
+        'CREATE INDEX jobs_by_time ON jobs (id)' WHERE name = 'jobs_by_time'""",
     "foreign": "PRAGMA user_version=0; DROP TABLE tokens; CREATE TABLE moz_places (id)",
     "foreign, numbered": "DROP TABLE tokens; CREATE TABLE tokens (name)",
     "a folder": None,
