@@ -1483,7 +1483,7 @@ class Store:
         sql = """SELECT request, job_id FROM request_keys
             WHERE explicit = ? AND value = ? AND created_at > ?"""
         rows = self._rows(sql, (key.explicit, key.value, since))
-        return rows[0] if rows else None
+        return tuple(rows[0]) if rows else None
 
 
 # ---- 5. Network ------------------------------------------------------------------------
@@ -2794,7 +2794,7 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "queued": "submitting failed cancelled",
     "submitting": "queued running settling completed unknown",
     "unknown": "running settling completed failed",
-    "running": "running settling completed failed",
+    "running": "settling failed unknown",
     "settling": "completed",
     "failed": "settling",  # of generation_timeout alone: Google was late
 }
@@ -3094,12 +3094,12 @@ class Jobs:
 
     async def _advance(self, job):
         """From whatever state it is in to its end. Raises why it failed."""
+        rows_lost = job.state == "running" and not job.outputs  # they can't be read
         if job.state == "queued":
             await self._submit(job)
-        elif job.state == "submitting":  # cut short: it may have been sent
+        elif job.state == "submitting" or rows_lost:  # cut short: it may have been sent
             await self._step(job, "unknown")
-        rows_lost = job.state == "running" and not job.outputs  # they could not be read
-        if job.state == "unknown" or rows_lost:
+        if job.state == "unknown":
             await self._look_for(job)
         if job.state == "failed":  # Google has finished it after its deadline
             await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
@@ -6703,37 +6703,12 @@ def add_route(app, route, handler):
         numbers = itertools.count()
         end = re.sub("/", lambda match: f"{{_{next(numbers)}:/+}}", end)
         path = f"/{{_before:{API_PREFIX.pattern}}}{end}{{_after:{again}/*}}"
-    app.add_routes([web.route(method, path, handler, expect_handler=expect)])
-
-
-async def expect(request):
-    """Tells a client that its body is awaited. aiohttp's own refuses whatever else one
-    expects."""
-    awaited = request.headers["Expect"].lower() == "100-continue"
-    if awaited and request.version >= (1, 1):
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # none of the answer is sent
+    app.add_routes([web.route(method, path, handler)])
 
 
 class Connection(web.RequestHandler):
     """A client's connection. aiohttp would log what is malformed, and send it back: keys
-    and all; before 3.14.4 it fails on a request for an address that is none."""
-
-    def data_received(self, data):
-        with self._odd_address():
-            super().data_received(data)
-
-    async def start(self):
-        with self._odd_address():
-            await super().start()
-
-    @contextlib.contextmanager
-    def _odd_address(self):
-        try:
-            yield
-        except ValueError:
-            log.warning("A malformed request: its address is none")
-            self.force_close()
+    and all."""
 
     def handle_error(self, request, status=500, exc=None, message=None):
         log.warning("A malformed request of %s: %s", request.remote, type(exc).__name__)
