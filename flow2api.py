@@ -221,8 +221,8 @@ SETTING_TABLE = """
     demo.image_seconds | 2.0 | Seconds a picture takes with --demo. | 0 600
     demo.video_seconds | 12.0 | Seconds a clip takes with --demo. | 0 3600
 """
-SETTINGS = tuple(map(Setting.read, SETTING_TABLE.strip().splitlines()))
-SETTING = {setting.name: setting for setting in SETTINGS}
+SETTINGS = map(Setting.read, SETTING_TABLE.strip().splitlines())
+SETTINGS = {setting.name: setting for setting in SETTINGS}
 SECRETS = ("global.api_key", "global.admin_password", "plugin.connection_token")
 # Of this program's and other programs' examples: they count as unset.
 PLACEHOLDERS = "your_api_key your_password your-api-key your-password han1234 admin"
@@ -233,12 +233,15 @@ HIDDEN = (*SECRETS, "proxy.proxy_url")
 class Settings:
     """Layers of values. `settings["server.port"]` is the value in force, read anew."""
 
-    # The strongest first.
-    LAYERS = ("command line", "environment", "admin page", "file", "generated", "default")
-
     def __init__(self):
-        self.layers = {name: {} for name in self.LAYERS}
-        self.layers["default"] = {setting.name: setting.default for setting in SETTINGS}
+        self.layers = {  # the strongest first; None sets nothing
+            "command line": {},
+            "environment": {},
+            "admin page": {},
+            "file": {},
+            "generated": {},
+            "default": {name: setting.default for name, setting in SETTINGS.items()},
+        }
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path()
@@ -249,15 +252,17 @@ class Settings:
 
     def source(self, name):
         """The layer that the value in force comes from; of an unknown name, "default"."""
-        layers = (layer for layer in self.LAYERS if name in self.layers[layer])
-        return next(layers, "default")
+        for layer, values in self.layers.items():
+            if values.get(name) is not None:
+                return layer
+        return "default"
 
     def put(self, layer, name, raw, origin):
         """Raises SettingError; an unknown name warns; a placeholder sets nothing."""
-        if name not in SETTING:
+        if name not in SETTINGS:
             self.warnings.append(f"{origin}: unknown setting {name}; ignored")
             return
-        setting = SETTING[name]
+        setting = SETTINGS[name]
         try:
             value = setting.parse(raw)
         except ValueError:
@@ -299,7 +304,7 @@ class Settings:
 
     def read_environment(self, environ):
         """Takes FLOW2API_<SECTION>_<KEY>. Raises SettingError; an unknown one warns."""
-        names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTING}
+        names = {"FLOW2API_" + name.replace(".", "_").upper(): name for name in SETTINGS}
         for key, raw in environ.items():
             if key.startswith("FLOW2API_"):
                 self.put("environment", names.get(key, "of the environment"), raw, key)
@@ -308,7 +313,7 @@ class Settings:
         """Takes those of the database, by "layer:name"."""
         for key, value in rows.items():
             layer, _, name = key.partition(":")
-            if name in SETTING and layer in self.LAYERS and value is not None:
+            if name in SETTINGS and layer in self.layers and value is not None:
                 self.layers[layer][name] = value
 
     @property
@@ -324,8 +329,7 @@ class Settings:
 class Effect(enum.Enum):
     """What a failure does to accounts, and whether the same may be tried again."""
 
-    REQUEST = "told to the caller; no account is blamed"
-    FINAL = "told to the caller; nobody is to blame"
+    FINAL = "told to the caller; no account is blamed"
     RETRY = "nothing was spent; one more try"
     ACCOUNT = "nothing was spent; this account steps back, another may be tried"
     BAN = "as ACCOUNT, and it counts towards the automatic ban"
@@ -336,21 +340,21 @@ class Effect(enum.Enum):
 # HTTP status, effect, codes. What was paid for is a 400, too: no client repeats that by
 # itself, as many do a 5xx. Waiting cures a 429, as all clients know; a 503 it does not.
 ERROR_TABLE = """
-    400 REQUEST  invalid_request invalid_image unsupported_parameter tier_required
-    400 REQUEST  mode_not_available task_not_completed content_policy_violation
+    400 FINAL    invalid_request invalid_image unsupported_parameter tier_required
+    400 FINAL    mode_not_available task_not_completed content_policy_violation
     400 FINAL    generation_failed generation_timeout interrupted
     400 UNKNOWN  submit_unknown
-    401 REQUEST  invalid_api_key
-    404 REQUEST  not_found model_not_found task_not_found content_not_found
-    405 REQUEST  method_not_allowed
-    408 REQUEST  request_timeout
-    409 REQUEST  conflict cancelled idempotency_conflict
-    413 REQUEST  request_too_large
-    415 REQUEST  unsupported_encoding
+    401 FINAL    invalid_api_key
+    404 FINAL    not_found model_not_found task_not_found content_not_found
+    405 FINAL    method_not_allowed
+    408 FINAL    request_timeout
+    409 FINAL    conflict cancelled idempotency_conflict
+    413 FINAL    request_too_large
+    415 FINAL    unsupported_encoding
     429 FINAL    queue_full too_many_logins
     429 ACCOUNT  account_throttled account_busy account_daily_quota
     500 FINAL    internal_error
-    501 REQUEST  not_implemented
+    501 FINAL    not_implemented
     502 RETRY    upstream_error upstream_unreachable
     502 FINAL    upstream_changed model_unavailable proxy_unavailable
     502 SESSION  upstream_retired
@@ -474,7 +478,7 @@ def failed_output(reason):
     """The error of an output that Google took and then failed: a refusal of its content,
     else generation_failed: whatever Google says by then, it is not sent again."""
     error = google_error(0, reason)
-    if error.effect is Effect.REQUEST:
+    if error.effect is Effect.FINAL:
         return error
     return GatewayError("generation_failed", str(error))
 
@@ -1016,9 +1020,6 @@ class Pause:
     error: GatewayError | None = field(default=None, compare=False)
 
 
-NO_PAUSE = Pause()
-
-
 @dataclass(slots=True, eq=False)
 class Token(Record):
     """One Google account. Times are unix seconds, 0: never."""
@@ -1068,19 +1069,16 @@ class Token(Record):
     @property
     def paused_until(self):
         """The end of its longest pause. To set it pauses all that it does; 0 ends all."""
-        return self.longest_pause(self.pauses).until
+        return self.pause_of(*self.pauses).until
 
     @paused_until.setter
     def paused_until(self, until):
         self.pauses = {"": Pause(until)} if until else {}
 
-    def longest_pause(self, scopes):
+    def pause_of(self, *scopes):
+        """The longest of the pauses of these scopes."""
         pauses = [self.pauses[scope] for scope in scopes if scope in self.pauses]
-        return max(pauses, default=NO_PAUSE)
-
-    def pause_for(self, plan):
-        """The longest of the pauses that hold up this plan."""
-        return self.longest_pause(plan.scopes)
+        return max(pauses, default=Pause())
 
     def is_dead(self):
         """Whether its session has looked so four times, over two minutes at least."""
@@ -1088,7 +1086,7 @@ class Token(Record):
 
     def cause(self):
         """The code of what pauses it now for longest, or has disabled it."""
-        pause = self.longest_pause(self.pauses)
+        pause = self.pause_of(*self.pauses)
         if pause.error and pause.until > now():
             return pause.error.code
         return self.reason_code
@@ -1252,10 +1250,11 @@ class RequestKey:
     explicit: bool
 
 
-# Fails where it is no database of ours, in any version.
-SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, created_at, token_id,
-    jobs.data, job_id, number, outputs.name, outputs.data, settings.name, settings.data
-    FROM tokens, jobs, outputs, settings LIMIT 0"""
+# Fails where it is no database of ours, in the newest version.
+SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, jobs.created_at,
+    token_id, jobs.data, outputs.job_id, number, outputs.name, outputs.data, settings.name,
+    settings.data, explicit, value, request, request_keys.job_id, request_keys.created_at
+    FROM tokens, jobs, outputs, settings, request_keys LIMIT 0"""
 JOB_FILTERS = {  # of a list of jobs
     "kind": "substr(id, 1, 5) = ?",
     "token_id": "token_id = ?",
@@ -1332,20 +1331,18 @@ class Store:
             raise sqlite3.DatabaseError(" ".join(health.split()))
         if version > len(MIGRATIONS):
             raise sqlite3.DatabaseError("made by a newer Flow2API")
-        if version:
-            self._rows(SAMPLE)
-        if version > 2:
-            sql = "SELECT explicit, value, request, job_id, created_at FROM request_keys"
-            self._rows(f"{sql} LIMIT 0")
         if not version and self._rows("SELECT name FROM sqlite_master"):
             raise sqlite3.DatabaseError("this is another program's database")
         return version
 
     def _migrate(self, version):
+        """To the newest version, all or nothing. Raises sqlite3.Error."""
+        steps = [
+            f"{sql} PRAGMA user_version={number};"
+            for number, sql in enumerate(MIGRATIONS[version:], version + 1)
+        ]
+        self._reader.executescript(f"BEGIN; {' '.join(steps)} {SAMPLE}; COMMIT;")
         self._rows("PRAGMA journal_mode=WAL")
-        for number, sql in enumerate(MIGRATIONS[version:], version + 1):
-            sql = f"BEGIN; {sql} PRAGMA user_version={number}; COMMIT;"
-            self._reader.executescript(sql)
 
     def copy(self, target):
         """A consistent copy, also while another process is at work. Raises StoreError, and
@@ -2458,7 +2455,7 @@ class Pool:
         if not token.is_active:
             return token.reason != "" and age > min(3600 * 2.0**token.wakings, 86400)
         if token.suspicions:
-            return token.pauses.get("", NO_PAUSE).until <= now()
+            return token.pause_of("").until <= now()
         soon = self.adapter_for(token).expires_soon(token)
         rest = 60 if soon else self.settings["token_refresh.interval"]
         enabled = self.settings["token_refresh.enabled"]
@@ -2471,7 +2468,7 @@ class Pool:
         if token.reason_code == "account_session_ended":
             token.update(**AWAKE)
         for scope in plan.scopes:
-            if token.pauses.get(scope, NO_PAUSE).until <= now():
+            if token.pause_of(scope).until <= now():
                 token.pauses.pop(scope, None)
 
     def suspect(self, token, err):
@@ -2485,7 +2482,7 @@ class Pool:
         scope = ""
         if plan and err.effect is not Effect.SESSION:
             scope = plan.family if err.code in OF_A_MODEL else plan.kind
-        pause = token.pauses.get(scope, NO_PAUSE)
+        pause = token.pause_of(scope)
         if scope and err.code == "account_no_credits" and plan.cost(token.tier):
             token.credits = 0  # a new balance ends that, and what is free goes on
         elif now() >= pause.until:  # else it is one burst: several jobs were refused
@@ -2527,8 +2524,7 @@ class Pool:
                 reasons = sorted({token.reason for token in tokens} - {""})
                 raise GatewayError(code, "; ".join([message, *reasons]))
             tokens = fitting
-        pauses = [token.pause_for(job.plan) for token in tokens]
-        pause = min(pauses, key=lambda pause: pause.until)
+        pause = min(token.pause_of(*job.plan.scopes) for token in tokens)
         wait = int(pause.until - now())
         if wait > 60 and (err := pause.error):
             raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
@@ -2586,7 +2582,7 @@ class Pool:
         free = [
             token
             for token in self.able(job, tried)
-            if token.pause_for(plan).until <= now() and token.has_slot(plan.kind)
+            if token.pause_of(*plan.scopes).until <= now() and token.has_slot(plan.kind)
         ]
         return min(free, key=load, default=None)
 
@@ -5547,7 +5543,7 @@ def read_session_token(body):
 
 def read_setting(name, raw):
     """The value that is set; None: what stands behind counts. Raises invalid_request."""
-    if name not in SETTING:
+    if name not in SETTINGS:
         raise bad(f"There is no setting {name}", name)
     if raw is None:
         return None
@@ -5652,11 +5648,7 @@ class AdminApi(Api):
             rows.append(("settings", row))
         expect_proxy(settings, new)
         await self.store.put_rows(*rows)
-        layer = settings.layers["admin page"]
-        layer.update(new)
-        for name in new:
-            if layer[name] is None:
-                del layer[name]
+        settings.layers["admin page"].update(new)
 
     def _shown(self, name, masked):
         value = self.settings[name]
@@ -5721,7 +5713,7 @@ class AdminApi(Api):
                 "source": self.settings.source(name),
                 "value": self._shown(name, masked=True),
             }
-            for name, setting in SETTING.items()
+            for name, setting in SETTINGS.items()
             if name not in NOT_SET_HERE
         ]
         return {"success": True, "settings": rows}
@@ -6891,7 +6883,7 @@ async def check(settings, verbose):
         print("ok   " if well else "WRONG", text)
         all_well &= well
     print("Settings that differ from their defaults (with --verbose: all):")
-    for name, setting in SETTING.items():
+    for name, setting in SETTINGS.items():
         value = settings[name]
         if verbose or value != setting.default:
             hidden = "(set)" if value and name in HIDDEN else repr(value)
@@ -6975,10 +6967,11 @@ def start_log():
 
 
 def parse_arguments(argv):
-    rows = "\n".join(f"  {row.name:28} {row.help} [{row.default}]" for row in SETTINGS)
+    rows = [f"  {row.name:28} {row.help} [{row.default}]" for row in SETTINGS.values()]
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = "Your own Google Flow accounts as an OpenAI-compatible API."
-    parser.epilog = f"settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:\n{rows}"
+    title = "settings, in setting.toml or as FLOW2API_<SECTION>_<KEY>:"
+    parser.epilog = "\n".join([title, *rows])
     option = parser.add_argument
     beside = Path(__file__).parent
     option("--config", type=Path, default=beside, help="default: setting.toml beside it")

@@ -2701,7 +2701,7 @@ def setting_file(folder, text):
     return folder / "setting.toml"
 
 
-@pytest.mark.parametrize("row", flow2api.SETTINGS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", flow2api.SETTINGS.values(), ids=lambda row: row.name)
 def test_the_stronger_origin_of_a_setting_wins(tmp_path, row):
     """Command line > environment > admin page > file > generated > default; each value typed."""
     name, kind, settings = row.name, type(row.default), flow2api.Settings()
@@ -3056,6 +3056,7 @@ async def test_a_database_of_the_first_version_is_taken_over(tmp_path, monkeypat
     token, job = flow2api.Token(1, "a"), flow2api.Job("j", "running", plan=plan, token_id=1)
     with monkeypatch.context() as earlier:
         earlier.setattr(flow2api, "MIGRATIONS", flow2api.MIGRATIONS[:1])
+        earlier.setattr(flow2api, "SAMPLE", "SELECT 1")
         with opened(tmp_path) as store:
             await store.put(token, job)
     with opened(tmp_path) as store:
@@ -3507,14 +3508,14 @@ async def test_hidden_refusals_are_refusals_and_sessions_and_links_are_read(worl
 # Google's refusals (upstream-rest 11.2, 11.3): our code, what it does, Google's reasons without
 # PUBLIC_ERROR_; or HTTP status (0: a clip that failed later) and text of one without a reason.
 REFUSALS = """
-content_policy_violation REQUEST UNSAFE_GENERATION UNSAFE_IMAGE_UPLOAD SEXUAL SEXUAL_UPLOAD MINOR
+content_policy_violation FINAL UNSAFE_GENERATION UNSAFE_IMAGE_UPLOAD SEXUAL SEXUAL_UPLOAD MINOR
  MINOR_UPLOAD MINOR_HARM_UPLOAD MINOR_INPUT_IMAGE PROMINENT_PEOPLE_UPLOAD REPUTATIONAL VIDEO_EDIT
  PROMINENT_PEOPLE_FILTER_FAILED PHOTOREAL_UPLOAD PHOTOREAL_INPUT_IMAGE VIOLENCE_FILTER IP_PROHIBITED
  IP_INPUT_IMAGE IMAGE_OUTPUT_IP_FILTER DANGER_FILTER AUDIO_FILTERED AUDIO_GENERATION_FILTERED
  AUDIO_FILTER_MINOR_PRESENCE FINISH_REASON_INPUT_SPEECH_EDIT FINISH_REASON_OUTPUT_DANGEROUS
-invalid_request REQUEST NON_ENGLISH_PROMPT
-invalid_image REQUEST IMAGE_TOO_LARGE IMAGE_TOO_SMALL UNKNOWN_IMAGE_FILE_FORMAT
-conflict REQUEST MEDIA_GENERATION_CANNOT_BE_CANCELED GENERATION_ALREADY_IN_PROGRESS
+invalid_request FINAL NON_ENGLISH_PROMPT
+invalid_image FINAL IMAGE_TOO_LARGE IMAGE_TOO_SMALL UNKNOWN_IMAGE_FILE_FORMAT
+conflict FINAL MEDIA_GENERATION_CANNOT_BE_CANCELED GENERATION_ALREADY_IN_PROGRESS
 captcha_required ACCOUNT UNUSUAL_ACTIVITY          |  account_busy ACCOUNT CONCURRENT_LIMIT_REACHED
 captcha_required ACCOUNT 403 reCAPTCHA failed      |  account_refused BAN 403 No permission
 account_refused BAN USER_REGION_DISALLOWED USER_MINOR APP_UNAVAILABLE
@@ -6069,7 +6070,7 @@ async def test_junk_in_an_admin_request_is_no_bug_of_ours(world, method, path, r
 
 
 def in_force(w):
-    return {name: w.live[name] for name in flow2api.SETTING}
+    return {name: w.live[name] for name in flow2api.SETTINGS}
 
 
 async def test_settings_are_stored_and_survive_a_restart_and_what_is_wrong_changes_nothing(world):
@@ -7040,9 +7041,9 @@ def blocks(text, language="", part=""):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_documents_tell_settings_models_and_places_as_they_are(name):
     text = DOCUMENTS[name]
-    sections = "|".join({setting.partition(".")[0] for setting in flow2api.SETTING})
+    sections = "|".join({setting.partition(".")[0] for setting in flow2api.SETTINGS})
     settings = re.findall(rf"`((?:{sections})\.(?!html)\w+)", text)
-    assert set(settings) <= {*flow2api.SETTING}
+    assert set(settings) <= {*flow2api.SETTINGS}
     cell = r" ([\d-]+) \|"
     for model, *cells in re.findall(rf"^\| `([\w-]+)`[^|]*\|{cell * 3}", text, re.MULTILINE):
         credits = ["-" if cost is None else str(cost) for cost in flow2api.resolve(model).costs]
@@ -7084,9 +7085,10 @@ def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path, 
     document = tomllib.loads(text)
     assert document.pop("models") == {}
     values = {f"{part}.{key}": v for part, rows in document.items() for key, v in rows.items()}
-    assert [*values] == [setting.name for setting in flow2api.SETTINGS]
+    assert [*values] == [*flow2api.SETTINGS]
     comments = re.findall(r"((?:^# .*\n)+)\w+ = ", text, re.MULTILINE)
-    for setting, value, comment in zip(flow2api.SETTINGS, values.values(), comments, strict=True):
+    for (name, value), comment in zip(values.items(), comments, strict=True):
+        setting = flow2api.SETTINGS[name]
         assert (value, type(value)) == (setting.default, type(setting.default)), comment
         assert all(f'"{choice}"' in comment for choice in setting.choices), comment
         if setting.low is not None:
@@ -7104,7 +7106,7 @@ def test_the_setting_file_holds_each_default_in_order_and_comments_it(tmp_path, 
         assert (plan.key(PRO), plan.cost(PRO)) == (f"abra_{key}", credits)
     with pytest.raises(SystemExit):
         flow2api.parse_arguments(["--help"])
-    rows = [f"{setting.name:28} {setting.help}" for setting in flow2api.SETTINGS]
+    rows = [f"{setting.name:28} {setting.help}" for setting in flow2api.SETTINGS.values()]
     help_text = capsys.readouterr().out
     assert all(row in help_text for row in rows)
 
