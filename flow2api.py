@@ -234,14 +234,10 @@ class Settings:
     """Layers of values. `settings["server.port"]` is the value in force, read anew."""
 
     def __init__(self):
-        self.layers = {  # the strongest first; None sets nothing
-            "command line": {},
-            "environment": {},
-            "admin page": {},
-            "file": {},
-            "generated": {},
-            "default": {name: setting.default for name, setting in SETTINGS.items()},
-        }
+        # The strongest first. None sets nothing.
+        names = ("command line", "environment", "admin page", "file", "generated")
+        self.layers = {name: {} for name in names}
+        self.layers["default"] = {row.name: row.default for row in SETTINGS.values()}
         self.models = {}  # section [models]: upstream keys by product
         self.warnings = []
         self.folder = Path()
@@ -389,21 +385,17 @@ class GatewayError(Exception):
     status = property(lambda self: ERRORS[self.code][0])
     effect = property(lambda self: ERRORS[self.code][1])
 
-    @property
-    def type(self):
-        default = "server_error" if self.status >= 500 else "invalid_request_error"
-        return ERROR_TYPES.get(self.status, default)
-
     def record(self):
         """What is stored of it; GatewayError(**record) is the error again."""
         return {"code": self.code, "message": str(self), "retry_after": self.retry_after}
 
     def body(self):
         """The error object of OpenAI's API."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
                 "message": str(self),
-                "type": self.type,
+                "type": ERROR_TYPES.get(self.status, default),
                 "param": self.param,
                 "code": self.code,
             }
@@ -1130,9 +1122,6 @@ class Upscale(enum.StrEnum):
     ENDED = "ended"  # well or not
 
 
-MISSES = 2  # answers in a row, a minute apart, that know no such upscale
-
-
 @dataclass(slots=True, eq=False)
 class Output(Record):
     """One paid output of a job: Google's handle, and what became of it."""
@@ -1157,8 +1146,8 @@ class Output(Record):
     missing: int = in_memory(int)  # of them in a row, those that knew no such name
 
     def is_lost(self):
-        """Whether Google knows nothing of its upscale, which was asked for."""
-        return self.upscale == Upscale.RUNNING and self.missing >= MISSES
+        """Whether Google, asked twice a minute apart, knows nothing of its upscale."""
+        return self.upscale == Upscale.RUNNING and self.missing >= 2
 
     def handle(self):
         return self.pick("name", "media", "url", "url_expires", "file")
@@ -1252,8 +1241,9 @@ class RequestKey:
 
 # Fails where it is no database of ours, in the newest version.
 SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, jobs.created_at,
-    token_id, jobs.data, outputs.job_id, number, outputs.name, outputs.data, settings.name,
-    settings.data, explicit, value, request, request_keys.job_id, request_keys.created_at
+    token_id, jobs.data, outputs.job_id, number, outputs.name, outputs.data,
+    settings.name, settings.data, explicit, value, request, request_keys.job_id,
+    request_keys.created_at
     FROM tokens, jobs, outputs, settings, request_keys LIMIT 0"""
 JOB_FILTERS = {  # of a list of jobs
     "kind": "substr(id, 1, 5) = ?",
@@ -1447,8 +1437,8 @@ class Store:
 
     def last_token_id(self):
         """The highest in any row, be it a job's, or one that can't be read; else 0."""
-        both = "SELECT max(id) AS id FROM tokens UNION SELECT max(token_id) FROM jobs"
-        sql = f"SELECT max(id) FROM ({both} WHERE token_id < 1e15)"  # what is more is broken
+        sql = """SELECT max(id) FROM (SELECT id FROM tokens
+            UNION SELECT max(token_id) FROM jobs WHERE token_id < 1e15)"""  # more is broken
         return self._rows(sql)[0][0] or 0
 
     def job(self, job_id):
@@ -1693,7 +1683,8 @@ class Wire:
         public = public and not is_inner(self.settings["flow.api_base_url"])
         with transport_errors(url):
             if public and is_inner(url):
-                raise OSError("it is not a public address")
+                message = "Google's file is not at a public address"
+                raise GatewayError("upstream_unreachable", message)
             response = await self._open("GET", url, proxy, options, public=public)
         with contextlib.closing(response):
             yield response
