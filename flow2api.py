@@ -269,7 +269,7 @@ class Settings:
             self.layers[layer][name] = value
 
     def read_file(self, path):
-        """Those of a TOML file; a missing file is an empty one. Raises SettingError."""
+        """Takes those of a TOML file; a missing one is empty. Raises SettingError."""
         self.folder = path.parent
         try:
             document = tomllib.loads(path.read_text("utf-8-sig")) if path.exists() else {}
@@ -468,7 +468,7 @@ def google_error(status, reason, message="", retry_after=0):
 
 def failed_output(reason):
     """The error of an output that Google took and then failed: a refusal of its content,
-    else generation_failed: whatever Google says by then, it is not sent again."""
+    else generation_failed. Whatever Google says by then, it is not sent again."""
     error = google_error(0, reason)
     if error.effect is Effect.FINAL:
         return error
@@ -1239,12 +1239,15 @@ class RequestKey:
     explicit: bool
 
 
-# Fails where it is no database of ours, in the newest version.
-SAMPLE = """SELECT tokens.id, email, tokens.data, jobs.id, state, jobs.created_at,
-    token_id, jobs.data, outputs.job_id, number, outputs.name, outputs.data,
-    settings.name, settings.data, explicit, value, request, request_keys.job_id,
-    request_keys.created_at
-    FROM tokens, jobs, outputs, settings, request_keys LIMIT 0"""
+# Fails where it is no database of ours, in the newest version, or can't be written.
+PROBE = """
+    SELECT tokens.id, email, tokens.data, jobs.id, state, jobs.created_at, token_id,
+        jobs.data, outputs.job_id, number, outputs.name, outputs.data, settings.name,
+        settings.data, explicit, value, request, request_keys.job_id,
+        request_keys.created_at
+        FROM tokens, jobs, outputs, settings, request_keys LIMIT 0;
+    DELETE FROM settings WHERE FALSE;
+"""
 JOB_FILTERS = {  # of a list of jobs
     "kind": "substr(id, 1, 5) = ?",
     "token_id": "token_id = ?",
@@ -1285,8 +1288,6 @@ class Store:
             self._migrate(self._inspect())
             self._writer = self._connect(self.path)
             self._writer.execute("PRAGMA synchronous=FULL")
-            self._writer.execute("DELETE FROM settings WHERE FALSE")  # can it be written?
-            self._writer.rollback()
         except sqlite3.Error as err:
             self.close()
             reason = f": {err}; nothing was changed, restore a backup"
@@ -1331,7 +1332,7 @@ class Store:
             f"{sql} PRAGMA user_version={number};"
             for number, sql in enumerate(MIGRATIONS[version:], version + 1)
         ]
-        self._reader.executescript(f"BEGIN; {' '.join(steps)} {SAMPLE}; COMMIT;")
+        self._reader.executescript(f"BEGIN; {' '.join(steps)} {PROBE} COMMIT;")
         self._rows("PRAGMA journal_mode=WAL")
 
     def copy(self, target):
@@ -1352,7 +1353,7 @@ class Store:
             writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
 
     def _beside(self):
-        """A connection that another process may have one beside, for a `with`."""
+        """A connection for a `with`, also while another process is at work."""
         address = f"{self.path.as_uri()}?mode=rw"  # where there is none, none is made
         return contextlib.closing(sqlite3.connect(address, uri=True))
 
@@ -1525,8 +1526,8 @@ def parse_json(raw):
 
 
 async def apart(size, call, *arguments):
-    """A call that takes as long as so many bytes do: if they are many, in a thread, one
-    after the other: several would take turns, and few would be the loop's."""
+    """The result of a call that works on so many bytes: if they are many, in a thread.
+    It is one for all calls: several would take turns, and few would be the loop's."""
     if size > 1 << 16:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(HEAVY, call, *arguments)
@@ -1586,7 +1587,7 @@ def is_public(host):
 
 
 def is_inner(url):
-    """Whether a URL's host is of this machine or network, as far as one sees."""
+    """Whether a URL's host is of this machine or network, as far as its text tells."""
     host = urlsplit(url).hostname or ""
     try:
         return not is_public(host)

@@ -3056,7 +3056,7 @@ async def test_a_database_of_the_first_version_is_taken_over(tmp_path, monkeypat
     token, job = flow2api.Token(1, "a"), flow2api.Job("j", "running", plan=plan, token_id=1)
     with monkeypatch.context() as earlier:
         earlier.setattr(flow2api, "MIGRATIONS", flow2api.MIGRATIONS[:1])
-        earlier.setattr(flow2api, "SAMPLE", "SELECT 1")
+        earlier.setattr(flow2api, "PROBE", "")
         with opened(tmp_path) as store:
             await store.put(token, job)
     with opened(tmp_path) as store:
