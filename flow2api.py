@@ -906,23 +906,16 @@ def find_product(model_id, family, mode, seconds, overrides):
 # ---- 4. Records and store --------------------------------------------------------------
 OPEN = ("queued", "submitting", "unknown", "running", "settling")
 to_json = functools.partial(json.dumps, separators=(",", ":"), default=vars)
-MIGRATIONS = (
+MIGRATIONS = (  # of what a later one drops, the earlier ones make no more than it needs
     """CREATE TABLE tokens (id INTEGER PRIMARY KEY, email TEXT NOT NULL UNIQUE,
         data TEXT NOT NULL);
     CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT NOT NULL, created_at REAL NOT NULL,
         token_id INTEGER, data TEXT NOT NULL);
-    CREATE INDEX jobs_by_state ON jobs (state);
     CREATE INDEX jobs_by_time ON jobs (created_at);
     CREATE TABLE outputs (job_id TEXT NOT NULL, number INTEGER NOT NULL,
         name TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (job_id, number));
-    CREATE TABLE logs (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, job_id TEXT,
-        token_id INTEGER, data TEXT NOT NULL);
     CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);""",
-    """CREATE TABLE keys (key TEXT PRIMARY KEY, request TEXT NOT NULL,
-        job_id TEXT NOT NULL, created_at REAL NOT NULL);
-    CREATE INDEX keys_by_time ON keys (created_at);
-    CREATE TRIGGER drop_old AFTER INSERT ON keys
-        BEGIN DELETE FROM keys WHERE created_at < NEW.created_at - 172800; END;""",
+    "CREATE TABLE keys (key, request, job_id, created_at);",
     # Keys that clients gave are told from hashes of requests by a column, no more by a
     # line break; the state of an upscale is a word, no more to be guessed.
     """CREATE TABLE request_keys (explicit INTEGER NOT NULL, value TEXT NOT NULL,
@@ -940,10 +933,10 @@ MIGRATIONS = (
             WHEN json_extract(data, '$.made.name') IS NULL THEN 'none'
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
             ELSE 'running' END) WHERE json_valid(data);
-    DROP TABLE logs;""",
+    DROP TABLE IF EXISTS logs;""",
     # So that a start reads few of very many jobs.
     """CREATE INDEX jobs_by_state_and_time ON jobs (state, created_at, id);
-    DROP INDEX jobs_by_state;
+    DROP INDEX IF EXISTS jobs_by_state;
     CREATE INDEX jobs_by_token ON jobs (token_id, created_at);""",
 )
 
