@@ -914,8 +914,9 @@ MIGRATIONS = (  # of what a later one drops, the earlier ones make no more than 
     CREATE INDEX jobs_by_time ON jobs (created_at);
     CREATE TABLE outputs (job_id TEXT NOT NULL, number INTEGER NOT NULL,
         name TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (job_id, number));
-    CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);""",
-    "CREATE TABLE keys (key, request, job_id, created_at);",
+    CREATE TABLE settings (name TEXT PRIMARY KEY, data TEXT NOT NULL);
+    PRAGMA user_version = 1;""",
+    "CREATE TABLE keys (key, request, job_id, created_at); PRAGMA user_version = 2;",
     # Keys that clients gave are told from hashes of requests by a column, no more by a
     # line break; the state of an upscale is a word, no more to be guessed.
     """CREATE TABLE request_keys (explicit INTEGER NOT NULL, value TEXT NOT NULL,
@@ -933,11 +934,13 @@ MIGRATIONS = (  # of what a later one drops, the earlier ones make no more than 
             WHEN json_extract(data, '$.made.name') IS NULL THEN 'none'
             WHEN json_extract(data, '$.made.name') = name THEN 'asked'
             ELSE 'running' END) WHERE json_valid(data);
-    DROP TABLE IF EXISTS logs;""",
+    DROP TABLE IF EXISTS logs;
+    PRAGMA user_version = 3;""",
     # So that a start reads few of very many jobs.
     """CREATE INDEX jobs_by_state_and_time ON jobs (state, created_at, id);
     DROP INDEX IF EXISTS jobs_by_state;
-    CREATE INDEX jobs_by_token ON jobs (token_id, created_at);""",
+    CREATE INDEX jobs_by_token ON jobs (token_id, created_at);
+    PRAGMA user_version = 4;""",
 )
 
 
@@ -1321,11 +1324,8 @@ class Store:
 
     def _migrate(self, version):
         """To the newest version, all or nothing. Raises sqlite3.Error."""
-        steps = [
-            f"{sql} PRAGMA user_version={number};"
-            for number, sql in enumerate(MIGRATIONS[version:], version + 1)
-        ]
-        self._reader.executescript(f"BEGIN; {' '.join(steps)} {PROBE} COMMIT;")
+        steps = " ".join(MIGRATIONS[version:])
+        self._reader.executescript(f"BEGIN; {steps} {PROBE} COMMIT;")
         self._rows("PRAGMA journal_mode=WAL")
 
     def copy(self, target):
