@@ -255,10 +255,10 @@ class Settings:
 
     def put(self, layer, name, raw, origin):
         """Raises SettingError; an unknown name warns; a placeholder sets nothing."""
-        if name not in SETTINGS:
+        setting = SETTINGS.get(name)
+        if not setting:
             self.warnings.append(f"{origin}: unknown setting {name}; ignored")
             return
-        setting = SETTINGS[name]
         try:
             value = setting.parse(raw)
         except ValueError:
@@ -1100,8 +1100,8 @@ class Token(Record):
     def count(self, what, number):
         """Adds to a counter (image, video, error), for ever and for today."""
         total = f"{what}_count"
-        counts = self.counts_of_today()  # none of yesterday's
         setattr(self, total, getattr(self, total) + number)
+        counts = self.counts_of_today()
         self.today = {**counts, what: counts.get(what, 0) + number}
         self.day = today()
 
@@ -1375,10 +1375,10 @@ class Store:
         sql = "DELETE FROM {} WHERE {} = ?"
         return self._write([(sql.format(*row[:2]), row[2:]) for row in rows])
 
-    def prune(self, before, most=100):
-        """Deletes the oldest of the ended jobs from before then, and their outputs."""
+    def prune(self, before):
+        """Deletes the hundred oldest ended jobs from before then, and their outputs."""
         old = f"""SELECT id FROM jobs WHERE created_at < ? AND state NOT IN {OPEN}
-            ORDER BY created_at LIMIT {most}"""
+            ORDER BY created_at LIMIT 100"""
         return self._write([
             (f"DELETE FROM outputs WHERE job_id IN ({old})", [before]),
             (f"DELETE FROM jobs WHERE id IN ({old})", [before]),
@@ -1495,8 +1495,7 @@ def mended(value, levels=MAX_DEPTH):
     if isinstance(value, list):
         return [mended(item, levels - 1) for item in value]
     if isinstance(value, dict):
-        pairs = value.items()
-        return {mended(name): mended(item, levels - 1) for name, item in pairs}
+        return {mended(name): mended(item, levels - 1) for name, item in value.items()}
     return value
 
 
