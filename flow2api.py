@@ -333,6 +333,15 @@ class Effect(enum.Enum):
     UNKNOWN = "perhaps spent: not sent again, but looked for at Google"
 
 
+def read_rows(table, mark=None):
+    """The columns of each line, with `mark` between them, or blanks."""
+    return [row.strip().split(mark) for row in table.strip().splitlines()]
+
+
+def read_pairs(text):
+    return dict(pair.split("=") for pair in text.split())
+
+
 # HTTP status, effect, codes. What was paid for is a 400, too: no client repeats that by
 # itself, as many do a 5xx. Waiting cures a 429, as all clients know; a 503 it does not.
 ERROR_TABLE = """
@@ -363,7 +372,7 @@ ERROR_TABLE = """
 """
 ERRORS = {  # code -> HTTP status, effect
     code: (int(status), Effect[effect])
-    for status, effect, *codes in map(str.split, ERROR_TABLE.strip().splitlines())
+    for status, effect, *codes in read_rows(ERROR_TABLE)
     for code in codes
 }
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -412,35 +421,36 @@ POLICY = (
     "Your request was rejected as a result of the safety system: Google's content policy"
     " refused this prompt or picture; change it and try again"
 )
-# What Google's refusals mean: a pattern of its reason (PUBLIC_ERROR_*), text, HTTP status
-# (0: a clip that failed later); code, seconds an account pauses, message. The first counts.
-# fmt: off
-REASONS = (
-    ("RPCs have been deprecated", "upstream_retired", 20,
-     "This account has moved to flow.google.com, which this version does not speak"),
-    ("USER_REGION|USER_MINOR|APP_UNAVAILABLE", "account_refused", 600, "Flow refuses this account"),
-    ("TOO_MUCH_TRAFFIC|THROTTLED", "account_throttled", 300, "Google is slowing this account down"),
-    ("UNUSUAL_ACTIVITY|reCAPTCHA", "captcha_required", 300,
-     "Google wants a reCAPTCHA token: use Flow in this account's own browser"),
-    ("DAILY_QUOTA", "account_daily_quota", 60, "This model's quota of the day is used up"),
-    ("QUOTA_REACHED", "account_no_credits", 600, "The account has no credits left"),
-    ("MODEL_ACCESS_DENIED", "model_not_for_account", 0, "The account's plan lacks this model"),
-    ("CONCURRENT_LIMIT", "account_busy", 20, "The account has too many clips under way"),
-    ("TRAFFIC|OVERLOADED|SOMETHING_WENT|TIMED_OUT", "upstream_busy", 0, "Flow is overloaded"),
-    ("NON_ENGLISH", "invalid_request", 0, "Flow wants an English prompt for this"),
-    ("IN_PROGRESS|CANNOT_BE_CANCELED", "conflict", 0, "Flow is already at it"),
-    ("IMAGE_TOO_|FILE_FORMAT", "invalid_image", 0, "Flow can't take this picture's size or format"),
-    ("UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT",
-     "content_policy_violation", 0, POLICY),
-    ("HTTP 0$", "generation_failed", 60, "The generation failed at Google"),
-    ("HTTP 40[13]$", "account_refused", 60, "Google refused this account"),
-    ("HTTP 404$", "model_unavailable", 60, "Google knows no such key or medium; see [models]"),
-    ("HTTP (408|499)$", "upstream_error", 60, "Google's side took too long"),
-    ("HTTP 429$", "account_throttled", 60, "Google is slowing this account down"),
-    ("HTTP 4..$", "upstream_changed", 60, "Google refused the form of our request"),
-    ("", "upstream_error", 60, "Google's side failed"),
-)
-# fmt: on
+# What Google's refusals mean: code, seconds an account pauses, a pattern of its reason
+# (PUBLIC_ERROR_*), text, HTTP status (0: a clip that failed later); message. The first counts.
+REASONS = rf"""
+    upstream_retired 20 RPCs have been deprecated ; This account has moved to
+        flow.google.com, which this version does not speak
+    account_refused 600 USER_REGION|USER_MINOR|APP_UNAVAILABLE ; Flow refuses this account
+    account_throttled 300 TOO_MUCH_TRAFFIC|THROTTLED ; Google is slowing this account down
+    captcha_required 300 UNUSUAL_ACTIVITY|reCAPTCHA ; Google wants a reCAPTCHA token: use
+        Flow in this account's own browser
+    account_daily_quota 60 DAILY_QUOTA ; This model's quota of the day is used up
+    account_no_credits 600 QUOTA_REACHED ; The account has no credits left
+    model_not_for_account 0 MODEL_ACCESS_DENIED ; The account's plan lacks this model
+    account_busy 20 CONCURRENT_LIMIT ; The account has too many clips under way
+    upstream_busy 0 TRAFFIC|OVERLOADED|SOMETHING_WENT|TIMED_OUT ; Flow is overloaded
+    invalid_request 0 NON_ENGLISH ; Flow wants an English prompt for this
+    conflict 0 IN_PROGRESS|CANNOT_BE_CANCELED ; Flow is already at it
+    invalid_image 0 IMAGE_TOO_|FILE_FORMAT ; Flow can't take this picture's size or format
+    content_policy_violation 0
+        UNSAFE|SEXUAL|VIOLEN|DANGER|MINOR|PROMINENT|PHOTOREAL|IP_|FILTER|PROHIBIT|REPUTATION|_EDIT
+        ; {POLICY}
+    generation_failed 60 HTTP 0$ ; The generation failed at Google
+    account_refused 60 HTTP 40[13]$ ; Google refused this account
+    model_unavailable 60 HTTP 404$ ; Google knows no such key or medium; see [models]
+    upstream_error 60 HTTP (408|499)$ ; Google's side took too long
+    account_throttled 60 HTTP 429$ ; Google is slowing this account down
+    upstream_changed 60 HTTP 4..$ ; Google refused the form of our request
+    upstream_error 60 HTTP ; Google's side failed
+"""
+REASONS = REASONS.strip().replace("\n        ", " ").splitlines()
+REASONS = [re.match(r" *(\w+) (\d+) (.*) ; (.*)", row).groups() for row in REASONS]
 
 
 def too_large(limit, param):
@@ -459,11 +469,11 @@ def session_ended(message):
 def google_error(status, reason, message="", retry_after=0):
     """The error for a refusal of Google, as in REASONS."""
     text = f"{reason[:2000]} {message[:2000]} HTTP {status}"
-    _, code, pause, meaning = next(row for row in REASONS if re.search(row[0], text))
+    code, pause, _, meaning = next(row for row in REASONS if re.search(row[2], text))
     told = f"{meaning} (Google: {str(reason or message or status)[:300]})"
     if ERRORS[code][0] == 429 and not retry_after:  # Google seldom says it
-        retry_after = pause
-    return GatewayError(code, told, retry_after=retry_after, pause=pause, upstream=status)
+        retry_after = int(pause)
+    return GatewayError(code, told, retry_after=retry_after, pause=int(pause), upstream=status)
 
 
 def failed_output(reason):
@@ -561,8 +571,7 @@ class Product:
 
     @classmethod
     def read(cls, table):
-        for row in table.strip().splitlines():
-            family, modes, lengths, *credits, key = row.split()
+        for family, modes, lengths, *credits, key in read_rows(table):
             prices = [None if word == "-" else int(word) for word in credits]
             for mode in MODE_WORDS if modes == "auto" else [modes]:
                 template = key.replace("{M}", MODE_WORDS.get(mode, ""))
@@ -659,59 +668,55 @@ PARAMS = {
 }
 HEADS = {
     head: ModelId(*columns, PARAMS[params].split())
-    for head, *columns, params in map(str.split, HEAD_TABLE.strip().splitlines())
+    for head, *columns, params in read_rows(HEAD_TABLE)
 }
 WIRE_STYLE = "veo_3_1_"  # Google's own ids: veo_3_1_t2v_fast_portrait
 # A mode -> the fewest and most pictures, and what it is with none, one, two, … of them.
-INPUTS = {
-    "auto": (0, 3, tuple(MODE_WORDS)),
-    "i2v": (1, 2, ("start", "start", "frames")),
-    "frames": (2, 2, ("frames",)),
-    "references": (0, 3, ("text", "references")),
-    "image": (0, 10, ("image",)),
-}
+INPUTS = """
+    auto        0  3  text start frames references
+    i2v         1  2  start start frames
+    frames      2  2  frames
+    references  0  3  text references
+    image       0 10  image
+"""
+INPUTS = {mode: (int(least), int(most), modes) for mode, least, most, *modes in read_rows(INPUTS)}
 OTHER_MOST = {("veo_3_1", 3): 2, ("omni_flash", 3): 7, ("imagen_4", 10): 3}
-# Other ids of today's models of the same price: a pattern, what it means, and a note.
-OTHER_NAMES = (
-    (r"^omni_(portrait|landscape)\Z", r"omni-\1", ""),
-    (
-        "^veo_2_1_fast_d_15_(t2v|i2v)",
-        r"veo_3_1_\1_lite",
-        "Google retired it; this is Veo 3.1 Lite.",
-    ),
-    ("^veo_2_0_", "veo_3_1_", "Google retired Veo 2; this is Veo 3.1."),
-    ("^veo_3_0_r2v_", "veo_3_1_r2v_", "Google retired Veo 3.0; this is Veo 3.1."),
-    # Those of Google's public API, as veo-3.1-fast-generate-preview.
-    (
-        r"^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-00\d|(-\d{4})?-\d\d-\d\d)+(?=-|\Z)",
-        r"\1",
-        "",
-    ),
-    (r"^veo-?(\d)(?=-|\Z)", r"veo-\1.0", ""),
-    (r"^veo(?=\d\.)", "veo-", ""),
-    (r"^imagen-?4(?=-|\Z)", "imagen-4.0", ""),
-    (r"^nano-banana-2-lite(?=-|\Z)", "nano_banana_2_lite", ""),
-    (r"^nano-banana-(?=(2|pro)(-|\Z))", "nano_banana_", ""),
-    ("^nano-banana", "nano_banana", ""),
-    (r"^veo-[23]\.0(?=-|\Z)", "veo-3.1", "Google retired this Veo; this is Veo 3.1."),
-    (r"^imagen-3\.0", "imagen-4.0", "Google retired Imagen 3; this is Imagen 4."),
-    (r"^(imagen-4\.0.*?)-(fast|ultra)(?=-|\Z)", r"\1", "Flow has one Imagen 4 only."),
-    (r"^gemini-3-pro-image(?=-|\Z)", "gemini-3.0-pro-image", ""),
-    (r"^gemini-nano-banana-2(\.\d)?(?=-|\Z)", "gemini-3.1-flash-image", ""),
-    (r"^gemini-omni-\d\.\d-flash(?=-|\Z)", "gemini-omni-flash", ""),
-    (
-        r"^(nano_banana|gemini-2.5-flash-image)(?=-|\Z)",
-        r"\1",
-        "Google retired the first Nano Banana; this is Nano Banana 2.",
-    ),
-    (r"^veo_3_1_i2v_s(?=_|\Z)", "veo_3_1_i2v", ""),
-    ("-four-three", "-4-3", ""),
-    ("-three-four", "-3-4", ""),
-)
+# Other ids of today's models of the same price: a pattern (>: what is its end or goes on
+# with a hyphen), what it means, and a note.
+OTHER_NAMES = r"""
+    ^omni_(portrait|landscape)\Z  omni-\1
+    ^veo_2_1_fast_d_15_(t2v|i2v)  veo_3_1_\1_lite  Google retired it; this is Veo 3.1 Lite.
+    ^veo_2_0_  veo_3_1_  Google retired Veo 2; this is Veo 3.1.
+    ^veo_3_0_r2v_  veo_3_1_r2v_  Google retired Veo 3.0; this is Veo 3.1.
+    ^((?:veo|imagen|gemini)-.*?)(-generate|-preview|-exp|-00\d|(-\d{4})?-\d\d-\d\d)+>  \1
+    ^veo(_3\.|-?3-|3)1>  veo-3.1
+    ^veo-?(\d)>  veo-\1.0
+    ^veo(?=\d\.)  veo-
+    ^imagen-?([34])>  imagen-\1.0
+    ^(veo-\d\.\d.*?)-(pro|components)>  \1
+    ^(veo-\d\.\d.*?)-frames>  \1-fl
+    ^gemini-2\.0-flash-image-generation  gemini-2.5-flash-image
+    ^omni-flash>  omni_flash
+    ^nano-banana-2-lite>  nano_banana_2_lite
+    ^nano-banana-(?=(2|pro)(-|\Z))  nano_banana_
+    ^nano-banana  nano_banana
+    ^veo-[23]\.0>  veo-3.1  Google retired this Veo; this is Veo 3.1.
+    ^imagen-3\.0  imagen-4.0  Google retired Imagen 3; this is Imagen 4.
+    ^(imagen-4\.0.*?)-(fast|ultra)>  \1  Flow has one Imagen 4 only.
+    ^gemini-3-pro-image>  gemini-3.0-pro-image
+    ^gemini-nano-banana-2(\.\d)?>  gemini-3.1-flash-image
+    ^gemini-omni-\d\.\d-flash>  gemini-omni-flash
+    ^(nano_banana|gemini-2.5-flash-image)>  \1  Google retired it; this is Nano Banana 2.
+    ^veo_3_1_i2v_s(?=_|\Z)  veo_3_1_i2v
+    -four-three  -4-3
+    -three-four  -3-4
+"""
+OTHER_NAMES = read_rows(OTHER_NAMES.replace(">", r"(?=-|\Z)"), "  ")
 # Ids of OpenAI's families: what they make, by the default model of that.
-OPENAI_IDS = (("image", "(chat)?gpt-(4o-)?image|dall-?e|sora.*image"), ("video", "sora"))
-EXCLUSIVE = "lite fast, lite relaxed, 720p 1080p 4k, 1K 2K 4K, 4s 6s 8s 10s"
-EXCLUSIVE = [group.split() for group in EXCLUSIVE.split(",")] + [[*RATIOS]]
+OPENAI_IDS = (("image", "(chat)?gpt.*image|dall-?e|sora.*image"), ("video", "sora"))
+EXCLUSIVE = """lite fast, lite relaxed, 720p 1080p 4k, 1K 2K 4K, 4s 6s 8s 10s,
+    landscape portrait square 4-3 3-4"""
+EXCLUSIVE = [group.split() for group in EXCLUSIVE.split(",")]
 # The ids that /v1/models lists, the retired last; the grammar takes many more.
 LISTED = """
     veo_3_1{|-portrait|-landscape}{|-fast|-lite|-relaxed}{|-fl}
@@ -827,13 +832,13 @@ def resolve(model, *, size="", seconds=0, resolution="", images=0, mode="", over
 
 def foreign_kind(model):
     """What an id of OpenAI's families makes, "image" or "video"; "" for any other id."""
-    name = plain_id(model).lower()
+    name = plain_id(model)
     return next((kind for kind, pattern in OPENAI_IDS if re.match(pattern, name)), "")
 
 
 def plain_id(model):
-    """openrouter/google/veo-3.1:free -> veo-3.1: without what routers put around an id."""
-    return re.sub(r"^([\w.-]+/)+|:\w+\Z", "", model)
+    """openrouter/google/Veo-3.1:free -> veo-3.1: without what routers put around an id."""
+    return re.sub(r"^([\w.-]+/)+|:\w+\Z", "", model).lower()
 
 
 def parse_id(model, resolution=""):
@@ -857,10 +862,10 @@ def parse_id(model, resolution=""):
 def split_id(model):
     """-> the head of an id, the words that follow, and a note. Raises model_not_found."""
     name, note = plain_id(model), ""
-    for pattern, today, told in OTHER_NAMES:
+    for pattern, today, *told in OTHER_NAMES:
         name, times = re.subn(pattern, today, name)
         if times and told:
-            note = told
+            note = told[0]
     if name.startswith(WIRE_STYLE):
         name = WIRE_STYLE + name.removeprefix(WIRE_STYLE).replace("_", "-")
     for start, head in HEADS.items():
@@ -3545,28 +3550,30 @@ BEGIN   more less no with without as_a as_an bigger smaller darker brighter in_b
         con_nieve ahora otra_vez lo_mismo que en_blanco en_estilo un_poco mais sem com
         agora de_novo o_mesmo em_preto em_estilo um_pouco без больше меньше ярче темнее
         чуть ещё теперь а_теперь а_если пусть можно в_стиле в_ч*рно* вместо тоже то_же
-        друг* хочу не_надо làm đổi thay thêm xóa bỏ sửa cho phóng lại lần_nữa đeo đội
-        không chuyển giống bây_giờ theo_phong_cách *_hơn *_quá 把* 더
-NEW     a an two three some draw* generat* creat* imagine portrait this_is photo_of
-        make_an? make_me_an? give_me_an? ein eine* zwei zeichne erstelle mal*_ein*
-        mach*_ein* une? des deux dessine crée génère un[ao]s? dos dibuja crea genera uma?
-        dois duas desenh* crie gere создай vẽ một 一[只个位座条张幅群朵]* 画一* もっとも*
-CHANGE  it this again edit change make add remove delete erase replace turn swap keep fix
-        her colou?r colorize zoom crop him now same another rotate flip enlarge extend
+        а_можно друг* хочу не_надо làm đổi thay thêm xóa bỏ sửa cho phóng lại lần_nữa đeo
+        đội không chuyển giống bây_giờ theo_phong_cách *_hơn *_quá 把* 더
+NEW     a an two one_more(?!_time) three some draw* generat* creat* imagine portrait
+        this_is photo_of make_an? make_me_an? give_me_an? ein eine* zwei zeichne erstelle
+        mal*_ein* mach*_ein* une? des deux dessine crée génère un[ao]s? dos dibuja crea
+        genera uma? dois duas desenh* crie gere создай vẽ một 一[只个位座条张幅群朵]* 画一*
+        もっとも*
+CHANGE  it this again edit change make(?!-) add remove delete erase replace turn swap keep
+        fix her colou?r colorize zoom crop him now same another rotate flip enlarge extend
         upscale sharpen blur undo put give move style angle lighten background should
-        instead too what_if what_about get_rid mach setz gib zeig lass weg ist_zu mal*_das
-        den_hintergrund änder* füg* entfern* ersetz* lösch* tausch* färb* vergrößer*
-        verbesser* rends mets fais peins trop chang* ajout* enl*v* supprim* rempla* effac*
-        amélior* agrandi* flout* recommenc* haz hazl* pon ponl* pinta p[ií]ntal* cambia
-        c[aá]mbial* gira aclara agreg* añad* quita quítal* elimin* reempla* borra* mejor*
-        coloca* colóca* faz faça* põe muda mude deix[ae] tire? tira retir[ae] troc* troqu*
-        adicion* remov* coloqu* apag* aument* demais demasiado с?дела* передела* перерису*
-        нарисуй_ему измени* поменя* замени* смени* добав* убер* удали слишком *крась
-        увелич* постав* поверн* размо* дорису* раздень надень
-PIECE   改成 换成 变成 转成 改为 换个 修改 加上 加点 添加 去掉 擦掉 调 放大 不要 再来 再试 重新
-        虚化 抠图 风格 太大 太亮 太暗 给他 给她 给它 让他 让她 让它 もう もっと 同じ すぎ 変え 追加
-        消す 消し 削除 直し 加え 바꾸 바꿔 변경 추가 제거 삭제 지워 없애 고쳐 수정 교체 다시 너무
-        씌워 빼줘 게_해 로_해 스타일로 각도
+        instead too what_if what_about get_rid mach setz es_*_machen gib zeig lass weg
+        ist_zu mal*_das den_hintergrund änder* füg* entfern* ersetz* lösch* tausch* färb*
+        vergrößer* verbesser* rends mets fais le_faire peins trop chang* ajout* enl*v*
+        supprim* rempla* effac* amélior* agrandi* flout* recommenc* haz hazl* hacerl*
+        sustituy* pon ponl* pinta p[ií]ntal* cambia c[aá]mbial* gira aclara agreg* añad*
+        quita quítal* elimin* reempla* borra* mejor* coloca* colóca* torn[ae] deixar faz
+        faça* põe muda mude deix[ae] tire? tira retir[ae] troc* troqu* adicion* remov*
+        coloqu* apag* aument* demais demasiado с?дела* передела* перерису* нарисуй_ему
+        измени* поменя* замени* смени* добавь* добавить убер* удали слишком *крась увелич*
+        постав* поверн* размо* дорису* раздень надень
+PIECE   変更 加一 改成 换成 变成 转成 改为 换个 修改 加上 加点 添加 去掉 擦掉 调 放大 不要 再来
+        再试 重新 虚化 抠图 风格 太大 太亮 太暗 给他 给她 给它 让他 让她 让它 もう もっと 同じ
+        すぎ 変え 追加 消す 消し 削除 直し 加え 바꾸 바꿔 변경 추가 제거 삭제 지워 없애 고쳐 수정
+        교체 다시 너무 씌워 빼줘 게_해 로_해 스타일로 각도
 END     点 些 に なしで 度で くして にして かして せて けて えて めて 除いて 게 으로 없이
 ASK     please now you your based given from what
 MAKE    generat* creat* writ* suggest* provid* find com* mak* give return* craft* repl*
@@ -3579,11 +3586,15 @@ TALK    conversation chat dialogue thread exchange following previous user messa
 BRIEF   words? characters only nothing without no concise short brief pithy best
 HELLO   hi hey hello there world hola hallo bonjour ciao olá merhaba привет ping testing
         a_test this_is test message api connection how_are_you are_you_there who_are_you
-        wh*_model_are_you today 你好 您好 你是谁 在吗 测试 嗨 哈喽 こんにちは 안녕하세요
-SAY     please just only say reply respond answer with exactly 你好 请 只 直接 回复 输出 说
+        wh*_model_are_you today health_?check good_morning are_you_working тест
+        can_you_hear_me 你好[呀啊]? 您好 早上好 你是谁 你是什么模型 在吗 测试 嗨 哈喽 テスト
+        こんにちは 안녕(하세요)? 테스트
+SAY     please just only say reply respond answer output with in to a one single the
+        words? exactly confirm_you're_working 你好 请 只 直接 回复 输出 说
+OK      hi hello hello_world ok(ay)? pong test 1 (this_is_)?a_test(_message)? 好的? 你好
 SCENE   video vídeo vidéo clip film movie image picture photo poster paint draw animat
         cartoon scene card screen camera sequence logo banner neon sky board chalk
-        infographic mural storyboard illustrat shot фильм видео картин
+        infographic mural storyboard illustrat shot album фильм видео картин
 SHOWN   图 圖 画 畫 视频 視頻 影片 片头 动漫 海报 镜头 短片 写真 映像 영상 그림 영화
 """
 WORDS = WORD_TABLE.replace("*", r"\w*").replace("_", r"\s")
@@ -3606,180 +3617,143 @@ EDIT_WORDS = re.compile(
 # its end; after ~ a regular expression with WORDS. Nothing that describes a scene may match.
 SIDE_PROMPTS = rf"""NextChat; user; %s
 | four to five word title & our conversation
-| title (at most 6 words) summarizing our conversation
-| 返回这句话的简要主题 | 返回這句話的簡要主題
-| この文の簡潔なテーマ | この文章の簡潔な主題 | 이 문장의 간략한 주제
+| title (at most 6 words) summarizing our conversation | 返回这句话的简要主题
+| 返回這句話的簡要主題 | この文の簡潔なテーマ | この文章の簡潔な主題 | 이 문장의 간략한 주제
 | fünfwörtigen titel & unser gespräch | kurzes thema in vier bis fünf wörtern
 | titre de quatre à cinq mots & notre conversation | le sujet succinct de cette phrase
 | título de cuatro a cinco palabras & nuestra conversación | un tema breve de esta frase
 | título de quatro a cinco palavras & nossa conversa
 | titolo di quattro o cinque parole & nostra conversazione
-| il tema di questa frase in modo conciso
-| заголовок из четырех & пяти слов & наш | краткую тему этого сообщения
-| konuşmamızı özetleyen & başlık | bu cümlenin & kısa başlığını
-| tiêu đề từ bốn đến năm từ & cuộc trò chuyện | chủ đề tóm tắt của câu này
-| أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة | এই বাক্যের সংক্ষিপ্ত থিম
-| stručné téma této věty | titul shrnující naši konverzaci
-| päťslovný titul & našu konverzáciu
-| empat hingga lima kata & percakapan kita | ringkasan topik kalimat ini
-| fire til fem ord & oppsummering av temaet | kort overskrift med 4-5 ord om emnet
-
+| il tema di questa frase in modo conciso | заголовок из четырех & пяти слов & наш
+| краткую тему этого сообщения | konuşmamızı özetleyen & başlık
+| bu cümlenin & kısa başlığını | tiêu đề từ bốn đến năm từ & cuộc trò chuyện
+| chủ đề tóm tắt của câu này | أربع إلى خمس كلمات & محادثتنا | ملخص مختصر لهذه الجملة
+| এই বাক্যের সংক্ষিপ্ত থিম | stručné téma této věty | titul shrnující naši konverzaci
+| päťslovný titul & našu konverzáciu | empat hingga lima kata & percakapan kita
+| ringkasan topik kalimat ini | fire til fem ord & oppsummering av temaet
+| kort overskrift med 4-5 ord om emnet
 NextChat; either; %s
-| summarize the discussion briefly in
-| to summarise the conversation in at most 200 words
+| summarize the discussion briefly in | to summarise the conversation in at most 200 words
 | 用作后续的上下文提示 | 用作後續的上下文提示 | 後続のコンテキストプロンプト
-| 후속 컨텍스트 프롬프트
-| als kontextaufforderung für | fassen sie unsere diskussion kurz in 200
+| 후속 컨텍스트 프롬프트 | als kontextaufforderung für | fassen sie unsere diskussion kurz in 200
 | prompt de contexte ultérieur | comme prompt de contexte futur
 | como un prompt de contexto | resuma nuestra discusión & 200 caracteres
 | resuma a discussão brevemente em 200 | come prompt di contesto
-| последующего контекстного запроса | нашу дискуссию в 200
-| sonraki bağlam ipucu | gợi ý ngữ cảnh cho các lần sau
-| كإشارة سياقية لاحقة | পরবর্তী কনটেক্সট প্রম্পট
+| последующего контекстного запроса | нашу дискуссию в 200 | sonraki bağlam ipucu
+| gợi ý ngữ cảnh cho các lần sau | كإشارة سياقية لاحقة | পরবর্তী কনটেক্সট প্রম্পট
 | jako kontextový prompt | zhrňte diskusiu na menej ako 200
-| sebagai prompt konteks selanjutnya
-| som en kontekstuell prompt | kort resumé (under 200 ord) af vores samtale
-
+| sebagai prompt konteks selanjutnya | som en kontekstuell prompt
+| kort resumé (under 200 ord) af vores samtale
 Chatbox; either; %s
 | ^based on the chat history & conversation a name
 | name the conversation based on the chat records
-
 Chatbox; system; {{"action": "proceed"}}
 | as a professional web researcher & determine the optimal course of action
-
 LobeChat; either; %s
-| professional conversation summarizer
-| 擅长会话的助理 & 标题 | 请总结上述对话为 & 标题
-| 擅长会话标签总结的助理 | 擅长起名的起名大师 | 擅长技能总结的助理
-| 从 chunk 中提取摘要的助理 | 你需要根据用户提供的 & 总结出一个标题
+| professional conversation summarizer | 擅长会话的助理 & 标题 | 请总结上述对话为 & 标题
+| 擅长会话标签总结的助理 | 擅长起名的起名大师 | 擅长技能总结的助理 | 从 chunk 中提取摘要的助理
+| 你需要根据用户提供的 & 总结出一个标题
 | summarize a title based on the ai & prompt provided by the user
 | extracting key takeaways from conversations | conversation context compressor
 | rephrase the follow up question to be a standalone question
 | which can be understood without the chat history
 | ^summarize the conversation for future reference
-
+| you read a task request a user just typed into a task composer
 LobeChat; system; {NO_TEXT}
 | professional translator & translate the input text | 擅长翻译的助理
 | what the user will type next | complete the user's partially typed message
 | autocomplete engine for a chat input
-
 LobeChat; system; 🎬
 | emoji expert who selects | 匹配一个合适的 emoji
-
 LobeChat; system; en-US
 | 语言专家 & locale | identify the language & locale
-
 LobeChat; either; []
 | quick-reply suggestions from the last assistant message
 | follow-up questions that a user might want to ask next
-
 Cherry Studio; either; %s
 | conversation into a title & ignoring instructions
-| conversation into a title within & words
-| 总结给出的会话 & 标题
-
-Cherry Studio; opening; %s
+| conversation into a title within & words | 总结给出的会话 & 标题
+Cherry Studio; briefing; %s
 | 會話 & 標題 & 10 | 会話 & タイトル & 10 | 대화 & 제목 & 10 | бесед & заголов & 10
-| диалог & заголов & 10 | gespräch & titel & 10 | unterhaltung & titel & 10
+| диалог & заголов & 10 | разговор & заголов & 10 | gespräch & titel & 10
+| unterhaltung & titel & 10 | sitzung & titel & 10 | συνομιλία & τίτλο & 10
 | conversation & titre & 10 | conversa & título & 10 | conversazione & titolo & 10
-
 Cherry Studio; either; <question>not_needed</question>
-| you are an ai question rephraser
-
+| you are an ai question rephraser. your
 Cherry Studio; either; {NO_TEXT}
 | translate text enclosed with <translate_input> | ^you are a translation expert
-
 Cherry Studio; either; unknown
 | identify the language used in the user's input text
-
 LibreChat; either; %s
-| 5-word-or-less title for the conversation, using | ^provide a concise, 5-word-or-less title
+| 5-word-or-less title for the conversation, using
+| ^provide a concise, 5-word-or-less title
 | ^analyze this conversation and provide & detected language
-| concise title for this conversation & the given language
+| concise title for this conversation & language
 | concise title & for a conversation that starts with
 | tools you can use to generate the conversation title
 | progressively summarize the lines of conversation
 | summarize the conversation by integrating new lines
-
 Jan; user; %s
 | ^summarize in a & -word title
-
 Open WebUI; user; {{"follow_ups": []}}
 | ^### task: & follow-up questions & <chat_history>
 | ^### & "follow_ups": & <chat_history>
-
 Open WebUI; user; {{"tags": []}}
 | ^### task: & broad tags & <chat_history> | ^### & "tags": & <chat_history>
-
 Open WebUI; user; {{"queries": []}}
 | ^### task: & generating search queries & <chat_history>
 | ^### & "queries": & <chat_history>
-
 Open WebUI; user; {{"text": ""}}
-| ^### task: & autocompletion system
-
+| ^### task: & autocompletion system | ^you are an autocompletion system. continue
 Open WebUI; user; {{"prompt": "%s"}}
 | ^### task: & image generation task & <chat_history>
-
 Open WebUI; user; {{"title": "%s"}}
-| ^### & title & <chat_history>
-
+| ^# & title & <chat_history>
 Open WebUI; user; %s
-| ^### & <chat_history>
-| ^here is the query: & 3-5 word | ^create a concise, 3-5 word & query
-| ^create a concise, 3-5 word & chat history
+| ^# & <chat_history> | ^here is the query: & 3-5 word
+| ^create a concise, 3-5 word & query | ^create a concise, 3-5 word & chat history
+| ^given the user's message and interaction history, decide if a web search is necessary
 | set of responses from various models to the latest user query
-
 Open WebUI; user; 🎬
 | the speaker's likely facial expression & emoji
-
 Open WebUI; either; {{"tool_calls": []}}
 | available tools: & choose and return the correct tool
-
+| available tools: & if no tools match the query
 SillyTavern; either; %s
-| ^ignore previous instructions. summarize | pause your roleplay. | pause your roleplay and
+| ^ignore previous instructions. summarize | pause your roleplay.
+| pause your roleplay and
 | ^ignore previous instructions and provide a detailed description
 | ^ignore previous instructions and provide only the last
 | ^ignore previous instructions and generate a list of tasks
 | ^ignore previous instructions. determine if | ^ignore previous instructions. your next
-| classify the emotion of the last message
-| ^in the next response i want you to provide only | ^[continue your last message
+| classify the emotion of the last message | comma-separated list of tags describing the
+| in the next response i want you to provide only | ^[continue your last message
 | ^[write your next reply from the point of view of | ^[write the next reply only as
-
 RikkaHub or Kelivo; either; %s
 | ^i will give you some dialogue content in the & <content>
 | ^i will give you & messages & summar | conversation compression assistant
-
 RikkaHub or Kelivo; either; {NO_TEXT}
-| ^i will provide & chat con & <content>
-| act as the **user** to reply to the assistant | ^you are an ocr assistant
-
+| ^i will provide & chat con & <content> | act as the **user** to reply to the assistant
+| ^you are an ocr assistant
 HF chat-ui; either; %s
 | chat thread titling assistant | ^you are a summarization ai
-
 big-AGI; either; %s
 | ai conversation titles assistant | extract a concise chat title
 | skilled in creating diagrams & analyze the conversation
 | skilled in creating user interfaces & analyze the conversation
-
 Dify; either; {{"Language Type": "", "Your Reasoning": "", "Your Output": "%s"}}
 | generate a concise chat title by decomposing
 | you need to decompose the user & intention
-
 Dify; either; []
 | most likely questions that human would ask
-
 LiteLLM; user; {GREETING}
 | ^test from litellm | ^hey how's it going$ | ^hey, how's it going$
-
 one-api, one-hub or AxonHub; user; {GREETING}
 | ^output only your specific model name | ^you just need to output 'hi'
 | hello world, i'm axonhub
-
 a connection test (new-api, Dify, …); user; {GREETING}
-| ~^HELLO(\W+HELLO)*\W*$ | ~^(what('s| is) )?\d ?\+ ?\d ?=?$
-| ~^(SAY\W*)+(hi|hello|ok|pong|1|this is a test|好的?|你好)\W*$
-
+| ~^HELLO(\W+HELLO)*\W*$ | ~^(what('s| is) )?\d ?\+ ?\d ?(=|等于几)?$
+| ~^(OK\W+)?(SAY\W*)+OK(\W+SAY)*\W*$ | ~^\d$
 a chat client; opening; %s
 | ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*(?<!no )\b(titles?|a name)\W*(OF\b|\d|\.|$) & ~TALK & ~\bBRIEF\b
 | ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*\btitle & ~(conversation|chat)\W*$
@@ -3788,22 +3762,27 @@ a chat client; opening; %s
 | ~(生成|总结|概括|返回|给出|取|起)[^，。]*(标题|標題|主题)|标题生成 & ~TALK & ~字|短|简洁|只|直接
 | ~タイトル[をに][^。]*(要約|生成|作成|返) & ~TALK & ~短い|字
 | ~^请?(总结|概括)(这段|上述|以下)?(对话|会话|聊天)
-
+a chat client; either; %s
+| short title based on the first message | title-generation assistant
+| indicates a new conversation topic & title | title for the following conversation
+| ^name this session based on the user's first message
 a chat client; opening; []
+| ~^suggest up to 3 follow-up questions
 | ~^(ASK|PROPOSE)\b[^.]*\bFOLLOW (\w+ )*(questions?|messages|replies)\b & ~TALK|human|text
-
 a choice of tools; tools; {NO_TEXT}
-| ~\b(choos|select|pick|decid)[^.]{{0,60}}\btools?\b | which tool | ~选择[^。]{{0,20}}工具"""
+| ~\b(choos|select|pick|decid)[^.]{{0,60}}\b(tool|function)s?\b | which tool
+| ~选择[^。]{{0,20}}工具"""
+LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0, "null": None}
 TITLE_SCHEMA = {"properties": {"title": {"type": "string"}}}
-LEAST = {"array": [], "object": {}, "boolean": False, "integer": 0, "number": 0}
+FEW = {*map(str, range(1, 33))}  # tokens: no client wants a clip so
 # The user's first words, as such prompts quote them.
 QUOTED = re.compile(
     r"(?i)\buser(?: message)?\W{0,3}[:,>]\W{0,4}(?:(?:mainText|content|text)\W{1,5})?"
     r'(\w[^\x00-\x1f<"\\]{0,50})'
 )
-PICTURE_LINK = re.compile(
-    r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+\))"  # Markdown
-    r"|Picture: (?=http))([^\s()]+)"  # as ChatAnswer has it beside pictures
+PICTURE_LINK = re.compile(  # in Markdown; one of ours (see output_url) anywhere
+    r"(?:!\[[^\]\[]{0,99}\]\((?=[^\s()]+[\s)])"
+    r"|(?=https?://[^\s()\"'<>]{1,300}/tmp/image_))([^\s()\"'<>]+)"
 )
 LINKS_SEARCHED = 100_000  # characters at the end of an answer
 SYSTEM_ROLES = ("system", "developer")
@@ -3814,21 +3793,28 @@ FIELD_TABLE = """
     first    first_frame first_frame_image start_frame start_image init_image image_start
     picture  input_reference image photo picture img reference input_image reference_image
     picture  ref_image source_image image_reference file input_file attachment frame_image
+    picture  prompt_image image_input
     last     last_frame last_frame_image end_frame end_image image_end last_image
-    last     image_tail tail_image
+    last     image_tail tail_image final_frame end_frame_image
     length   seconds duration duration_seconds video_length video_duration clip_duration
     length   duration_sec duration_secs duration_in_seconds n_seconds length_seconds
+    length   length video_seconds
     number   n num_images number_of_images sample_count candidate_count num_outputs
-    shape    aspect_ratio ratio orientation size image_size video_size dimensions resolution
+    number   batch_size num_samples image_count number_results count
+    shape    aspect_ratio ratio orientation size image_size video_size dimensions
+    shape    resolution aspect image_aspect_ratio video_aspect_ratio output_size
+    shape    target_resolution image_resolution video_resolution output_resolution
     level    quality video_quality definition
     options  extra_body google image_config video_config generation_config config
     options  parameters input options
     text     prompt tools functions response_format
+    limit    max_tokens max_completion_tokens max_output_tokens max_new_tokens n_predict
+    limit    num_predict
     inside   image_url url data b64_json file_data source image file inline_data
-    inside   inlineData base64 bytesBase64Encoded video_url audio_url
+    inside   inlineData base64 bytesBase64Encoded imageBytes uri video_url audio_url
 """
 FIELDS = defaultdict(list)
-for meaning, *names in map(str.split, FIELD_TABLE.strip().splitlines()):
+for meaning, *names in read_rows(FIELD_TABLE):
     FIELDS[meaning] += names
 PICTURES = FIELDS["first"] + FIELDS["picture"] + FIELDS["last"]
 # imageUrls, image_file, images … are image.
@@ -3842,12 +3828,15 @@ CARRIED_FILE = re.compile(
           (?![^?\#]))
     | \w*(?:image|img|picture|photo|frame|video|audio|mask|media|file|reference)
         (?:\w*\ https?:// | _ids?\ .)
-    | (?:\w+_)?(?:ref|src|source|input|asset|attachment)s?(?:_ur[il]s?)?\ https?://""",
+    | (?:\w+_)?(?:ref|src|source|input|asset|attachment|pic|upload)s?(?:_ur[il]s?)?
+        \ https?://""",
     re.VERBOSE,
 )
 SORA_ONLY = ("video", "remix_target_id", "character_options", "style_id")
-SIDE_SIZES = {"landscape": "16:9", "portrait": "9:16"}
-SIDE_SIZES |= {"horizontal": "16:9", "vertical": "9:16", "square": "1:1"}
+# Sizes and resolutions in words (landscape_16_9 … are fal's).
+SIZE_WORDS = read_pairs("""landscape=16:9 portrait=9:16 horizontal=16:9 vertical=9:16 square=1:1
+    landscape_16_9=16:9 portrait_16_9=9:16 landscape_4_3=4:3 portrait_4_3=3:4
+    square_hd=1:1 720=720p 1080=1080p fhd=1080p 2160p=4k uhd=4k""")
 MADE_AT = {
     "video": "clips: POST /v1/videos",
     "image": "pictures: POST /v1/images/generations, or /edits",
@@ -4017,10 +4006,16 @@ def read_links(value, param):
         if not value:
             raise bad("A picture is a file, URL or base64", param, "invalid_image")
     if isinstance(value, list):
-        for item in value:
+        for item in sorted(value, key=is_last):
             yield from read_links(item, param)
     elif value not in (None, "", b""):
         yield value
+
+
+def is_last(picture):
+    """Whether an object says that its picture is the last frame."""
+    names = "frame_type", "position", "role", "type"
+    return any(text_at(picture, name).startswith("last") for name in names)
 
 
 def plain(value):
@@ -4080,7 +4075,8 @@ def read_fields(body):
 def read_field(name, value, fields, counts=True):
     """Puts a value that counts into `fields`, and looks into it for files."""
     name = field_name(name)
-    if name in FIELDS["options"] and isinstance(value, str):  # in a form
+    opens = name in FIELDS["options"] + FIELDS["shape"]
+    if (opens or name in PICTURES) and isinstance(value, str):  # in a form
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if counts and value not in (None, ""):
@@ -4090,7 +4086,7 @@ def read_field(name, value, fields, counts=True):
     text = f"{name} {value[:4000]}" if isinstance(value, str) else ""
     if isinstance(value, dict):
         for key, item in value.items():
-            read_field(key, item, fields, counts and name in FIELDS["options"])
+            read_field(key, item, fields, counts and opens)
     elif isinstance(value, list):
         for item in value:
             read_field(name, item, fields, False)
@@ -4108,12 +4104,17 @@ def read_whole(fields, names, most):
     return max(said, default=0)
 
 
+def size_word(value):
+    return SIZE_WORDS.get(plain(value), plain(value))
+
+
 def read_shape(fields):
     """-> the size, such as "1280x720" or "16:9", and the resolution, such as "2k"."""
-    texts = [plain(value) for name in FIELDS["shape"] for value in fields[name]]
+    named = [size_word(value) for name in FIELDS["level"] for value in fields[name]]
+    texts = [size_word(value) for name in FIELDS["shape"] for value in fields[name]]
+    if fields["width"] and fields["height"]:
+        texts = [text for text in texts if text != plain({})]  # they stand in it
     texts += [f"{plain(w)}x{plain(h)}" for w in fields["width"] for h in fields["height"]]
-    texts = [SIDE_SIZES.get(text, text) for text in texts]
-    named = [plain(value) for name in FIELDS["level"] for value in fields[name]]
     levels = {text for text in texts + named if re.fullmatch(r"\d{1,4}[kp]", text)}
     sizes = [text for text in texts if text not in {*levels, "auto"}]
     wide = {aspect > 1 for aspect in map(read_aspect, sizes) if aspect != 1}
@@ -4197,7 +4198,7 @@ class Wish:
         plan_of = functools.partial(
             resolve,
             model or self.model,
-            size=self.size or SIDE_SIZES.get(shape, ""),
+            size=self.size or SIZE_WORDS.get(shape, ""),
             resolution=self.resolution,
             images=len(self.links),
             mode=mode,
@@ -4372,20 +4373,23 @@ def read_turn(message, where):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise bad(f"{where}.content must be a text or a list of parts", "messages")
-    if role == "user":
-        read_fields(message | {"content": None})
-    fields = message.items()
-    links = [value for name, value in fields if value and field_name(name) in PICTURES]
+    links = pictures_beside(message | {"content": None}, role)
     texts = []
     for part in content:
         kind = dig(part, "type", kind=str)
         text = dig(part, "text")
         if not kind or not isinstance(text, str):
             raise bad(f"{where}.content: a part must be like {{type, text}}", "messages")
-        if kind not in TEXT_PARTS:
-            links.append(part)
+        links += pictures_beside(part, role) if kind in TEXT_PARTS else [part]
         texts.append(text)
     return Turn(role, "\n".join(filter(None, texts)), links)
+
+
+def pictures_beside(holder, role):
+    """The pictures beside the text in a message or a part of it."""
+    if role == "user":
+        read_fields(holder | {"text": None})
+    return [item for name, item in holder.items() if item and field_name(name) in PICTURES]
 
 
 async def read_chat_generation(chat, media, own_picture=None):
@@ -4435,14 +4439,16 @@ def side_answer(chat):
     prompt (title, tags, …), a test, a wish for JSON or a few tokens. Else empty texts."""
     client, answer = own_prompt(chat)
     title = chat_title(chat)
-    limit = dig(chat.body, "max_completion_tokens", kind=int, default=99)
-    limit = dig(chat.body, "max_tokens", kind=int, default=limit)
-    if "json" in text_at(chat.body, "response_format", "type"):
+    form = chat.body.get("response_format")
+    few = {plain(v) for n, v in chat.body.items() if field_name(n) in FIELDS["limit"]} & FEW
+    forced = chat.body.get("tool_choice") not in (None, "", "auto", "none")
+    if re.search("(?i)(?<!b64_)json", text_at(form, "type") or str(form)[:99]):
         client = client or "a client that wants JSON"
-        schema = dig(chat.body, "response_format", "json_schema", "schema")
+        schema = dig(form, "json_schema", "schema") or dig(form, "schema")
         if schema or not answer.startswith("{"):
-            answer = json.dumps(json_instance(schema or TITLE_SCHEMA, title))
-    elif not client and (chat.turns[-1].role != "user" or 0 < limit <= 32):
+            schema = schema or TITLE_SCHEMA
+            answer = json.dumps(json_instance(schema, "", title, schema, iter("." * 200)))
+    elif not client and (chat.turns[-1].role != "user" or few or forced):
         return "a client that asks for nothing new", NO_PROMPT
     return client, answer.replace("%s", title)
 
@@ -4451,6 +4457,7 @@ def own_prompt(chat):
     """-> the client whose own prompt this is and its answer, as in SIDE_PROMPTS."""
     user, system = one_line(chat.last.text), one_line(chat.system)
     texts = {"user": user, "system": system, "either": user + system}
+    texts["briefing"] = opening(system)
     texts["opening"] = f"{opening(user)}\n{opening(system)}"
     texts["tools"] = "" if not chat.body.get("tools") or SCENE.search(system) else system
     for client, where, answer, *parts in SIDE_RULES:
@@ -4472,7 +4479,7 @@ def opening(text):
 
 def read_side_prompts(table):
     """Yields (client, where, answer, *the parts of a prompt)."""
-    for block in table.replace("\n|", " |").split("\n\n"):
+    for block in table.replace("\n|", " |").splitlines():
         head, *prompts = block.split(" | ")
         for prompt in prompts:
             yield *head.split("; "), *prompt.split(" & ")
@@ -4495,16 +4502,19 @@ def chat_title(chat):
     return quoted[1].strip() if quoted else "Flow"
 
 
-def json_instance(schema, title, name="", depth=5):
-    """The least that a JSON schema allows, with `title` for each title in it."""
-    part = dig(schema, "anyOf", 0, default=schema)
-    members = dig(part, "properties", kind=dict, default={})
-    kind = text_at(part, "type")
-    if members and depth:
-        inner = depth - 1
-        return {key: json_instance(members[key], title, key, inner) for key in members}
+def json_instance(part, name, *more):
+    """The least that a part of a JSON schema allows. more: the text for each title in it,
+    the whole schema, and an iterator that ends where it would be too large."""
+    title, root, left = more
+    target = text_at(part, "$ref").split("/")[1:]
+    other = dig(root, *target) if target else dig(part, "anyOf", 0) or dig(part, "allOf", 0)
+    if other := other or dig(part, "oneOf", 0):
+        return json_instance(other, name, *more) if next(left, 0) else None
+    if members := dig(part, "properties", kind=dict):
+        return {key: json_instance(members[key], key, *more) for key in members if next(left, 0)}
+    kind = text_at(part, "type") or text_at(part, "type", 0)
     least = title if kind == "string" and "title" in name.lower() else LEAST.get(kind, "")
-    return dig(part, "enum", 0, default=least)
+    return dig(part, "const", default=dig(part, "enum", 0, default=least))
 
 
 # ---- 11. Client API --------------------------------------------------------------------
@@ -4515,16 +4525,10 @@ EMPTY_IMAGE_USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-VIDEO_STATES = {  # our states in the words of OpenAI's Videos API; clients know no others
-    "queued": "queued",
-    "submitting": "queued",
-    "unknown": "in_progress",
-    "running": "in_progress",
-    "settling": "in_progress",
-    "completed": "completed",
-    "failed": "failed",
-    "cancelled": "failed",
-}
+# Our states in the words of OpenAI's Videos API; clients know no others.
+VIDEO_STATES = read_pairs("""queued=queued submitting=queued unknown=in_progress
+    running=in_progress settling=in_progress completed=completed failed=failed
+    cancelled=failed""")
 MEDIA_TYPES = {"image": "image/png", "video": "video/mp4"}  # of a part of a file
 # The sides of a wide clip, by its upscale.
 CLIP_PIXELS = {"": (1280, 720), "1080p": (1920, 1080), "4k": (3840, 2160)}
@@ -5224,7 +5228,7 @@ class ServiceApi(Api):
         return {"object": "list", "data": models}
 
     async def model(self, request):
-        return model_object(request.match_info["model"], self.settings)
+        return model_object(request.match_info["model"].rstrip("/"), self.settings)
 
     async def file(self, request):
         """A file without a key, by a name that nobody guesses: one that is kept here, or an
@@ -5349,12 +5353,13 @@ TEXT_FORMS = {
 # They can stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
 NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
-INTS = "image_concurrency video_concurrency image_count video_count error_count use_count"
 TOKEN_FIELDS = {  # what a request may set of an account
-    **dict.fromkeys(("project_id", "project_name", "remark", "proxy_url"), str),
-    **dict.fromkeys(("is_active", "image_enabled", "video_enabled"), bool),
-    **dict.fromkeys(INTS.split(), int),
+    str: "project_id project_name remark proxy_url",
+    bool: "is_active image_enabled video_enabled",
+    int: """image_concurrency video_concurrency image_count video_count error_count
+        use_count""",
 }
+TOKEN_FIELDS = {name: kind for kind, names in TOKEN_FIELDS.items() for name in names.split()}
 # Fields of a token as GET /api/tokens gives them.
 TOKEN_SHOWN = """id email name remark is_active reason image_enabled video_enabled
     image_concurrency video_concurrency image_count video_count error_count use_count
@@ -6405,15 +6410,13 @@ class Role(enum.Enum):
 
 GATEWAY = AppKey("gateway", Gateway)
 SESSIONS = AppKey("sessions", Sessions)
-TOKEN_ID = r"{id:\d{1,18}}"
-V1_TOKEN = f"/v1/tokens/{TOKEN_ID}"
-API_TOKEN = f"/api/tokens/{TOKEN_ID}"
+TOKEN_ID = r"{id:\d{1,18}}"  # stands for {token}
 CONFIG = f"/api/{{group:{'|'.join(CONFIGS)}}}"
 # Of the programs before this one; Flow has nothing like it.
 ABSENT = """characters characters/search videos/characters videos/characters/{name}
     invite-codes profiles/{name} users/{name}/feed feed enhance_prompt"""
 ABSENT_ADMIN = r"""tokens/rt2at tokens/batch-activate tokens/batch-activate-username
-    tokens/{id:\d{1,18}}/{_:sora2/activate|activate-username}
+    tokens/{token}/{_:sora2/activate|activate-username}
     watermark-free/config cloudflare/{_:.*} characters{_:.*}"""
 ROUTES = {
     Role.PUBLIC: {
@@ -6425,7 +6428,7 @@ ROUTES = {
     },
     Role.KEY: {
         "GET /v1/models": ServiceApi.models,
-        "GET /v1/models/{model}": ServiceApi.model,
+        "GET /v1/models/{model:.+}": ServiceApi.model,
         "POST /v1/chat/completions": ChatApi.complete,
         "POST /v1/images/generations": ImagesApi.generate,
         "POST /v1/images": ImagesApi.generate,  # OpenRouter's name
@@ -6439,9 +6442,9 @@ ROUTES = {
         "POST /v1/videos/{id}/remix": VideosApi.edit,
         "GET /v1/videos/{id}/content": VideosApi.content,
         "GET /v1/stats": ServiceApi.stats,
-        f"GET {V1_TOKEN}/{{_:pending-tasks(-v2)?}}": ServiceApi.pending_tasks,
-        f"GET {V1_TOKEN}/profile-feed": ServiceApi.finished_tasks,
-        f"GET {V1_TOKEN}/tasks/{{job}}": ServiceApi.task,
+        "GET /v1/tokens/{token}/{_:pending-tasks(-v2)?}": ServiceApi.pending_tasks,
+        "GET /v1/tokens/{token}/profile-feed": ServiceApi.finished_tasks,
+        "GET /v1/tokens/{token}/tasks/{job}": ServiceApi.task,
         **{f"* /v1/{path}": ServiceApi.absent for path in ABSENT.split()},
     },
     Role.EITHER: {"GET /metrics": AdminApi.metrics},
@@ -6460,12 +6463,12 @@ ROUTES = {
         "POST /api/tokens/batch-disable": AdminApi.disable_all,
         "POST /api/tokens/batch-test": AdminApi.test_all,
         "DELETE /api/tokens/batch-delete-disabled": AdminApi.delete_disabled,
-        f"PUT {API_TOKEN}{{_:(/status)?}}": AdminApi.update_token,
-        f"DELETE {API_TOKEN}": AdminApi.delete_token,
-        f"POST {API_TOKEN}/enable": AdminApi.enable_token,
-        f"POST {API_TOKEN}/disable": AdminApi.disable_token,
-        f"POST {API_TOKEN}/refresh-at": AdminApi.renew_token,
-        f"POST {API_TOKEN}/{{_:test|refresh-credits}}": AdminApi.check_token,
+        "PUT /api/tokens/{token}{_:(/status)?}": AdminApi.update_token,
+        "DELETE /api/tokens/{token}": AdminApi.delete_token,
+        "POST /api/tokens/{token}/enable": AdminApi.enable_token,
+        "POST /api/tokens/{token}/disable": AdminApi.disable_token,
+        "POST /api/tokens/{token}/refresh-at": AdminApi.renew_token,
+        "POST /api/tokens/{token}/{_:test|refresh-credits}": AdminApi.check_token,
         "GET /api/jobs": AdminApi.list_jobs,
         "GET /api/jobs/{id}": AdminApi.get_job,
         "DELETE /api/jobs/{id}": AdminApi.delete_job,
@@ -6487,7 +6490,7 @@ NO_ROUTE = (
     " (a client that asks for the Responses API: set it to chat completions)"
 )
 ADDRESSES = itertools.chain(*ROUTES.values())
-ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?|\\]", route)]
+ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?+|\\]", route)]
 HTTP_ERRORS = {  # of aiohttp -> code, message
     404: ("not_found", "it is not there"),
     405: ("method_not_allowed", "it wants another method: POST makes, GET asks"),
@@ -6672,7 +6675,7 @@ def make_app(settings, store):
 
 def add_route(app, route, handler):
     """A route of /v1 is met by what people make of it: without /v1, twice, //, … ."""
-    method, path = route.split(" ", 1)
+    method, path = route.replace("{token}", TOKEN_ID).split(" ", 1)
     if path.startswith("/v1/"):
         end = path.removeprefix("/v1/")
         again = "" if "{" in end else f"(/+{end})?"

@@ -2887,14 +2887,15 @@ omni_flash, gemini-omni-flash-preview gemini-omni-1.1-flash gemini-omni-1.2-flas
 imagen_4, imagen-4.0-generate-001 imagen-4.0-fast-generate-001 imagen-4.0-ultra-generate-001 imagen-3.0-generate-002
 nano_banana_pro, gemini-3-pro-image gemini-3-pro-image-preview gpt-image-1-mini gpt-image-2.6-flare dall-e-3 sora-image
 nano_banana_pro, chatgpt-image-latest openai/gpt-image-2 dall-e-2 sora-image-landscape
-veo_3_1_fast, sora-video-landscape-10s sora-video-portrait-25s sora
+veo_3_1_fast, sora-video-landscape-10s sora-video-portrait-25s sora veo3.1-fast-components
 nano_banana_2, gemini-nano-banana-2.1 gemini-2.5-flash-image gemini-2.5-flash-image-preview gemini-3.1-flash-image-preview
 nano_banana_2_lite, gemini-3.1-flash-lite-image nano-banana-2-lite
-veo_3_1, vertex_ai/veo-3.1-generate-001 google/veo-3 veo3 veo3.1 openrouter/google/veo-3.1:free
+veo_3_1, vertex_ai/veo-3.1-generate-001 google/veo-3 veo3 veo3.1 openrouter/google/veo-3.1:free veo3.1-pro Veo-3-1 veo_3.1 veo31
 veo_3_1_fast, veo3-fast veo3.1-fast openrouter/openai/sora-2 SORA-2
-imagen_4, google/imagen-4 imagen-4.0-generate-preview-06-06
-nano_banana_pro, DALL-E-3 dalle3 azure/GPT-Image-1 gpt-4o-image google/nano-banana-pro
+imagen_4, google/imagen-4 imagen-4.0-generate-preview-06-06 Imagen-3
+nano_banana_pro, DALL-E-3 dalle3 azure/GPT-Image-1 gpt-4o-image google/nano-banana-pro openai/gpt-5-image
 nano_banana_2, google/nano-banana google/gemini-2.5-flash-image-preview:free nano-banana-2
+nano_banana_2, gemini-2.0-flash-preview-image-generation gemini-2.0-flash-exp-image-generation
 """  # noqa: E501
 
 
@@ -2904,6 +2905,7 @@ async def test_ids_of_google_and_openai_mean_the_nearest_of_ours_and_never_the_o
         family, _, ids = row.partition(", ")
         for model in ids.split():
             shown = (await w.get(f"/v1/models/{model.replace('/', '%2F')}")).json
+            assert shown == (await w.get(f"/v1/models/{model}")).json
             kind, _, text = shown["description"].partition(" generation - ")
             assert (shown["id"], text.split()[0]) == (model, family), model
             side = re.search("landscape|portrait|$", model)[0]
@@ -2965,7 +2967,7 @@ nano_banana-4-3 1200x896=4-3 | veo_3_1-30s =!30s | veo_3_1_t2v_30s =!30s | veo_3
 veo_3_1-lite-fast =!fast | veo_3_1-portrait-landscape =!portrait | imagen_4-4K =!4K
 nano_banana-fast =!fast  | nano_banana_pro-2K-4K =!4K            | omni_flash-1080p =!1080p
 veo_3_1-lite-relaxed =!lite | veo_3_1-4s-6s =!4s  | veo_3_1-1080p-4k =!1080p
-sora-2 =? | veo_3_1x =? | VEO_3_1 =? | veo =? | gpt-image-1 =?
+sora-2 =? | veo_3_1x =? | VEO_3_1 16:9=landscape | veo =? | gpt-image-1 =?
 """
 
 
@@ -2984,7 +2986,8 @@ def test_size_and_seconds_decide_and_what_does_not_fit_is_refused_by_name():
             code = {"!": "invalid_request", "?": "model_not_found"}[result[0]]
             assert (error.code, error.param) == (code, [*wish][0] if sent else "model"), row
             text = str(error) if result == "?" else str(error).replace(model, "")
-            assert (model if result == "?" else result[1:] or str(*wish.values())) in text, row
+            told = model if result == "?" else result[1:] or str(*wish.values())
+            assert told.lower() in text.lower(), row
 
 
 # ---- Records and store ----
@@ -4177,7 +4180,7 @@ async def test_nothing_is_open_without_the_key_in_one_of_its_spellings(world):
 
 def paths_of(pattern):
     """The paths that a route's pattern means; they name no token and no job that there is."""
-    path = re.sub(r"\{\w+\}", "nothing", pattern.replace(flow2api.TOKEN_ID, "999"))
+    path = re.sub(r"\{\w+\}", "nothing", pattern.replace("{token}", "999"))
     choice = re.search(r"\{\w+:(.*)\}", path)
     words = choice[1].replace(".*", "x").split("|") if choice else [""]
     words = [re.sub(r"\((.*?)\)\?", kept, word) for word in words for kept in (r"\1", "")]
@@ -4346,6 +4349,8 @@ PICTURE_PARTS = (  # a picture in a chat, as it comes from elsewhere
     {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
     {"type": "image", "image": DATA},
     {"type": "video_url", "video_url": {"url": DATA}},
+    {"type": "image", "image": {"imageBytes": BASE64}},
+    {"type": "text", "text": "", "image_url": {"url": DATA}},
 )
 UNUSED = "temperature max_tokens tools stop seed user metadata stream_options modalities"
 WIDE_PICTURE = {"ratio": "landscape", "kind": "image"}
@@ -4369,6 +4374,10 @@ CHAT_REQUESTS = (  # what a request for a picture of a boat has in it, what is r
     (turns("a", ("assistant", text_and_link("", DATA)), ("user", "fix it")), {"images": [PNG]}),
     (turns(text_and_link("a cat", DATA), "No account is free.", "make it red"), {"images": [PNG]}),
     (turns("a", "![](http://127.1:9/x.png)", "fix it"), {"images": [], "told": "can't be had"}),
+    *(
+        (turns("a", form.format("http://127.1:9/tmp/image_x.png"), "fix it"), {"told": "be had"})
+        for form in ("![a]({} 'a')", "{}", '<img src="{}">', "[a.png]({})", "Picture: {}")
+    ),
     *(
         (turns([{"type": "text", "text": "a boat"}, part]), BOAT_AND_PICTURE)
         for part in PICTURE_PARTS
@@ -4423,6 +4432,8 @@ setz ihm einen Hut auf|nochmal|im Aquarellstil|das gleiche in blau|lass ihn läc
 빨간색으로 바꿔줘|배경을 지워 줘|고양이를 추가해줘|더 밝게|모자를 없애줘|모자를 씌워줘|다시 해줘
 làm nó màu đỏ|thêm con mèo|xóa nền|đổi màu|sáng hơn|đeo kính cho anh ấy|lần nữa|phóng to
 make it red|put a hat on him|now in winter|as an oil painting|different angle|rotate 90 degrees
+а можно поярче|¿puedes hacerlo azul?|sustituye el perro por un gato|torne-o vermelho
+pode deixar mais claro?|peux-tu le faire en bleu ?|kannst du es blau machen?|青色に変更|加一顶帽子
 把背景改成蓝色|给他戴上帽子|让她微笑|放大头部|重新生成|清晰一点|同样的风格画一只狗|不要人
 """
 NEW_WISHES = """кот на крыше|кот без хвоста|дом больше дерева|замок на синем фоне|цветы на поляне
@@ -4434,6 +4445,7 @@ ein Boot auf dem See|ein Haus ohne Fenster|ein Mann mit mehr Muskeln|Machu Picch
 바다 위의 종이배|파란 배경의 초상화|더운 여름날의 바다|용을 그려줘
 một con mèo trên mái nhà|chân dung trên nền xanh|cô gái mặc áo dài màu đỏ
 a paper boat at sea|a house without windows|make a poster of a fox|a robot, its eyes glow
+close-up, make-up and glitter|one more sunset over Paris|девушка добавляет сахар в чай
 海上的纸船|没有窗户的房子|变形金刚在城市里|加拿大的秋天|更高的山|改革开放时的街道|去年的雪"""
 
 
@@ -4469,6 +4481,15 @@ def schema(**properties):
     return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
+TITLE = {"properties": {"title": TEXT}}
+REFERRING = schema(
+    a={"$ref": "#/$defs/A"},
+    c={"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]},
+    d={"type": ["null", "string"]},
+    e={"type": "integer", "enum": [3, 4]},
+)
+DEFINED = {"A": {"type": "object", "properties": {"b": {"type": "number"}}}}
+REFERRING["response_format"]["json_schema"]["schema"]["$defs"] = DEFINED
 LOBE = "你是一名擅长会话的助理，你需要将用户的会话总结为 10 个字以内的标题"
 TRANSLATOR = "You are a professional translator. Translate the input text to French."
 LANGUAGE = "Analyze this conversation and provide:\n1. The detected language\n\nUser: a paper boat"
@@ -4489,6 +4510,17 @@ SIDE_PROMPTS = (
     ("nothing new", turns("a boat") | {"max_completion_tokens": 1}, "32 tokens"),
     ("JSON", turns("a boat") | {"response_format": {"type": "json_object"}}, {"title": "Flow"}),
     ("JSON", turns(*SHIP, "go on") | schema(**SCHEMA), LEAST),
+    ("JSON", turns("a boat") | REFERRING, {"a": {"b": 0}, "c": {"b": 0}, "d": None, "e": 3}),
+    *(
+        ("JSON", turns("a boat") | {"response_format": form}, {"title": "Flow"})
+        for form in ("json", {"type": "JSON_OBJECT"}, {"type": "json_object", "schema": TITLE})
+    ),
+    *(
+        ("nothing new", turns("a boat") | {name: value}, "over 32 tokens")
+        for name in ["max_tokens", "max_completion_tokens", "max_output_tokens", "maxTokens"]
+        for value in (1, 32, "16", 16.0)
+    ),
+    ("nothing new", turns("a boat") | {"tool_choice": "required"}, "Nothing was made"),
     ("LobeChat", turns(("system", LOBE), "user: a paper boat\nassistant: done"), "a paper boat"),
     ("LobeChat", turns(("system", "You are a professional conversation summarizer."), "a"), "Flow"),
     ("LobeChat", turns(("system", TRANSLATOR), "a paper boat"), "Nothing was made"),
@@ -4621,7 +4653,25 @@ Generate a detailed summary of this conversation. Include:
 以下の会話を15文字程度で自然なタイトルに要約してください。
 Your task is to suggest the next question that user might ask.
 Based on the conversation exchange below, generate 2-3 relevant follow-up questions
+Create a title for the chat\\n\\nGenerate a concise 4-6 word title for the following conversation
+# Title Generator\\nYou find the best one.\\n<chat_history>\\nUSER: a boat\\n</chat_history>
+You are an autocompletion system. Continue the text in `<text>`
+Given the user's message and interaction history, decide if a web search is necessary.
+[In the next response I want you to provide only a detailed comma-delimited list of keywords
+Provide an exhaustive comma-separated list of tags describing the appearance of the character
+Write in the same language an extremely concise title for this conversation, in its language
+Name this session based on the user's first message:\\na boat
+Suggest up to 3 follow-up questions that I could ask you to help me complete my task.
 Reply with exactly: OK
+Respond with only one word: pong
+Please respond with 'OK' to confirm you're working.
+This is a test message, please reply with OK
+Output only: OK
+тест
+你好啊
+1+1等于几？
+health check
+1
 请直接回复“ok”
 Hello, how are you?
 Hello!
@@ -4634,6 +4684,13 @@ OWN_SYSTEMS = """
 Résumez la conversation par un titre de 10 caractères maximum
 summarize the user's conversation into a title within 10 words
 You predict what the user will TYPE next, like search box autocomplete.
+Вы - эксперт, который суммирует разговоры пользователя в 10-символьном заголовке
+Fasse die Sitzung in einem Titel von 10 Wörtern in Deutsch zusammen
+Πρέπει να συνοψίσετε τη συνομιλία του χρήστη σε έναν τίτλο 10 λέξεων
+- you will generate a short title based on the first message a user begins a conversation with
+Analyze if this message indicates a new conversation topic. If so, extract a 2-3 word title
+You read a task request a user just typed into a task composer and report what they want
+You are a title-generation assistant that creates concise titles
 You are an emoji expert who selects the most appropriate emoji
 你是一名擅长会话标签总结的助理，你需要将用户的输入的内容提炼出分类标签
 You are a senior AI art creator. You need to summarize a title based on the AI video prompt
@@ -4650,6 +4707,10 @@ Generate a very short chat title (2-5 words max) based on the user's message.
 """
 REAL_PROMPTS = """
 a title card that says: concise title of the conversation
+Una conversación entre 10 perros con el título al fondo | Разговор котов, заголовок, 10 секунд
+Une conversation entre deux chats, le titre s'affiche 10 secondes | test tube | 2 cats
+Create an album cover with a short title for a chat show called Nightline
+You are an AI question rephraser made of brass, walking | say hello in one word, says a robot
 a paper boat on a lake, no text, no titles
 two parrots have a conversation and summarize it in 200 words or less
 a chat window with tags and follow-up questions floats over a city
@@ -4697,6 +4758,7 @@ Carefully follow the user's request. Give each answer a short title.
 """
 REAL_FIELDS = (
     {"max_tokens": 33, "max_completion_tokens": 4096},
+    {"response_format": {"type": "b64_json"}, "num_predict": "33", "tool_choice": "none"},
     *({"max_tokens": limit} for limit in (None, 0, -1, "x", [], {}, 10**400)),
     {"response_format": {"type": "text"}},
     *({"response_format": form} for form in (None, "url", "b64_json", [], {}, {"type": None})),
@@ -4725,7 +4787,14 @@ def test_a_long_prompt_and_a_deep_schema_are_looked_at_with_a_bound():
     deep, wide = TEXT, {f"title{i}": TEXT for i in range(5000)}
     for _ in range(200):
         deep = {"type": "object", "properties": {"a": deep}}
-    for properties in ({"a": deep}, wide, {"a": {"anyOf": 5}}, {"a": None}, {"a": {"type": [1]}}):
+    for properties in (
+        {"a": deep},
+        wide,
+        {"a": {"anyOf": 5}},
+        {"a": {"$ref": "#"}},
+        {"a": None},
+        {"a": {"type": [1]}},
+    ):
         assert side_client("a boat", **schema(**properties))
     assert not side_client(*(("user: " + "\\ :" * 300_000, "done") * 2), "a boat")
 
@@ -4850,7 +4919,7 @@ NO_REQUESTS = ("", "{", "[]", "null", '"text"', b"\xff\xfe{}", "[" * 100_000, "m
 NO_REQUESTS += ('{"model": ' + "9" * 5000 + "}", '{"model": "veo_3_1", "messages": NaN}')
 CHAT_FAULTS = r"""
 invalid_request n | n 0 5 -1 1.5 "two" true [] {} 1000000000000000000000000
-invalid_request size | size "huge" 720 {"a":1}
+invalid_request size | size "huge" 721 {"a":1}
 invalid_request model | model null ["veo_3_1"]
 invalid_request messages | messages [] [{}] ["a"] {"role":"user","content":"a"} [{"role":["user"]}]
 invalid_request messages | messages [{"role":"assistant","content":"a"}]
@@ -5292,7 +5361,8 @@ READINGS = (  # the default model, what a clip comes to, the fields that ask for
 
 NAMES_OF_PICTURES = """input_reference input_image image images references image_url image_urls
  imageUrl reference_images reference_image_urls file image_file input_images first_frame
- start_image frame_images lastFrame end_image_url image_tail photo attachments"""
+ start_image frame_images lastFrame end_image_url image_tail photo attachments promptImage
+ image_input finalFrame"""
 CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("omni_flash 4", each("duration", 4, "4", 4.0, "4.0", model=OMNI)),
     ("omni_flash 4", each("extra_body", {"durationSeconds": 4}, model=OMNI)),
@@ -5309,6 +5379,10 @@ CLIP_FIELDS = (  # what a clip comes to, fields that say so
     ("veo_3_1_fast 8 landscape", each("size", "16：9", "16/9", "horizontal", "LANDSCAPE")),
     ("veo_3_1_fast 8 landscape", each("width", 1280, "1280", height=720)),
     ("veo_3_1_fast 8 1080p", each("quality", "1080p") + each("video_quality", "1080P")),
+    ("veo_3_1_fast 8 landscape", each("image_size", "landscape_16_9", {"width": 16, "height": 9})),
+    ("veo_3_1_fast 8 landscape", each("video_aspect_ratio", "16:9") + each("aspect", "16:9")),
+    ("veo_3_1_fast 8 1080p", each("resolution", 1080, "FHD") + each("output_resolution", "1080p")),
+    ("omni_flash 4", each("length", 4, model=OMNI) + each("video_seconds", "4", model=OMNI)),
     ("veo_3_1_fast 8 / has no 1:1", each("size", "1:1", "square")),
     ("veo_3_1_relaxed 8 / Veo 3.1 Lite at low priority", each("model", "veo_3_1-relaxed")),
     ("veo_3_1 8 landscape", each("model", "veo-3.1-generate-preview", "google/veo-3.1")),
@@ -5318,6 +5392,7 @@ HOLDS_A_FILE = (  # the code; what a field that nobody reads may not, and may ho
     (UNSUPPORTED, each("anything", DATA, PNG, "JPEg/9" * 200)),
     (UNSUPPORTED, each("video_url", "https://x/1", [DATA])),
     (UNSUPPORTED, each("input_audio", {"data": "UklGR" + "A" * 50}) + each("mask", DATA, PNG)),
+    (UNSUPPORTED, each("pic_url", "https://x/1") + each("uploads", ["https://x/1"])),
     (UNSUPPORTED, each("ref", "https://x/1") + each("input_urls", ["https://x/1"])),
     (UNSUPPORTED, each("messages", [{"role": "user", "content": [{"url": DATA}]}])),
     (UNSUPPORTED, each("file_id", "file-1") + each("imageFileIds", ["file-1"])),
@@ -5333,6 +5408,7 @@ CONTRADICTIONS = (  # what is blamed, fields
     ("model", each("resolution", "720p", model=FAST + "-1080p")),
     ("model", each("resolution", "1080p", model=OMNI) + each("resolution", "480p", "2K")),
     ("num_images", each("num_images", 2)),
+    ("batch_size", each("batch_size", 2)),
     ("n", each("n", 2.0, 1e308)),
     ("model", each("model", "gpt-image-2", "dall-e-3", "sora-image", "imagen-4.0-generate-001")),
     ("prompt", each("prompt", f"a boat like {DATA}")),
@@ -5350,6 +5426,12 @@ async def test_pictures_shape_and_length_are_read_under_their_usual_names(world)
             clip = await flow2api.read_clip(flow2api.Body(BOAT | {name: value}), media)
             mode = ("text", "start", "frames", "references")[count]
             assert (clip.images, clip.plan.mode) == (PICTURES[:count], mode), name
+    ends = [(urls[1], "last_frame"), (urls[0], "first_frame")]  # OpenRouter's
+    ends = {"frame_images": [{"image_url": {"url": u}, "frame_type": t} for u, t in ends]}
+    text = {"images": json.dumps(urls[:2])}  # in a form
+    for fields in (ends, text):
+        body = flow2api.Body(BOAT | fields)
+        assert (await flow2api.read_clip(body, media)).images == PICTURES[:2]
     frames = {"last_frame": urls[2], "images": [urls[1]], "firstFrame": {"url": urls[0]}}
     assert (await flow2api.read_clip(flow2api.Body(BOAT | frames), media)).images == PICTURES
     for default, told, queries in READINGS:
