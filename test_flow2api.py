@@ -1826,7 +1826,7 @@ async def test_after_bad_replies_all_goes_on(world, impatient, looks, endless, m
         w.token.update(checked_at=0, **gone)
         await w.pool.ask(w.token, flow2api.now())
         w.token.update(**flow2api.AWAKE)
-        call = w.chat(model, name, [DATA] * (on == "uploadImage"))
+        call = w.chat(model, f"boat {name}", [DATA] * (on == "uploadImage"))
         reply = await asyncio.wait_for(call, 10)
         assert reply.status == 200 or reply.error["code"] != "internal_error", (name, reply)
         await until(lambda: not w.jobs.open)
