@@ -1196,6 +1196,8 @@ class Job(Record):
     median: list = field(default_factory=list)  # seconds of earlier jobs, their number
     outputs: list[Output] = in_memory(list)  # rows of their own
     shunned: set[int] = in_memory(set)  # accounts that others go before
+    tried: set[int] = in_memory(set)  # accounts that are not asked again
+    turn: asyncio.Future | None = in_memory(lambda: None)  # in the queue: its token
     reserved: int = in_memory(int)  # credits, until its submit is answered
     changed: asyncio.Event = in_memory(asyncio.Event)
     stage: str = in_memory(str)  # what it is at, in words
@@ -2207,11 +2209,12 @@ class RestFlow:
         except GatewayError as err:
             if err.upstream not in (400, 404):
                 raise
-            single = len(outputs) == 1
+            pause = 60 if len(outputs) == 1 else 0
             for output in outputs:
-                output.alone_at = now() + 60 * single
-            missing = single and err.upstream == 404
-            return Reply([Status(outputs[0].name, "missing")] if missing else [])
+                output.alone_at = now() + pause
+            if pause and err.upstream == 404:
+                return Reply([Status(outputs[0].name, "missing")])
+            return Reply([])
         for output in outputs:
             output.alone_at = 0.0
         return read_statuses(body, "")
@@ -2288,15 +2291,6 @@ def backoff(first=2.0, times=sys.maxsize):
         first *= 2
 
 
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """A job in the queue, and the ids of the accounts that it has tried."""
-
-    job: Job
-    tried: set[int]
-    turn: asyncio.Future
-
-
 class Pool:
     """The accounts: in memory, written on change. Leases, step-back, who goes next."""
 
@@ -2312,7 +2306,7 @@ class Pool:
                 log.error("%s is left out: its adapter is unknown", token.email)
         self.last_id = store.last_token_id()  # never given twice
         self.leases = {}  # job id -> the token that has a slot taken for it
-        self.queue = []  # of Waiting
+        self.queue = []  # of jobs that wait for a token
         self._alarm = None
 
     def adapter_for(self, token) -> Upstream:
@@ -2497,32 +2491,33 @@ class Pool:
         seconds = min(seconds, most)
         return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
-    def able(self, job, tried):
-        """The tokens that can serve a Job or Generation, free or not. Raises why there is
-        none, or why all pause for more than a minute."""
-        tokens = [token for token in self.tokens.values() if token.id not in tried]
+    def able(self, job):
+        """The tokens that can serve a job, free or not. Raises why there is none, or why
+        all pause for more than a minute."""
+        tokens = [token for token in self.tokens.values() if token.id not in job.tried]
         nobody = "There is no Google account yet: add one on the admin page"
         if job.source:  # no other account can see that clip
             tokens = [token for token in tokens if token.id == job.source["token_id"]]
             nobody = "The account that made this clip is gone, and no other may use it"
         if not tokens:
             raise GatewayError("no_accounts", nobody)
-        for code, message, fits in self._conditions(job.plan, job.n):
+        for code, message, fits in self._conditions(job):
             fitting = list(filter(fits, tokens))
             if not fitting:
                 reasons = sorted({token.reason for token in tokens} - {""})
                 raise GatewayError(code, "; ".join([message, *reasons]))
             tokens = fitting
         pause = min(token.pause_of(*job.plan.scopes) for token in tokens)
+        err = pause.error
         wait = int(pause.until - now())
-        if wait > 60 and (err := pause.error):
+        if err and wait > 60:
             raise GatewayError(err.code, f"{err}; next try in {wait} s", retry_after=wait)
         return tokens
 
-    async def expect_able(self, job, tried=()):
+    async def expect_able(self, job):
         """Raises as `able`; no credits or tier only by what is a minute old at most."""
         try:
-            return self.able(job, tried)
+            return self.able(job)
         except GatewayError as err:
             if err.code not in ("no_credits", "tier_required"):
                 raise
@@ -2533,32 +2528,34 @@ class Pool:
             if token.is_active and token.checked_at < since
         ]
         await asyncio.gather(*asks)
-        return self.able(job, tried)
+        return self.able(job)
 
     def expect_room(self, kind):
         """Raises queue_full where as many jobs of this kind wait as may."""
-        waiting = sum(waiting.job.kind == kind for waiting in self.queue)
-        if waiting >= self.settings["limits.queue"]:
+        waiting = [job for job in self.queue if job.kind == kind]
+        if len(waiting) >= self.settings["limits.queue"]:
             raise GatewayError("queue_full", "The queue is full", retry_after=30)
 
     @staticmethod
-    def _conditions(plan, n):
+    def _conditions(job):
         """What a token must be like, step by step, and what it means where none is so."""
+        plan = job.plan
 
         def affords(token):
-            cost = plan.cost(token.tier) * n
+            cost = plan.cost(token.tier) * job.n
             credits = token.credits
             return not cost or credits is None or cost <= credits - token.reserved
 
-        needs = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
-        kinds = {"image": "pictures", "video": "clips"}[plan.kind]
-        yield "no_accounts", "All accounts are disabled", lambda token: token.is_active
-        no_maker = f"No account makes {kinds}"
-        yield "no_accounts", no_maker, lambda token: token.enabled(plan.kind)
-        yield "tier_required", needs, lambda token: plan.cost(token.tier) is not None
-        yield "no_credits", f"No account has credits left for {n} x {plan.model}", affords
+        message = "All accounts are disabled"
+        yield "no_accounts", message, lambda token: token.is_active
+        message = f"No account makes {'pictures' if plan.kind == 'image' else 'clips'}"
+        yield "no_accounts", message, lambda token: token.enabled(plan.kind)
+        message = f"{plan.model} needs a Google account with {' or '.join(plan.prices())}"
+        yield "tier_required", message, lambda token: plan.cost(token.tier) is not None
+        message = f"No account has credits left for {job.n} x {plan.model}"
+        yield "no_credits", message, affords
 
-    def _choose(self, job, tried):
+    def _choose(self, job):
         """Of the free ones that with fewest leases, then (where it costs any) with most
         credits, then the least recently used; those that the job shuns come last."""
 
@@ -2570,7 +2567,7 @@ class Pool:
         plan = job.plan
         free = [
             token
-            for token in self.able(job, tried)
+            for token in self.able(job)
             if token.pause_of(*plan.scopes).until <= now() and token.has_slot(plan.kind)
         ]
         return min(free, key=load, default=None)
@@ -2597,17 +2594,17 @@ class Pool:
             token.busy[job.kind] -= 1
             self.wake()
 
-    async def lease(self, job, tried, first=False):
+    async def lease(self, job, first=False):
         """Waits in a fair queue for a free token. Raises as `able`; queue_full, where it
         is the first one of this job."""
-        await self.expect_able(job, tried)
+        await self.expect_able(job)
         if first:
             self.expect_room(job.kind)
-        turn = asyncio.get_running_loop().create_future()
-        self.queue.append(Waiting(job, tried, turn))
+        job.turn = asyncio.get_running_loop().create_future()
+        self.queue.append(job)
         self.wake()
         try:
-            return await turn
+            return await job.turn
         except asyncio.CancelledError:
             self.release(job)  # its turn may have come in this very moment
             self.wake()
@@ -2617,22 +2614,21 @@ class Pool:
         """Serves who waits, the first first; one who can't be served holds up nobody who
         can. Called when a slot, credits or a token's state change, and each second."""
         unserved = []  # where one finds no account, others with the same wish find none
-        for waiting in self.queue:
-            job, tried, turn = waiting.job, waiting.tried, waiting.turn
-            wish = job.plan, job.n, tried, job.source
-            if turn.done() or wish in unserved:
+        for job in self.queue:
+            wish = job.plan, job.n, job.tried, job.source
+            if job.turn.done() or wish in unserved:
                 continue
             try:
-                token = self._choose(job, tried)
+                token = self._choose(job)
             except GatewayError as err:
-                turn.set_exception(err)
+                job.turn.set_exception(err)
                 continue
             if token:
                 self.take(token, job)
-                turn.set_result(token)
+                job.turn.set_result(token)
             else:
                 unserved.append(wish)
-        self.queue = [waiting for waiting in self.queue if not waiting.turn.done()]
+        self.queue = [job for job in self.queue if not job.turn.done()]
         if self._alarm:
             self._alarm.cancel()
         loop = asyncio.get_running_loop()
@@ -3164,12 +3160,12 @@ class Jobs:
     async def _submit(self, job):
         """Until an account takes it, or may have. What raises has spent nothing. What is
         refused everywhere speaks against the job: two accounts at most step back."""
-        tried = set()
+        job.tried.clear()
         blamed = set()
         told = None  # if no account is left: what waiting cures, else the last refusal
         pauses = backoff(times=self.RETRIES)
         while True:
-            token = await self._lease(job, tried, told)
+            token = await self._lease(job, told)
             try:
                 return await self._submit_on(job, token)
             except GatewayError as err:
@@ -3183,7 +3179,7 @@ class Jobs:
             await self._take_back(job)
             if refusal.effect in BLAMED:
                 if not self._step_back(job, token, refusal, blamed):
-                    tried.add(token.id)
+                    job.tried.add(token.id)
             elif refusal.effect is Effect.RETRY and (pause := next(pauses, None)):
                 self._tell(job, f"{refusal}; trying again")
                 job.shunned.add(token.id)  # others go first
@@ -3205,43 +3201,40 @@ class Jobs:
         if job.state == "submitting":
             await self._step(job, "queued", submitted_at=0.0)
 
-    async def _lease(self, job, tried, refusal):
+    async def _lease(self, job, refusal):
         self._tell(job, "Waiting for an account")
         first = not (refusal or job.detached)  # of what a client has heard none is refused
         try:
             async with asyncio.timeout(job.deadline - now()):
-                return await self.pool.lease(job, tried, first)
+                return await self.pool.lease(job, first)
         except TimeoutError:
             raise GatewayError("queue_full", "No free account", retry_after=60) from None
         except GatewayError as err:
-            if len(tried) > 1:
+            if len(job.tried) > 1:
                 self.unwanted.append(job.prompt)
             raise refusal or err from None  # what an account said says more
 
-    async def _submit_on(self, job, token):
+    async def _submit_on(self, job, token, gone=""):
         """Where the account's project is gone at Flow, once more in a new one."""
         try:
-            reply = await self._send(job, token)
+            reply = await self._send(job, token, gone)
         except GatewayError as err:
-            lately = now() - self.absent.get(job.plan.template, 0) < 3600
+            key = job.plan.template
+            lately = now() - self.absent.get(key, 0) < 3600
             if err.code != "model_unavailable" or job.source or lately:
+                raise
+            if gone:  # so it is the key that Flow lacks
+                self.absent[key] = now()
                 raise
             log.warning("%s: is project %s gone? %s", job.id, job.project, err)
             await self._take_back(job)
-            reply = await self._send_anew(job, token)
+            await self._submit_on(job, token, gone=job.project)
+            return
         await self._accepted(job, reply)
         if reply.credits is None and job.plan.cost(token.tier):
             await self._wait(self.pool.ask(token, now()), 10)  # Google leaves out a zero
 
-    async def _send_anew(self, job, token):
-        try:
-            return await self._send(job, token, gone=job.project)
-        except GatewayError as err:
-            if err.code == "model_unavailable":  # so it is the key that Flow lacks
-                self.absent[job.plan.template] = now()
-            raise
-
-    async def _send(self, job, token, gone=""):
+    async def _send(self, job, token, gone):
         """-> Google's Reply. What raises has spent nothing, but for submit_unknown."""
         upstream = self.pool.adapter_for(token)
         try:
@@ -3418,7 +3411,6 @@ class Jobs:
         """Until Google has said its last word on them, or does not know an upscale, or
         the deadline fails them."""
         while pending := unfinished(outputs):
-            changed = job.changed
             if any(output.is_lost() for output in pending):
                 return
             late = [output for output in pending if self._is_late(job, output)]
@@ -3434,7 +3426,7 @@ class Jobs:
                 await self._save(*late)
             else:
                 rest = job.deadline - now()
-                await self._wait(changed.wait(), rest if rest > 0 else HEARTBEAT)
+                await self._wait(job.changed.wait(), rest if rest > 0 else HEARTBEAT)
 
     def _is_late(self, job, output):
         """Only Google's word after the deadline makes a clip late. A picture, or a clip
@@ -5035,8 +5027,8 @@ class ChatAnswer:
 def progress_line(jobs, job):
     """A line on where the job stands; no number in it is invented."""
     if job.stage or not job.outputs:
-        queue = [waiting.job.id for waiting in jobs.pool.queue]
-        before = queue.index(job.id) if job.id in queue else 0
+        queue = jobs.pool.queue
+        before = queue.index(job) if job in queue else 0
         place = f" ({before} before this one)" if before else ""
         return f"{job.stage or 'Starting'}{place}\n"
     percent, number = jobs.progress(job)

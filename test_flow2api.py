@@ -1516,7 +1516,7 @@ async def queued(w, request):
     w.token.paused_until = flow2api.now() + 30
     client = asyncio.create_task(request)
     await until(lambda: w.pool.queue)
-    return client, w.pool.queue[0].job
+    return client, w.pool.queue[0]
 
 
 async def leave(w, client):
@@ -1709,7 +1709,7 @@ async def test_the_queue_has_a_limit_also_in_a_burst_and_can_be_left(world):
     reply = await w.chat()
     expect_error(w, reply, "queue_full")
     assert int(reply.headers["Retry-After"]) > 0
-    job = w.pool.queue[0].job  # deleted as Jobs.get has it, when it reads before create goes on
+    job = w.pool.queue[0]  # deleted as Jobs.get has it, when it reads before create goes on
     await w.jobs.delete(w.store.job(job.id))
     await w.pool.update(w.token, paused_until=0)
     replies = sorted(await asyncio.gather(*clients), key=lambda reply: reply.status)
