@@ -2469,10 +2469,7 @@ class Pool:
         if scope and err.code == "account_no_credits" and plan.cost(token.tier):
             token.credits = 0  # a new balance ends that, and what is free goes on
         elif now() >= pause.until:  # else it is one burst: several jobs were refused
-            pause = self._next_pause(pause, err)
-            token.failures += err.effect is Effect.BAN
-            if err.effect is Effect.SESSION:
-                token.suspicions += (now(),)
+            pause = self._next_pause(token, pause, err)
         until = max(pause.until, now() + err.retry_after)
         token.pauses[scope] = dataclasses.replace(pause, until=until)
         token.count("error", 1)
@@ -2482,13 +2479,17 @@ class Pool:
             self.store.put(token)
         self.wake()
 
-    def _next_pause(self, pause, err):
-        """Each time in a row for twice as long."""
-        most = SUSPECT_PAUSE if err.effect is Effect.SESSION else LONGEST_PAUSE
+    def _next_pause(self, token, pause, err):
+        """Counts the failure; each time in a row the pause is twice as long."""
         seconds = err.pause
         if pause.error and pause.error.code == err.code:
             seconds = pause.seconds * 2
-        seconds = min(seconds, most)
+        seconds = min(seconds, LONGEST_PAUSE)
+        if err.effect is Effect.SESSION:
+            seconds = min(seconds, SUSPECT_PAUSE)
+            token.suspicions += (now(),)
+        if err.effect is Effect.BAN:
+            token.failures += 1
         return Pause(now() + seconds * random.uniform(0.9, 1.1), seconds, err)
 
     def able(self, job):
@@ -3083,7 +3084,7 @@ class Jobs:
         if job.state == "unknown":
             await self._look_for(job)
         if job.state == "failed":  # Google has finished it after its deadline
-            await self._step(job, "settling", *job.outputs, error={}, completed_at=0.0)
+            await self._step(job, "settling", error={}, completed_at=0.0)
         if job.state == "running":
             await self._await(job, job.outputs)
             if not job.done():
@@ -3100,28 +3101,30 @@ class Jobs:
         self._learn(job)
 
     async def _end(self, job, state, **changes):
-        """Its outputs and the counters of its account go to disk with it."""
+        """The counters of its account go to disk with it."""
         done = len(job.done())
-        token = self.token_of(job)
-        if token:
+        if token := self.token_of(job):
             token.count(job.kind, done)
             token.count("error", len(job.outputs) - done)
             if done:
                 self.pool.trust(token, job.plan)
-        await self._step(job, state, *job.outputs, token, completed_at=now(), **changes)
+        await self._step(job, state, completed_at=now(), **changes)
 
-    async def _step(self, job, state, *records, **changes):
-        """The one place that changes a job's state; returns when that is on disk."""
+    async def _step(self, job, state, **changes):
+        """The one place that changes a job's state; returns when that is on disk, with
+        its outputs and its account."""
         if state not in STEPS.get(job.state, "").split():
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
-        await self._save(job, *filter(None, records))
+        token = self.token_of(job)
+        await self._save(job, *job.outputs, *([token] if token else ()))
+        if state not in ("queued", "submitting"):  # it is not sent any more
+            self.media.drop_inputs(job.inputs)
         if job.ended:
             self.open.pop(job.id, None)
             if timed_out(job):
                 self.late[job.id] = job
-            self.media.drop_inputs(job.inputs)
-            token = self.token_of(job) or Token()
+            token = token or Token()
             log.info(
                 "%s %s: %s %s %d s %d credits %s",
                 job.id,
@@ -3244,7 +3247,7 @@ class Jobs:
                 media = await self._upload(job, token)
                 token.update(last_used_at=now(), use_count=token.use_count + 1)
                 job.update(token_id=token.id, tier=token.tier, batch=f"{uuid.uuid4()}")
-                await self._step(job, "submitting", token, submitted_at=now())
+                await self._step(job, "submitting", submitted_at=now())
                 self._tell(job, "Sent to Flow")
                 return await upstream.submit(token, job, media)
         except TimeoutError:
@@ -3272,15 +3275,13 @@ class Jobs:
         self.pool.spent(job, reply.credits)
         if durations := sorted(self.durations[job.plan.pace]):
             job.median = [max(durations[len(durations) // 2], 1), len(durations)]
-        token = self.token_of(job)
-        done = job.done()
-        if not done or unfinished(job.outputs):
+        if len(job.done()) < len(job.outputs):
             if job.kind == "video":  # whose time is counted from the submit
                 job.deadline = self._deadline("video")
-            await self._step(job, "running", *job.outputs, token)
-        elif job.plan.upscale or not all(map(self._at_hand, done)):
-            await self._step(job, "settling", *job.outputs, token)
-        self.media.drop_inputs(job.inputs)  # else it is completed, in one write
+            await self._step(job, "running")
+        elif job.plan.upscale or not all(map(self._at_hand, job.outputs)):
+            await self._step(job, "settling")
+        # Else it is completed, in one write.
 
     async def _add_outputs(self, job, statuses):
         job.outputs = []
@@ -3379,8 +3380,10 @@ class Jobs:
             status = told.get(output.name)
             if not status or (job.ended and status.state != "done"):
                 continue
-            output.missing = output.missing + 1 if status.state == "missing" else 0
-            if not output.missing:
+            if status.state == "missing":
+                output.missing += 1
+            else:
+                output.missing = 0
                 await self._note(output, status)
             output.heard_at = now()
             output.answers += 1
@@ -3482,15 +3485,8 @@ class Jobs:
         """Asks for the larger form, and waits for it; it stays pending where Google knows
         nothing of it."""
         status = await self._ask_to_upscale(job, token, output)
-        output.update(
-            name=status.name,
-            url="",
-            url_expires=0.0,
-            file="",
-            upscale=Upscale.RUNNING,
-            answers=0,
-            missing=0,
-        )
+        output.update(name=status.name, url="", url_expires=0.0, file="")
+        output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "it is no picture, or the disk is full")
