@@ -2196,10 +2196,14 @@ class RestFlow:
         calls = [rest[at : at + STATUS_CHUNK] for at in range(0, len(rest), STATUS_CHUNK)]
         due = [output for output in outputs if 0 < output.alone_at <= now()]
         calls += [[output] for output in due[:STATUS_ALONE]]
-        replies = [await self._poll(token, call) for call in calls]
-        statuses = [status for reply in replies for status in reply.statuses]
-        balances = [reply.credits for reply in replies if reply.credits is not None]
-        return Reply(statuses, balances[-1] if balances else None)
+        statuses = []
+        balance = None
+        for call in calls:
+            reply = await self._poll(token, call)
+            statuses += reply.statuses
+            if reply.credits is not None:
+                balance = reply.credits
+        return Reply(statuses, balance)
 
     async def _poll(self, token, outputs):
         path = "video:batchCheckAsyncVideoGenerationStatus"
@@ -2227,13 +2231,13 @@ class RestFlow:
         path = f"{CLIP_PATH}UpsampleVideo"
         request = upscale_request(job, token.tier, output)
         await self._lend_captcha(token, job, request)
-        statuses = []
         try:
             body = await self._api(token, path, spends=True, json=request)
-            statuses = read_statuses(body, "").statuses
         except GatewayError as err:
             if err.code not in ("conflict", "submit_unknown"):
                 raise
+            body = {}
+        statuses = read_statuses(body, "").statuses
         return statuses[0] if statuses else self.upscaled(output)
 
     async def _enlarge(self, token, job, output):
@@ -2777,7 +2781,7 @@ STEPS = {  # state -> the states that may follow; anything else is a bug and rai
     "submitting": "queued running settling completed unknown",
     "unknown": "running settling completed failed",
     "running": "settling failed unknown",
-    "settling": "completed",
+    "settling": "completed unknown",
     "failed": "settling",  # of generation_timeout alone: Google was late
 }
 NO_ROOM = "Waiting for room on the disk"
@@ -3076,7 +3080,8 @@ class Jobs:
 
     async def _advance(self, job):
         """From whatever state it is in to its end. Raises why it failed."""
-        rows_lost = job.state == "running" and not job.outputs  # they can't be read
+        accepted = job.state in ("running", "settling")
+        rows_lost = accepted and not job.outputs  # they can't be read
         if job.state == "queued":
             await self._submit(job)
         elif job.state == "submitting" or rows_lost:  # cut short: it may have been sent
@@ -3111,20 +3116,18 @@ class Jobs:
         await self._step(job, state, completed_at=now(), **changes)
 
     async def _step(self, job, state, **changes):
-        """The one place that changes a job's state; returns when that is on disk, with
-        its outputs and its account."""
+        """The one place that changes a job's state; returns when that is on disk."""
         if state not in STEPS.get(job.state, "").split():
             raise AssertionError(f"{job.id}: {job.state} -> {state}")
         job.update(state=state, **changes)
-        token = self.token_of(job)
-        await self._save(job, *job.outputs, *([token] if token else ()))
+        await self._save(job)
         if state not in ("queued", "submitting"):  # it is not sent any more
             self.media.drop_inputs(job.inputs)
         if job.ended:
             self.open.pop(job.id, None)
             if timed_out(job):
                 self.late[job.id] = job
-            token = token or Token()
+            token = self.token_of(job) or Token()
             log.info(
                 "%s %s: %s %s %d s %d credits %s",
                 job.id,
@@ -3137,19 +3140,21 @@ class Jobs:
             )
         self._tell(job)
 
-    async def _save(self, *records):
-        """Returns when they are on the disk; waits until a full one has room again."""
+    async def _save(self, job):
+        """Returns when it is on the disk, with its outputs and its account; waits until a
+        full one has room again."""
         for pause in backoff(0.5):
+            records = filter(None, [job, *job.outputs, self.token_of(job)])
             try:
                 await self.store.put(*records)
                 break
             except StoreError:
                 if self.stopping:
                     raise
-            for job in records:
-                if isinstance(job, Job):
-                    self._tell(job, NO_ROOM)
+            self._tell(job, NO_ROOM)
             await asyncio.sleep(min(pause, 10))
+        if job.stage == NO_ROOM:
+            self._tell(job)
 
     def _tell(self, job, stage=""):
         """Wakes whoever watches the job; `stage` says in words what it is at."""
@@ -3426,7 +3431,7 @@ class Jobs:
                 output.error = GatewayError("generation_timeout", message).record()
                 output.state = "failed"
             if late:
-                await self._save(*late)
+                await self._save(job)
             else:
                 rest = job.deadline - now()
                 await self._wait(job.changed.wait(), rest if rest > 0 else HEARTBEAT)
@@ -3443,10 +3448,9 @@ class Jobs:
         """Upscales, finds the URL, fills the cache; never fails what is paid for."""
         if output.state == "failed" and output.upscale == Upscale.NONE:
             return
-        token = self.token_of(job)
-        if token and job.plan.upscale and output.upscale != Upscale.ENDED:
-            await self._upscale(job, token, output)
-            await self._save(job, output)  # what failed is not waited for again
+        if job.plan.upscale and self.token_of(job) and output.upscale != Upscale.ENDED:
+            await self._upscale(job, output)
+            await self._save(job)  # what failed is not waited for again
         try:
             if not self.media.path(output.file):
                 async with asyncio.timeout(KEEP_SECONDS):
@@ -3463,15 +3467,15 @@ class Jobs:
         else:
             await self.link(job, output)
 
-    async def _upscale(self, job, token, output):
+    async def _upscale(self, job, output):
         """Its result takes the place of the output; its failure leaves that as it was."""
         size = job.plan.upscale
         self._tell(job, f"Upscaling to {size}")
         try:
-            await self._upscaled(job, token, output)
+            await self._upscale_once(job, output)
             if output.state == "pending":  # that request was lost
                 output.update(**output.original, state="done", upscale=Upscale.NONE)
-                await self._upscaled(job, token, output)
+                await self._upscale_once(job, output)
             if output.state == "pending":
                 raise GatewayError("upstream_error", "Google has never heard of it")
             if output.state == "failed":
@@ -3481,21 +3485,22 @@ class Jobs:
             job.notes.append(f"Upscaling to {size} failed, this is the original: {err}")
         output.upscale = Upscale.ENDED
 
-    async def _upscaled(self, job, token, output):
+    async def _upscale_once(self, job, output):
         """Asks for the larger form, and waits for it; it stays pending where Google knows
         nothing of it."""
-        status = await self._ask_to_upscale(job, token, output)
+        status = await self._ask_to_upscale(job, output)
         output.update(name=status.name, url="", url_expires=0.0, file="")
         output.update(upscale=Upscale.RUNNING, answers=0, missing=0)
         await self._note(output, status)
         if status.data and not output.file:
             raise GatewayError("disk_full", "it is no picture, or the disk is full")
-        await self._save(output)
+        await self._save(job)
         job.deadline = self._deadline("video")
         await self._await(job, [output])
 
-    async def _ask_to_upscale(self, job, token, output):
+    async def _ask_to_upscale(self, job, output):
         """What is sent is on disk first: after a restart a clip is only polled."""
+        token = self.token_of(job)
         upstream = self.pool.adapter_for(token)
         if job.kind == "video":
             if output.upscale == Upscale.RUNNING:
@@ -3503,7 +3508,7 @@ class Jobs:
             if output.upscale == Upscale.ASKED:
                 return upstream.upscaled(output)
         output.update(original=output.handle(), upscale=Upscale.ASKED)
-        await self._save(output)
+        await self._save(job)
         return await self._patiently(upstream.upscale, token, job, output)
 
     async def _patiently(self, call, *arguments):
