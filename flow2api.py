@@ -5291,22 +5291,22 @@ PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-refe
 PROXY = {"proxy_enabled": "proxy.proxy_enabled", "proxy_url": "proxy.proxy_url"}
 TIMEOUTS = {name: f"generation.{name}" for name in ("image_timeout", "video_timeout")}
 CACHE = {"enabled": "cache.enabled", "timeout": "cache.timeout", "base_url": "cache.base_url"}
-REFRESH = "token_refresh.enabled"
+REFRESH = {
+    "enabled": "token_refresh.enabled",
+    "interval": "token_refresh.interval",
+    "at_auto_refresh_enabled": "token_refresh.enabled",
+    "scheduler_running": "token_refresh.enabled",
+}
 CONFIGS = {
     "proxy/config": PROXY,
     "config/proxy": {"enabled": "proxy.proxy_enabled", **PROXY},
     "config/generation": TIMEOUTS,
     "generation/timeout": TIMEOUTS,
     "cache/config": CACHE,
-    "cache/enabled": {"enabled": "cache.enabled"},
-    "cache/base-url": {"base_url": "cache.base_url"},
-    "token-refresh/config": {
-        "enabled": REFRESH,
-        "interval": "token_refresh.interval",
-        "at_auto_refresh_enabled": REFRESH,
-        "scheduler_running": REFRESH,
-    },
-    "token-refresh/enabled": {"enabled": REFRESH},
+    "cache/enabled": CACHE,
+    "cache/base-url": CACHE,
+    "token-refresh/config": REFRESH,
+    "token-refresh/enabled": REFRESH,
     "admin/config": {
         "admin_username": "global.admin_username",
         "api_key": "global.api_key",
@@ -5368,8 +5368,6 @@ PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the fi
     (r"[^!#-+\--~]", "This has blanks or odd characters in it: {}, whole"),
     ("^.{1,9}$", "This is too short: {}, whole"),
 )
-NO_COUNTS = "enabled disabled deleted valid invalid auto_enabled auto_disabled"
-NO_COUNTS = dict.fromkeys(NO_COUNTS.split(), 0)
 ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # as its owner wants it
 
 
@@ -5459,7 +5457,7 @@ class Sessions:
         return good
 
 
-def ok(message, **more):
+def ok(message="Done", **more):
     return {"success": True, "message": message, **more}
 
 
@@ -5467,7 +5465,9 @@ def mask(secret):
     """What may be shown of a secret, and of an address with a password in it."""
     if "://" in secret:
         return re.sub("//.*@", "//…@", secret)
-    return f"{secret[:4]}…{secret[-4:]}" if len(secret) > 20 else "…" * bool(secret)
+    if len(secret) > 20:
+        return f"{secret[:4]}…{secret[-4:]}"
+    return "…" if secret else ""
 
 
 def token_object(token, masked=False):
@@ -5558,8 +5558,8 @@ def token_action(action):
         token = self.token_of(request)
         await action(self, token)
         row = token_object(token, masked=True)
-        about = {"status": "success", "email": token.email, "username": token.name}
-        return ok("Done", token=row, credits=row["credits"], **about)
+        about = {"email": token.email, "username": token.name, "credits": row["credits"]}
+        return ok(status="success", token=row, **about)
 
     return handler
 
@@ -5618,19 +5618,20 @@ class AdminApi(Api):
     async def _change(self, changes):
         """Sets settings, all or none, at once and for good; None goes back to what stands
         behind, a masked secret stays. Raises invalid_request, conflict."""
-        settings, new, rows = self.settings, {}, []
+        new = {}
+        rows = []
         for name, raw in changes.items():
-            if name in HIDDEN and raw == mask(settings[name]):
+            if name in HIDDEN and raw == mask(self.settings[name]):
                 continue
-            source = settings.source(name)
+            source = self.settings.source(name)
             if source in ("command line", "environment"):
                 raise bad(f"{name} is set by the {source}: change that", name, "conflict")
             new[name] = read_setting(name, raw)
             row = {"name": f"admin page:{name}", "data": to_json(new[name])}
             rows.append(("settings", row))
-        expect_proxy(settings, new)
+        expect_proxy(self.settings, new)
         await self.store.put_rows(*rows)
-        settings.layers["admin page"].update(new)
+        self.settings.layers["admin page"].update(new)
 
     def _shown(self, name, masked):
         value = self.settings[name]
@@ -5698,7 +5699,7 @@ class AdminApi(Api):
             for name, setting in SETTINGS.items()
             if name not in NOT_SET_HERE
         ]
-        return {"success": True, "settings": rows}
+        return ok(settings=rows)
 
     async def change_settings(self, request):
         body = await read_json(request)
@@ -5771,23 +5772,24 @@ class AdminApi(Api):
         await self.pool.examine(token, self.pool.check)
 
     async def enable_all(self, request):
-        return await self._update_all("enabled", AWAKE)
+        return ok(enabled=await self._update_all(AWAKE))
 
     async def disable_all(self, request):
-        return await self._update_all("disabled", ASLEEP)
+        return ok(disabled=await self._update_all(ASLEEP))
 
-    async def _update_all(self, counter, changes):
+    async def _update_all(self, changes):
+        """-> how many they are."""
         tokens = list(self.tokens.values())
         for token in tokens:
             await self.pool.update(token, **changes)
-        return ok("Done", **{**NO_COUNTS, counter: len(tokens)})
+        return len(tokens)
 
     async def delete_disabled(self, request):
         tokens = self.tokens.values()
         idle = [token for token in tokens if not (token.is_active or token.busy.total())]
         for token in idle:
             await self.pool.remove(token)
-        return ok("Done", **{**NO_COUNTS, "deleted": len(idle)})
+        return ok(deleted=len(idle))
 
     async def test_all(self, request):
         """Asks Google about the active accounts; only_active=false: about all;
@@ -5795,7 +5797,7 @@ class AdminApi(Api):
         states = {True, read_flag(request.query, "only_active", True)}
         if read_flag(request.query, "only_disabled", False):
             states = {False}
-        counts = Counter(NO_COUNTS)
+        counts = {"valid": 0, "invalid": 0, "auto_enabled": 0, "auto_disabled": 0}
         for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
             try:
@@ -5806,8 +5808,9 @@ class AdminApi(Api):
                     counts["auto_enabled"] += 1
             except GatewayError:
                 counts["invalid"] += 1
-                counts["auto_disabled"] += was_active and not token.is_active
-        return ok("Done", **counts)
+                if was_active and not token.is_active:
+                    counts["auto_disabled"] += 1
+        return ok(**counts)
 
     async def import_tokens(self, request):
         """{tokens: objects as GET gives, or session tokens}. One that is refused stops
@@ -5858,10 +5861,10 @@ class AdminApi(Api):
         self._note_call(last_call=iso(now()))
         st = read_session_token(await read_json(request))
         asleep = {token.id for token in self.tokens.values() if not token.is_active}
+        enables = self.settings["plugin.auto_enable_on_update"]
 
         def wakes(token):  # not what its owner has disabled: the browser comes by itself
-            wakes_up = token.reason and self.settings["plugin.auto_enable_on_update"]
-            return token.is_active or wakes_up
+            return token.is_active or (enables and token.reason)
 
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
@@ -5906,11 +5909,11 @@ class AdminApi(Api):
         after = await self.find_job(query["after"]) if query.get("after") else None
         jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
         rows = [self._job_object(request, job) for job in jobs[:limit]]
-        return {"success": True, "jobs": rows, "has_more": len(jobs) > limit}
+        return ok(jobs=rows, has_more=len(jobs) > limit)
 
     async def get_job(self, request):
         job = await self.job_of(request)
-        return ok("Done", job=self._job_object(request, job, whole=True))
+        return ok(job=self._job_object(request, job, whole=True))
 
     async def delete_job(self, request):
         await self.jobs.delete(await self.job_of(request))
@@ -5955,13 +5958,12 @@ class AdminApi(Api):
 
     async def state(self, request):
         tokens, jobs = self.tokens.values(), self.jobs.open.values()
-        return {
-            "success": True,
-            "tokens": [token_object(token, masked=True) for token in tokens],
-            "jobs": [self._job_object(request, job) for job in jobs],
-            "stats": self.gateway.counters(),
-            "disk_free_mb": self.media.free_disk() >> 20,
-        }
+        return ok(
+            tokens=[token_object(token, masked=True) for token in tokens],
+            jobs=[self._job_object(request, job) for job in jobs],
+            stats=self.gateway.counters(),
+            disk_free_mb=self.media.free_disk() >> 20,
+        )
 
     def _credits(self):
         return sum(token.credits or 0 for token in self.tokens.values() if token.is_active)
@@ -5973,7 +5975,7 @@ class AdminApi(Api):
             "version": __version__,
             "cache_bytes": await asyncio.to_thread(self.media.expire, math.inf),
         }
-        return {"success": True, "info": info, **info}
+        return ok(info=info, **info)
 
     async def empty_cache(self, request):
         return ok("Emptied", cache_bytes=await asyncio.to_thread(self.media.expire, -1))
@@ -6022,61 +6024,46 @@ class AdminApi(Api):
 
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
-LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 5.7 s of H.264 in an MP4, 288x160
-    "eOC!QRO|ac#xSO6in5nA*Oq+?#n@8TG9k)3GZAALLvk&n?4tf5q1+T*Nkx{jMhaz%LMe@XNm97k^*_tp|8?*"
-    "0e}CsQ&phw@Z14L#-{-vN8~^~s$@Fvn-hosK0H6SfgQVsj?5Rre*H8rjG$(~h4F&+fmlEtn1paohPXYkH6u<"
-    "^RzrQZFzgzutZV3F>3kAkKPN%v1fa8;NA9zjn|BME%3;g$W{=aqE#KFIt@Kl;aqz8grl;j&o|I33F7xqQ9Q;"
-    "6Q~;6R*0{Acbepv`vR_;Yx&&x`0w`%@F_O(bo$v<K%@b9X<YFA1_ig;2cx$lzdSFa-{}d7IKiL?=q5k;t3U;"
-    "0~hsiX&r`P9WXG7aSJ{(gTT`Y;HoJ{YxpJ#BT!T;K2OfEdJvX{P`37*8-y&vk?LApF@DqX^<C{VbM=f+~N=_"
-    "&>uV7a14PB;PjeB@wODNFD*g7J3Z($R#Exz2mykDbhzMuu5JQ07i<gWu~`n0C@Ay%hs*@wY|@}EbkjbeIF~^"
-    "l08$!Adq5HcNrW{P0BQH8F+WH;Anjs}`B{2C)>xRu#aJAQ17RVtX})t4|C1oSAV_i$<`9;wSQ4!GBCN5<CR;"
-    "HUr?6~=Su#j3%JSRA+WYQJd7WZ$Ar=>8ktoX-tf?pUulk|2Kz<;INQatPlR|<ybV+P(T(H?`?*9J1o11{k8@"
-    "W5U$TSkz)jUNMqB}JI_f`OvtX=@uC6VHzHI+M_KS@&R{jia?<#^Z7W$)sAHB-JHJMDtZ{K#eH8Xe>AFA{JCE"
-    "7`<k`_^|BYWofq=A>!G>r;}m{agKbMvuztx%OKg_2*(r7M=%$d?zan9v=*zIuo~IWEa+PXr22w!FIz%@ksK;"
-    "jNKHcvCrL_*dEU=O%e0u^&=}i9!?>XVyW40zIFHZe<@3v>QKHs(35e3d%jS}5}RMpUr=|u(22dNF$jAiig;C"
-    "O@u3y}<<GzBns~@WE2Wm!&UGAB3h0m8yRSH{t^cCe*J<^ou&nEn8&@*YE5jr!2KU@A7$<5vUL&Cm&);2NXj^"
-    "S)?@@_x7eUWmHL~WZvzmLKe_%4(<X82V#Y{(6!S=+JH-+leS`WjE_b+ygbuG*NQvR{GJ>@m7Z0op-i^Pj$hh"
-    "Tel+!tn{^@PGjqiyU{XV*^a6s+wKE-vQJ4@l2J4-hpIE)BgrpH9b+4Gs>sq%H|%7OaPLe#J*EpB1U?Z-{g5s"
-    "5tKP>goI}IciJNC-2j4$s^olmduFekc%?%jv;L(-%GZ9KdF@4zvl|Uu8JVW$lBf~WwC0frbrg<s(aG^7CYBE"
-    "x8&`}&zJB_&Mr8{r^n;{na;#ZIX3j)Yh}&(OQ|y@0yaN}rtTatnjRHcd`oowR(w5$>z%RB0{X44*sdEIgLv5"
-    "&+pfM6ANR?ODsZIB4=BmGyc|Q_8+YTOoCvrS{$`<|T&C(nZeob2Tsa}b_S_JMahqkT(%Q}!0Y)Yo73{+kw{L"
-    "APx*{_2kYcbRD{+k=b?)frOP#K0uHJRM!`gA!w1|VcEsrNp-hWRs&!N0m?j6Q1=XM*pcX9F?H=X?`?$KScjj"
-    "R^xsra--G`dE%lHuN<ACgP53`sHRFsjkJcLGm+!&eVH>(@2)a<UA0uhNNny!Kmr;mghkB|NPIP3_uOJ!Xc|j"
-    "XFdJE_^+bq|0;W>*WnfF(&tX>Av0sEo*{6tc=lxW1U;Z+e|)cH3Jp47~QG4yxT>pKLbKJGaXvS93F=Ew#bH`"
-    "!LBxNlNJOf1>OZpQmteh4f;I^L1LlT2?~DajBS;bd#etW*?s2O2v2Rvdy>AlwCHrkhSf=v#ln52&#r7OBP;!"
-    "}pRc0KvKD)VFq`aNt?&?2O1W^h=sZ?Pnn}%NyT&oAW9jT<J`{I{9`q)i@0?C`d7ZRSp@_Y@<h$<$EzH8V2H1"
-    "-o4f`Jtm&xvDqP+4p4#?;p(a@|J<sPXp2s6zJyTc*1qvB;pAnuQ*L7f#@9WG8iLL2St*BM7kuDajP45vzpP-"
-    "POUgznN)Mzy3PRV|L2bZ)uJS*5?`JDAkIpb21UzB3CE)@D<W)Z?aZn5NplD$TB*o(P$$sMYm6nk4u^Qwa6DF"
-    "rVw1OI`5|(M8%q{8Opl{zq`pc<*nME;hPJxcV>65@Y5#CtJVF&j}hG`=wu0buX<PB+AYn?XpQZbI00Ns@8B`"
-    "V$LmXhn?1el^eeRJ!AVk^%5SXO-TCB^gw49K1)VAfAm|Iel3B(d2)Cy2cOqB-dsbu{oKWCZm>79kaUU4Xx&F"
-    "_wbB?-zIpBuLH)i-z}vc9xqFjdakcp}34a_{o}F)Xn|VevD6ycKpyD&b8Ga(Ge{e)6pR)SRv}+{1Gq8I3LCx"
-    "&vOgC`B%lIra@tlmnz;j`mnQc3mR|gbRE5(f>CAJZr#3FoDintp46bycGckWQlp1_;=RF}o#Z;mq({M6PXvI"
-    "B$~8Ov_G!N-Ep(ihiC^mgm<N!xI=d)f18yf{{nVD9jR<Egy0+nKi#r)$P<RWI1wy!1ZCxlu1>_BCgJgF>o7#"
-    ";-LDK+WgqWDLN@pcbQtbD<Mm7@tL!@{UXy#=d>R&>2%MF^<hXB+zpdyOjYwC-7OZpthuYOh4bBUE|eavi&dm"
-    "8621grH7)RM<YJ#4yY#mRI+7rbW2WqyS6OwDdQFuiQ5FK!V9`~&b#p%bwz&KGR=SEWE5Ri0)D_}je}YX!^+o"
-    "O_UXJFMdoU`&=Ufm%?XLmT9HTBp6#n2RI6OkUdnz^!GI%X%YaJlpBb{E2QvyNVvE|wYFrVqxErtGh}mYKRtK"
-    "%E_SL^W>7Iz58}ur|i_eDAlYMe>a^R5)8M{3W3Z;S1j@>Nne&&YDU(Rw-tUoKMrv7rgBKh_HN>@$wi47?(i*"
-    "rG3yW<Zo)PsII@YztlV%n`4rMSbB3p|;~5>0;!h2*YZGJGF}NTCb`MU}34C_Y#x=&>un31)G!q|p|4CGK+Cr"
-    "CE}W?Ri%V?Ft9>BdFw^9rxzPw4ADkqhvu@?b?g&jw)p5chV6Xg5D?)%y@qU1!NJdNO42uX-dE|Kg1qNjLjv#"
-    "%2p=AT-7yE5J3^zHk&K2e@J{$EDk$*zmF$i&plU+g(~6%B>)7x+rv@rS$lh<-4($WN&uky=L;;j|8TtCyxgN"
-    "$7z)AUfxrZqY{#Mc>-tnUiV|j~h5gIBCcSSqUdLWdNeowR|1l6j3I8Zk_+Tbh=ezI|=`em(C*{7jl=!XR&@o"
-    "ZIU-OzqJHF%U%WquU$CDhB%-muBII_~wTLZ6K9%TCgdUrwa223S*`c_m{GWzSkeTvh1$}7!|!rWmXC5DOvC_"
-    "KPKQBL{N%w&e(eZz<YidGUK%$^4_hbMe(2<=5mplUk;J0Rj3mZK(kuTudrzXQvj&I$PN$orI`#hD)dr@9bxx"
-    "Gp=S+3PDFQs5h6I|3^xLqAJ2dM(NY%V1D}E%Q->&Z(M{yW!2lSc0<i?$$X)k5+|bORC&v%Vj_6jtbU5Z(9hm"
-    "0OyQ@^W=eaw84G_=Mqr97r_?5$mZd`Xi!nY4&R0Iliy&?>D8xAZ4K(@M~<3@B!Gs;5U7DYG|5Jl7U$NN6t?p"
-    "Xbmx%OkyVD2O<%@V4Qu;`)+mmy{<^g0k63={e9y&;p^-m$NHps(ZpAnEg`LZp6Xm;oos0~7-Q`Tz&1|5r7Nk"
-    "`G3?UCUy;Y_?>G%dwe#BB1*BDS-EWhoIJJNn|T`<bwirXfxgtwbe&paCmK(dCbgJFQ)wH`06+6FnBrlMQqf5"
-    "eu~a{P6J0~qIUh54|q=mOILAGhv+*>(m31za;s5wy18n%1bc->Ya$8qy1JwJ>p@pU9*3M3Hp&3wDQU>XKaTZ"
-    ";5O|9rNyQzI4PFE)=FTToEUdLlJA6`?6d4ofFM-rcnM13<c5xn9{Hd9)5hr=FLx<@bGPe;E!R3D;Rmwc9~Z("
-    "c{Ql-nZ4S4B*YC#mid2fjSZmOo7E0`PG0`imP3L=t?#WGuZ70&u;<_*ox9g`A6G6u7k=gRu`IH8?^(77TJZr"
-    "(2NtJX)Dx#qaAZCQI_>oOn%J({QVuT~P3q5j^<O@nnU3n4N85g=G9nTe+EqfO8^#>RmIkB|EZ~}PDc&m;qKf"
-    "BzUq0lWf<J<2;F572uQdzF4zS{q(-~CUo`D<(aILs}@0BG6dV9rMVa;r06z^Z}`ecZJ2-k}zC89+*(wiLm8a"
-    "1#?wm+XBAJJzT2YocKdW6TdW}@op$TwLw{jzDre9Ix^fP-tc%WMa`j>xjq8iR9hw$1BF&2ISkMA~DQ16!zJX"
-    "8fM6OypRH%OxQ@6C2+637=~n_G-tG7no{~2Bcx&{3Og#3sLIgQ;er8&c)J>!w$C*fZ!B0w<~b3#?@Rfy1twy"
-    "nVw`=?Xk^!Q%`6foF9XIYf|-_Rz|_EaNq>1CkT!v+=DT`$y)-)Z4;eZxgEy5Ud40=-PEtBnKG-SYDR~RpZKU"
-    "-v8sMaO7(8%kZyH~*(~1jL-Uw&#(q9@o`Q4qG3OhpdFNzq0d>YUJ=(2XHytU2>l{-kvhfK<%U84`GyM(pUB+"
-    "su!ljD`n>&+v&$?q4hrb~{<C0U6029~aa5ztAg46EAw1MzXJ>;a|lmt)j5Qh}pI;tnND1bOcMdUJ|oTFs@bS"
-    "RlfP+Rq>ths~0V<xfUIxpokXubM)`eTkW@0yTW{QUt0Te6f~<V1RuL53~(dB>S4%N(=sD7mKDgte&uUj"
+LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 3 s of H.264 in an MP4, 288x160
+    "eO3uP)Y}*TF=H9ggr2=@lScM^t2CBU_DmA8&d4^#GDHv2%O3h?i-~yQX_Cm2o%BdyM3yL7vWyCavV`96H>1z<"
+    "-uu6IKfiO&x#ygF?mg!_^E*EP0L0u#A-)~~L;?UX0}uyE**VBniQucM1OTv;1R^mA003`7kUI|e%Ye}UU{^K3"
+    "1VGQ9gXynce_tO1{&O&cPd~}u*$b5INnZ3bVgHN<o(uf<IsflmCNXfzr7ux<94P?gB6#lr(w{rF<I?vsn-Xvy"
+    "&Y&Ph!2LaUMUbuoXMU$I<lJ%I{y!{19yt6?Pit^ZG;;RAdE+4;rd5K6j~giL4I<Ek?z|=n$FPau{PAu((%=mA"
+    "_ZDNwOw|D-7jIB54Il;JcKGB%p#4iJpu}?lBTz8<H;;b|f$!hJSsje3&x8XwzmEfg7eHQIfq*wLbBaNzKog8<"
+    "A_~g{u(~fW^R$<4uC79R_qve$w~NY)VGtk?K%y7?$LS~lfYW`!Ja+0K5&?Ctf77A1c|K^nw6kVloa-R>11S}x"
+    "{UC{gB)l#2gS2ml%m<PtNIz}MeA{;3ZCPlWi*9o$4upmHj`iLh{0BjH0g$8_Ik^)5ygv-Q8^W4^bB1d2?^Ohi"
+    "+hqh(!sBDFswq%^uTGF3c)gX%ai(Ydx<_e&vLWx+y;gz8ecUQ4RjJd?t#Qbrbuuo|y5p6xvfK$uPO5tBVL~F="
+    "x5I~P((;gw<FJXPFZ-wj<q9C^O{>v;bTnwzGiF`SDwKL+lk*JLV#`7HRN}RaeFWR7_q}R}e%Br~VWYLpQ|tXM"
+    "w!t*f6!ObYy#vD^D-vd@3fD*aGtO}?Q3Op81x3R}jdv)vu(l_Gh;xy+bjg(mrhM1m|Ez7`B6U?hrMzL0YANqG"
+    "9C<*lG_`a1n*00*mDSL!TM}D0GSX^7C91~u-!GcRsoC7b!;f9LySd!??QvJXVz{#~d@)_mjH}Ufaj4)3jco9<"
+    "%Cpi@8%Kez`1O|*l{)nYVWnCt)Ty2|>4TMT2D*}7AS-rFJ2;59CY}wlh9N(WQp{##uIcTD&0gHNpjouREmT^{"
+    "SKybH10TVu#U+nFyOKs?bJIOK(Vns@m|3(L+C7hnT)QaTF#I^ij#_ob>v_}Cf?Fg<!ds6EPKob0D@;bip9Wu("
+    "I%E^vY4Ev><Fmbd-thh#SgTsBXhhbYK}q9pR?4z&LOqSu!+nUwj>T0E8$RB+7HO-XD6f8(A<ypk<Q#L-Zw+W8"
+    "zH;JR8Nd10@!7&7dLJhFSNd>{pGt2fvA@#yT88&&i~f|YI)*{F?oNL$Htm%eS!6>xG$JqU@NA0t-n0`J;hbM`"
+    "*vsXjN~zk{dGWy_(v{c@i;!^^{Z5k<`Hj7;etHI~Rj`SfJHPHJz9IbX0YP^iEq)U#8DjZ9x!V!WKCr2CQX>YD"
+    "8h%u}{SnRn{*b>>4q-@PU;?q0*Q@8;!^)@McJYmvOK;h3H|0yNvQ6zGSL@L=5zdbf2j}5Uf|CrWdi6T@&S8iz"
+    "d7FWjVQoWqTa(}+#ct+D8@IbC&$>&>xH?AKx-`;V=El?Xs3If3%%4io=JK4szC|cy%ezu8HxQ?8hUJfz();Cf"
+    "H^+3R!5j6bK$QiX_UvN*onoc$ewSD?&$dsUeGoR#jt=uge0$7^U*@OrzY35bno8N|4!dFlMK9gL%J_unTPP?D"
+    ")SjrYde5~LmeQVIopzwS_(H~(slCApMb5D0#;yuC`7c_$RTU-;h#T02MCUr02W;hpUoIA3K?tHoiFr&nSr#-+"
+    ">}-w3V+u)uFVlEKH0vrGQGyg<YZZxCpNrZ@DSf(#Yt+YDk0vV6TBFSF`CCV%v`?w3)lYK1tI`cM%nB`Jk>sv="
+    "Mh!rIX&cjAM{BaP>R>zl=jZ2aOxPQL^PEVL5GG2+*9zVxB~7ZME-M+IG3e&F%UXMQ!+R{DYgr9I_<PSShnpRr"
+    "eW(&Mn{Ak4{k)u9_hBY@wyHtf)iOcgwVELFZ$i9|8xD=7*&-|c%dt(8xBn-wqJQ8v&B0td0onZVsrZx;($>N!"
+    "^L?BuRSVTx+q=4c6o+20>@iRBEHtx_Y&f<gzUY+7ZKZx>J^LWgKPBg?6ZbH6M#6WlAAIEyFj-Qlg2_)kha0e1"
+    "R{M#K98CV;^wWC6o!=eY7sm!JQ}D^ehz>bihpFm2h1`&bSe5$*etnI3()VcYF%1P$abM0TEG%_6&9(UJmKpmS"
+    "Fvn(wMfeDR`@(WH@x1A6!=86x-2ruLCG`vMGo7HeiOD)HmXi?>5E81E*~vYcJ|de^Bc^v*d^gTkG~7$EnElD1"
+    "jP5~aJE{_S26No2t|A(fI~@_{qr4eT_7i*(vF5}RbUFx*y0%fKvrmT?WzN#&Zq2LOdb%ji=<G+9rbA{<o_*pM"
+    ">ZgCLTQ<*49*VMiq7$|7f_3<@Op0#C&-D?2vX><-3Sf#Lmcl3UpbjsD$#RqQxSTYB=&O#<oKh&$k0zhs@3%zk"
+    "ihy4An5<~fTGl&txWE^t`g|qP`rzRV7PgY|6Om9?!DJPJX8d<~3nm+<#MHixHU765zY-a7+dxxTQP18bCmy|?"
+    "%WpY8@MYUalF;Jx-k3EFT8)p@ykNIZ<6$W_QqF@q1cuBCsV|zkO>VTvHIFIRtZS^2TdN}I5y?`ZQR90CTI6U("
+    "5kYiCLtmLaJQ|t(f*z549JFe}HI(Oln-lH{>o`GOoCiaO(nD9<(?%XDx*_(&K%rDI<mjE+-WDfh!CIDsZ1Y74"
+    "WtC^sRf#XOY8=&6X0{~RjY9%E_r)GvZU*;pW5`gxq8c3;<;at?Wv)!d5p6$|g3`B=j}1jKv`~fuBJ$}jvL%~X"
+    "9heL~!7SEo?N#Hu;&)lCQcduu_rGd@ZiNJYkD!rfVcLU_t^Is6JxUgo)lUZyy^$0cpRK0oIMj?8nDKlK^vlAU"
+    ";$y}uQ{{mcABI1a7?VRmt%X#$k&<J)00Twn+Dwi-zQM7@(MZJP{Xs6j{r4Q%jFlLhpacNFSNmBiT^sIfbvZJy"
+    "g%SWrz6Jct&R=bAJzeXUrCfqwa$&#(80<kZ4>t}fvJ}V7eGu}k?4fz&KDmWRPl^vy==wSmP6&G=OevX**8D6~"
+    "jSA&cvQ-%DOp4w02_6;cJ)hq;N&Sp$uFSqE$CVhBILdAP=yHvXhbl(9GSK2R^l8Gt8!!~-8eCUg&lqn0^fpGl"
+    "i3bH^W-E+flo%=wAXCB?NjUHAe_U#ues4PBfUK!_@MwRD)X5odb8J_!JZRd(fE^Ha49!s%xYsSia4)3mnil!J"
+    "xDI($z{N&ge9!kV-05}UM!}k^9uVk%h&>EgK^?p$UhjnnJ6%Ty72sHk9J5PNqwS+#o{lA`yW(t?Q~dCoAiAv9"
+    "X`vGRMtf4A9{NyXAPcb0owcJKNrUTZ$=H>F`U4DX0XB3#@}nw|S?KI%p@PJh2qRM61w#wn=B0O*M!|7^00"
 ), -15)
 # fmt: on
 # Its frames are square, and hold both clips: sizes, and what its header cuts off. (Left
