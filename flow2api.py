@@ -5343,9 +5343,9 @@ TEXT_FORMS = {
     "flow.labs_base_url": (WEB_ADDRESS, "must be an address"),
     "flow.api_base_url": (WEB_ADDRESS, "must be an address"),
 }
-# They can stop the next start.
+# A wrong one would stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
-NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has a path; holds the rest
+NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has its own path; holds the database
 TOKEN_FIELDS = {  # what a request may set of an account
     str: "project_id project_name remark proxy_url",
     bool: "is_active image_enabled video_enabled",
@@ -5368,7 +5368,7 @@ PASTE_MISTAKES = (  # what people paste in its place: a pattern, message; the fi
     (r"[^!#-+\--~]", "This has blanks or odd characters in it: {}, whole"),
     ("^.{1,9}$", "This is too short: {}, whole"),
 )
-ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # as its owner wants it
+ASLEEP = {"is_active": False, "reason": "", "reason_code": ""}  # by its owner's wish
 
 
 def hash_password(password, salt=None):
@@ -5524,18 +5524,19 @@ def read_session_token(body):
 
 
 def read_setting(name, raw):
-    """The value that is set; None: what stands behind counts. Raises invalid_request."""
+    """The value to set; None: none, so that the next layer counts. Raises invalid_request."""
     if name not in SETTINGS:
         raise bad(f"There is no setting {name}", name)
     if raw is None:
         return None
-    draft, form = Settings(), TEXT_FORMS.get(name)
+    draft = Settings()
     try:
         draft.put("admin page", name, raw, "the new value")
     except SettingError as err:
         raise bad(str(err), name) from None
     if name in SECRETS and raw and raw in PLACEHOLDERS:
         raise bad(f"{name} is a well-known one: take another", name)
+    form = TEXT_FORMS.get(name)
     if form and not re.fullmatch(form[0], raw):
         raise bad(f"{name} {form[1]}", name)
     if name == "proxy.proxy_url" and (not good_proxy(raw) or "…" in raw):
@@ -5543,12 +5544,13 @@ def read_setting(name, raw):
     return draft.layers["admin page"].get(name)
 
 
-def expect_proxy(settings, new):
-    """Raises invalid_request where a change would switch on a proxy that is none."""
-    after = ChainMap(new, settings)
-    enabled = after["proxy.proxy_enabled"] and not new.keys().isdisjoint(PROXY.values())
-    if enabled and not after["proxy.proxy_url"]:
-        raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
+def with_changes(settings, new):
+    """The settings as changes of the admin page make them; None takes one back."""
+    layer = {**settings.layers["admin page"], **new}
+    layer = {name: value for name, value in layer.items() if value is not None}
+    draft = Settings()
+    draft.layers = {**settings.layers, "admin page": layer}
+    return draft
 
 
 def token_action(action):
@@ -5618,18 +5620,20 @@ class AdminApi(Api):
     async def _change(self, changes):
         """Sets settings, all or none, at once and for good; None goes back to what stands
         behind, a masked secret stays. Raises invalid_request, conflict."""
-        new = {}
-        rows = []
+        settings, new, rows = self.settings, {}, []
         for name, raw in changes.items():
-            if name in HIDDEN and raw == mask(self.settings[name]):
+            if name in HIDDEN and raw == mask(settings[name]):
                 continue
-            source = self.settings.source(name)
+            source = settings.source(name)
             if source in ("command line", "environment"):
                 raise bad(f"{name} is set by the {source}: change that", name, "conflict")
             new[name] = read_setting(name, raw)
             row = {"name": f"admin page:{name}", "data": to_json(new[name])}
             rows.append(("settings", row))
-        expect_proxy(self.settings, new)
+        after = with_changes(settings, new)
+        of_proxy = not new.keys().isdisjoint(PROXY.values())
+        if of_proxy and after["proxy.proxy_enabled"] and not after["proxy.proxy_url"]:
+            raise bad("proxy_enabled needs a proxy_url; switch it off first", "proxy_url")
         await self.store.put_rows(*rows)
         self.settings.layers["admin page"].update(new)
 
@@ -5823,19 +5827,21 @@ class AdminApi(Api):
         for item in items:
             item = item if isinstance(item, dict) else {"st": item}
             try:
-                token, status = await self._import(item)
-                reason = token.reason or token.paused_for()
+                token, new = await self._import(item)
+                about = {"token_id": token.id, "email": token.email}
+                about["status"] = "added" if new else "updated"
+                about["reason"] = token.reason or token.paused_for()
             except GatewayError as err:
-                token, status = Token(id=None, email=text_at(item, "email")), "failed"
-                reason = str(err)
-                errors.append(f"{token.email or 'an account'}: {err}")
-            counts[status] += 1
-            about = {"token_id": token.id, "email": token.email}
-            details.append({**about, "status": status, "reason": reason})
+                about = {"token_id": None, "email": text_at(item, "email")}
+                about["status"] = "failed"
+                about["reason"] = str(err)
+                errors.append(f"{about['email'] or 'an account'}: {err}")
+            counts[about["status"]] += 1
+            details.append(about)
         return ok("Imported", **counts, errors=errors, details=details)
 
     async def _import(self, item):
-        """-> the token, and what became of it."""
+        """-> (token, is it new)"""
         st = read_session_token(item)
         fields = read_token_fields(item)
         for token in self.tokens.values():
@@ -5843,9 +5849,8 @@ class AdminApi(Api):
                 if fields.get("is_active") is token.is_active:  # no word of the owner's
                     fields.update(token.pick(*ASLEEP))
                 await self.pool.update(token, **fields)
-                return token, "updated"
-        token, new = await self.pool.add(st, **fields)
-        return token, "added" if new else "updated"
+                return token, False
+        return await self.pool.add(st, **fields)
 
     async def convert_session(self, request):
         draft = Token(st=read_session_token(await read_json(request)))
@@ -5869,10 +5874,14 @@ class AdminApi(Api):
         token, new = await self.pool.add(st, wakes)
         self._note_call(last_account=token.email)
         action = "added" if new else "updated"
-        woken = token.is_active and token.id in asleep
-        reason = token.reason or token.paused_for()
-        about = {"email": token.email, "auto_enabled": woken, "reason": reason}
-        return ok(f"Token {action}", action=action, token_id=token.id, **about)
+        return ok(
+            f"Token {action}",
+            action=action,
+            token_id=token.id,
+            email=token.email,
+            auto_enabled=token.is_active and token.id in asleep,
+            reason=token.reason or token.paused_for(),
+        )
 
     def _note_call(self, **news):
         self.plugin.update(news)
@@ -5899,15 +5908,15 @@ class AdminApi(Api):
         """?q (a part of the prompt) &kind &state &model &token_id &after &limit."""
         query = request.query
         limit = one_of(query, "limit", range(1, 501), 50)
-        filters = {
-            "q": query.get("q", ""),
-            "model": query.get("model", ""),
-            "kind": one_of(query, "kind", ("image", "video"), ""),
-            "token_id": one_of(query, "token_id", self.tokens, None),
-        }
-        state = one_of(query, "state", VIDEO_STATES, "")
-        after = await self.find_job(query["after"]) if query.get("after") else None
-        jobs = await self.jobs.owners_page(limit + 1, state, after, **filters)
+        jobs = await self.jobs.owners_page(
+            limit + 1,
+            state=one_of(query, "state", VIDEO_STATES, ""),
+            after=await self.find_job(query["after"]) if query.get("after") else None,
+            q=query.get("q", ""),
+            model=query.get("model", ""),
+            kind=one_of(query, "kind", ("image", "video"), ""),
+            token_id=one_of(query, "token_id", self.tokens, None),
+        )
         rows = [self._job_object(request, job) for job in jobs[:limit]]
         return ok(jobs=rows, has_more=len(jobs) > limit)
 
@@ -6025,45 +6034,46 @@ class AdminApi(Api):
 # ---- 13. Simulated Flow ----------------------------------------------------------------
 # fmt: off
 LANDSCAPE_CLIP = zlib.decompress(base64.b85decode(  # 3 s of H.264 in an MP4, 288x160
-    "eO3uP)Y}*TF=H9ggr2=@lScM^t2CBU_DmA8&d4^#GDHv2%O3h?i-~yQX_Cm2o%BdyM3yL7vWyCavV`96H>1z<"
-    "-uu6IKfiO&x#ygF?mg!_^E*EP0L0u#A-)~~L;?UX0}uyE**VBniQucM1OTv;1R^mA003`7kUI|e%Ye}UU{^K3"
-    "1VGQ9gXynce_tO1{&O&cPd~}u*$b5INnZ3bVgHN<o(uf<IsflmCNXfzr7ux<94P?gB6#lr(w{rF<I?vsn-Xvy"
-    "&Y&Ph!2LaUMUbuoXMU$I<lJ%I{y!{19yt6?Pit^ZG;;RAdE+4;rd5K6j~giL4I<Ek?z|=n$FPau{PAu((%=mA"
-    "_ZDNwOw|D-7jIB54Il;JcKGB%p#4iJpu}?lBTz8<H;;b|f$!hJSsje3&x8XwzmEfg7eHQIfq*wLbBaNzKog8<"
-    "A_~g{u(~fW^R$<4uC79R_qve$w~NY)VGtk?K%y7?$LS~lfYW`!Ja+0K5&?Ctf77A1c|K^nw6kVloa-R>11S}x"
-    "{UC{gB)l#2gS2ml%m<PtNIz}MeA{;3ZCPlWi*9o$4upmHj`iLh{0BjH0g$8_Ik^)5ygv-Q8^W4^bB1d2?^Ohi"
-    "+hqh(!sBDFswq%^uTGF3c)gX%ai(Ydx<_e&vLWx+y;gz8ecUQ4RjJd?t#Qbrbuuo|y5p6xvfK$uPO5tBVL~F="
-    "x5I~P((;gw<FJXPFZ-wj<q9C^O{>v;bTnwzGiF`SDwKL+lk*JLV#`7HRN}RaeFWR7_q}R}e%Br~VWYLpQ|tXM"
-    "w!t*f6!ObYy#vD^D-vd@3fD*aGtO}?Q3Op81x3R}jdv)vu(l_Gh;xy+bjg(mrhM1m|Ez7`B6U?hrMzL0YANqG"
-    "9C<*lG_`a1n*00*mDSL!TM}D0GSX^7C91~u-!GcRsoC7b!;f9LySd!??QvJXVz{#~d@)_mjH}Ufaj4)3jco9<"
-    "%Cpi@8%Kez`1O|*l{)nYVWnCt)Ty2|>4TMT2D*}7AS-rFJ2;59CY}wlh9N(WQp{##uIcTD&0gHNpjouREmT^{"
-    "SKybH10TVu#U+nFyOKs?bJIOK(Vns@m|3(L+C7hnT)QaTF#I^ij#_ob>v_}Cf?Fg<!ds6EPKob0D@;bip9Wu("
-    "I%E^vY4Ev><Fmbd-thh#SgTsBXhhbYK}q9pR?4z&LOqSu!+nUwj>T0E8$RB+7HO-XD6f8(A<ypk<Q#L-Zw+W8"
-    "zH;JR8Nd10@!7&7dLJhFSNd>{pGt2fvA@#yT88&&i~f|YI)*{F?oNL$Htm%eS!6>xG$JqU@NA0t-n0`J;hbM`"
-    "*vsXjN~zk{dGWy_(v{c@i;!^^{Z5k<`Hj7;etHI~Rj`SfJHPHJz9IbX0YP^iEq)U#8DjZ9x!V!WKCr2CQX>YD"
-    "8h%u}{SnRn{*b>>4q-@PU;?q0*Q@8;!^)@McJYmvOK;h3H|0yNvQ6zGSL@L=5zdbf2j}5Uf|CrWdi6T@&S8iz"
-    "d7FWjVQoWqTa(}+#ct+D8@IbC&$>&>xH?AKx-`;V=El?Xs3If3%%4io=JK4szC|cy%ezu8HxQ?8hUJfz();Cf"
-    "H^+3R!5j6bK$QiX_UvN*onoc$ewSD?&$dsUeGoR#jt=uge0$7^U*@OrzY35bno8N|4!dFlMK9gL%J_unTPP?D"
-    ")SjrYde5~LmeQVIopzwS_(H~(slCApMb5D0#;yuC`7c_$RTU-;h#T02MCUr02W;hpUoIA3K?tHoiFr&nSr#-+"
-    ">}-w3V+u)uFVlEKH0vrGQGyg<YZZxCpNrZ@DSf(#Yt+YDk0vV6TBFSF`CCV%v`?w3)lYK1tI`cM%nB`Jk>sv="
-    "Mh!rIX&cjAM{BaP>R>zl=jZ2aOxPQL^PEVL5GG2+*9zVxB~7ZME-M+IG3e&F%UXMQ!+R{DYgr9I_<PSShnpRr"
-    "eW(&Mn{Ak4{k)u9_hBY@wyHtf)iOcgwVELFZ$i9|8xD=7*&-|c%dt(8xBn-wqJQ8v&B0td0onZVsrZx;($>N!"
-    "^L?BuRSVTx+q=4c6o+20>@iRBEHtx_Y&f<gzUY+7ZKZx>J^LWgKPBg?6ZbH6M#6WlAAIEyFj-Qlg2_)kha0e1"
-    "R{M#K98CV;^wWC6o!=eY7sm!JQ}D^ehz>bihpFm2h1`&bSe5$*etnI3()VcYF%1P$abM0TEG%_6&9(UJmKpmS"
-    "Fvn(wMfeDR`@(WH@x1A6!=86x-2ruLCG`vMGo7HeiOD)HmXi?>5E81E*~vYcJ|de^Bc^v*d^gTkG~7$EnElD1"
-    "jP5~aJE{_S26No2t|A(fI~@_{qr4eT_7i*(vF5}RbUFx*y0%fKvrmT?WzN#&Zq2LOdb%ji=<G+9rbA{<o_*pM"
-    ">ZgCLTQ<*49*VMiq7$|7f_3<@Op0#C&-D?2vX><-3Sf#Lmcl3UpbjsD$#RqQxSTYB=&O#<oKh&$k0zhs@3%zk"
-    "ihy4An5<~fTGl&txWE^t`g|qP`rzRV7PgY|6Om9?!DJPJX8d<~3nm+<#MHixHU765zY-a7+dxxTQP18bCmy|?"
-    "%WpY8@MYUalF;Jx-k3EFT8)p@ykNIZ<6$W_QqF@q1cuBCsV|zkO>VTvHIFIRtZS^2TdN}I5y?`ZQR90CTI6U("
-    "5kYiCLtmLaJQ|t(f*z549JFe}HI(Oln-lH{>o`GOoCiaO(nD9<(?%XDx*_(&K%rDI<mjE+-WDfh!CIDsZ1Y74"
-    "WtC^sRf#XOY8=&6X0{~RjY9%E_r)GvZU*;pW5`gxq8c3;<;at?Wv)!d5p6$|g3`B=j}1jKv`~fuBJ$}jvL%~X"
-    "9heL~!7SEo?N#Hu;&)lCQcduu_rGd@ZiNJYkD!rfVcLU_t^Is6JxUgo)lUZyy^$0cpRK0oIMj?8nDKlK^vlAU"
-    ";$y}uQ{{mcABI1a7?VRmt%X#$k&<J)00Twn+Dwi-zQM7@(MZJP{Xs6j{r4Q%jFlLhpacNFSNmBiT^sIfbvZJy"
-    "g%SWrz6Jct&R=bAJzeXUrCfqwa$&#(80<kZ4>t}fvJ}V7eGu}k?4fz&KDmWRPl^vy==wSmP6&G=OevX**8D6~"
-    "jSA&cvQ-%DOp4w02_6;cJ)hq;N&Sp$uFSqE$CVhBILdAP=yHvXhbl(9GSK2R^l8Gt8!!~-8eCUg&lqn0^fpGl"
-    "i3bH^W-E+flo%=wAXCB?NjUHAe_U#ues4PBfUK!_@MwRD)X5odb8J_!JZRd(fE^Ha49!s%xYsSia4)3mnil!J"
-    "xDI($z{N&ge9!kV-05}UM!}k^9uVk%h&>EgK^?p$UhjnnJ6%Ty72sHk9J5PNqwS+#o{lA`yW(t?Q~dCoAiAv9"
-    "X`vGRMtf4A9{NyXAPcb0owcJKNrUTZ$=H>F`U4DX0XB3#@}nw|S?KI%p@PJh2qRM61w#wn=B0O*M!|7^00"
+    "eO3uP)Y}*TF=H9ggr2=@lScM^t2CBU_DmA8&d4^#GDHv2%O3h?i-~yQX_Cm2o%BdyM3yL7vWyCavV`96H>1z"
+    "<-uu6IKfiO&x#ygF?mg!_^E*EP0L0u#A-)~~L;?UX0}uyE**VBniQucM1OTv;1R^mA003`7kUI|e%Ye}UU{^"
+    "K31VGQ9gXynce_tO1{&O&cPd~}u*$b5INnZ3bVgHN<o(uf<IsflmCNXfzr7ux<94P?gB6#lr(w{rF<I?vsn-"
+    "Xvy&Y&Ph!2LaUMUbuoXMU$I<lJ%I{y!{19yt6?Pit^ZG;;RAdE+4;rd5K6j~giL4I<Ek?z|=n$FPau{PAu(("
+    "%=mA_ZDNwOw|D-7jIB54Il;JcKGB%p#4iJpu}?lBTz8<H;;b|f$!hJSsje3&x8XwzmEfg7eHQIfq*wLbBaNz"
+    "Kog8<A_~g{u(~fW^R$<4uC79R_qve$w~NY)VGtk?K%y7?$LS~lfYW`!Ja+0K5&?Ctf77A1c|K^nw6kVloa-R"
+    ">11S}x{UC{gB)l#2gS2ml%m<PtNIz}MeA{;3ZCPlWi*9o$4upmHj`iLh{0BjH0g$8_Ik^)5ygv-Q8^W4^bB1"
+    "d2?^Ohi+hqh(!sBDFswq%^uTGF3c)gX%ai(Ydx<_e&vLWx+y;gz8ecUQ4RjJd?t#Qbrbuuo|y5p6xvfK$uPO"
+    "5tBVL~F=x5I~P((;gw<FJXPFZ-wj<q9C^O{>v;bTnwzGiF`SDwKL+lk*JLV#`7HRN}RaeFWR7_q}R}e%Br~V"
+    "WYLpQ|tXMw!t*f6!ObYy#vD^D-vd@3fD*aGtO}?Q3Op81x3R}jdv)vu(l_Gh;xy+bjg(mrhM1m|Ez7`B6U?h"
+    "rMzL0YANqG9C<*lG_`a1n*00*mDSL!TM}D0GSX^7C91~u-!GcRsoC7b!;f9LySd!??QvJXVz{#~d@)_mjH}U"
+    "faj4)3jco9<%Cpi@8%Kez`1O|*l{)nYVWnCt)Ty2|>4TMT2D*}7AS-rFJ2;59CY}wlh9N(WQp{##uIcTD&0g"
+    "HNpjouREmT^{SKybH10TVu#U+nFyOKs?bJIOK(Vns@m|3(L+C7hnT)QaTF#I^ij#_ob>v_}Cf?Fg<!ds6EPK"
+    "ob0D@;bip9Wu(I%E^vY4Ev><Fmbd-thh#SgTsBXhhbYK}q9pR?4z&LOqSu!+nUwj>T0E8$RB+7HO-XD6f8(A"
+    "<ypk<Q#L-Zw+W8zH;JR8Nd10@!7&7dLJhFSNd>{pGt2fvA@#yT88&&i~f|YI)*{F?oNL$Htm%eS!6>xG$JqU"
+    "@NA0t-n0`J;hbM`*vsXjN~zk{dGWy_(v{c@i;!^^{Z5k<`Hj7;etHI~Rj`SfJHPHJz9IbX0YP^iEq)U#8DjZ"
+    "9x!V!WKCr2CQX>YD8h%u}{SnRn{*b>>4q-@PU;?q0*Q@8;!^)@McJYmvOK;h3H|0yNvQ6zGSL@L=5zdbf2j}"
+    "5Uf|CrWdi6T@&S8izd7FWjVQoWqTa(}+#ct+D8@IbC&$>&>xH?AKx-`;V=El?Xs3If3%%4io=JK4szC|cy%e"
+    "zu8HxQ?8hUJfz();CfH^+3R!5j6bK$QiX_UvN*onoc$ewSD?&$dsUeGoR#jt=uge0$7^U*@OrzY35bno8N|4"
+    "!dFlMK9gL%J_unTPP?D)SjrYde5~LmeQVIopzwS_(H~(slCApMb5D0#;yuC`7c_$RTU-;h#T02MCUr02W;hp"
+    "UoIA3K?tHoiFr&nSr#-+>}-w3V+u)uFVlEKH0vrGQGyg<YZZxCpNrZ@DSf(#Yt+YDk0vV6TBFSF`CCV%v`?w"
+    "3)lYK1tI`cM%nB`Jk>sv=Mh!rIX&cjAM{BaP>R>zl=jZ2aOxPQL^PEVL5GG2+*9zVxB~7ZME-M+IG3e&F%UX"
+    "MQ!+R{DYgr9I_<PSShnpRreW(&Mn{Ak4{k)u9_hBY@wyHtf)iOcgwVELFZ$i9|8xD=7*&-|c%dt(8xBn-wqJ"
+    "Q8v&B0td0onZVsrZx;($>N!^L?BuRSVTx+q=4c6o+20>@iRBEHtx_Y&f<gzUY+7ZKZx>J^LWgKPBg?6ZbH6M"
+    "#6WlAAIEyFj-Qlg2_)kha0e1R{M#K98CV;^wWC6o!=eY7sm!JQ}D^ehz>bihpFm2h1`&bSe5$*etnI3()VcY"
+    "F%1P$abM0TEG%_6&9(UJmKpmSFvn(wMfeDR`@(WH@x1A6!=86x-2ruLCG`vMGo7HeiOD)HmXi?>5E81E*~vY"
+    "cJ|de^Bc^v*d^gTkG~7$EnElD1jP5~aJE{_S26No2t|A(fI~@_{qr4eT_7i*(vF5}RbUFx*y0%fKvrmT?WzN"
+    "#&Zq2LOdb%ji=<G+9rbA{<o_*pM>ZgCLTQ<*49*VMiq7$|7f_3<@Op0#C&-D?2vX><-3Sf#Lmcl3UpbjsD$#"
+    "RqQxSTYB=&O#<oKh&$k0zhs@3%zkihy4An5<~fTGl&txWE^t`g|qP`rzRV7PgY|6Om9?!DJPJX8d<~3nm+<#"
+    "MHixHU765zY-a7+dxxTQP18bCmy|?%WpY8@MYUalF;Jx-k3EFT8)p@ykNIZ<6$W_QqF@q1cuBCsV|zkO>VTv"
+    "HIFIRtZS^2TdN}I5y?`ZQR90CTI6U(5kYiCLtmLaJQ|t(f*z549JFe}HI(Oln-lH{>o`GOoCiaO(nD9<(?%X"
+    "Dx*_(&K%rDI<mjE+-WDfh!CIDsZ1Y74WtC^sRf#XOY8=&6X0{~RjY9%E_r)GvZU*;pW5`gxq8c3;<;at?Wv)"
+    "!d5p6$|g3`B=j}1jKv`~fuBJ$}jvL%~X9heL~!7SEo?N#Hu;&)lCQcduu_rGd@ZiNJYkD!rfVcLU_t^Is6Jx"
+    "Ugo)lUZyy^$0cpRK0oIMj?8nDKlK^vlAU;$y}uQ{{mcABI1a7?VRmt%X#$k&<J)00Twn+Dwi-zQM7@(MZJP{"
+    "Xs6j{r4Q%jFlLhpacNFSNmBiT^sIfbvZJyg%SWrz6Jct&R=bAJzeXUrCfqwa$&#(80<kZ4>t}fvJ}V7eGu}k"
+    "?4fz&KDmWRPl^vy==wSmP6&G=OevX**8D6~jSA&cvQ-%DOp4w02_6;cJ)hq;N&Sp$uFSqE$CVhBILdAP=yHv"
+    "Xhbl(9GSK2R^l8Gt8!!~-8eCUg&lqn0^fpGli3bH^W-E+flo%=wAXCB?NjUHAe_U#ues4PBfUK!_@MwRD)X5"
+    "odb8J_!JZRd(fE^Ha49!s%xYsSia4)3mnil!JxDI($z{N&ge9!kV-05}UM!}k^9uVk%h&>EgK^?p$UhjnnJ6"
+    "%Ty72sHk9J5PNqwS+#o{lA`yW(t?Q~dCoAiAv9X`vGRMtf4A9{NyXAPcb0owcJKNrUTZ$=H>F`U4DX0XB3#@"
+    "}nw|S?KI%p@PJh2qRM61w#wn=B0O*M!|7^00"
 ), -15)
 # fmt: on
 # Its frames are square, and hold both clips: sizes, and what its header cuts off. (Left
@@ -6154,8 +6164,11 @@ class Medium:
     scene: str
 
     def state(self):
-        end = "FAILED" if "unsafe" in self.prompt else "SUCCESSFUL"
-        return "MEDIA_GENERATION_STATUS_" + ("ACTIVE" if now() < self.ready else end)
+        if now() < self.ready:
+            return "MEDIA_GENERATION_STATUS_ACTIVE"
+        if "unsafe" in self.prompt:
+            return "MEDIA_GENERATION_STATUS_FAILED"
+        return "MEDIA_GENERATION_STATUS_SUCCESSFUL"
 
     def file(self, scale=1):
         """A picture of its prompt; or a clip, the prompt in a box that players skip."""
@@ -6176,7 +6189,8 @@ class SimulatedFlow:
         """anybody: each session token is an account, of the Pro plan."""
         self.image_seconds = image_seconds
         self.video_seconds = video_seconds
-        self.anybody, self.address = anybody, ""
+        self.anybody = anybody
+        self.address = ""
         self.accounts = {}  # session token -> SimulatedAccount
         self.media = {}  # name -> Medium
 
@@ -6288,20 +6302,19 @@ class SimulatedFlow:
         account.credits -= total
         return None
 
-    def make(self, body, kind, project, given_name=""):
+    def make(self, body, kind, seconds=0, name=""):
         """Makes the outputs of a submit -> what Google says of them."""
         media = []
         for element in body["requests"]:
-            holder = element if kind == "image" else element.get("textInput", {})
-            parts = holder.get("structuredPrompt", {}).get("parts", [{"text": ""}])
+            prompt = element.get("textInput", element).get("structuredPrompt")
             ratio = element.get("imageAspectRatio") or element["aspectRatio"]
             medium = Medium(
-                name=given_name or str(uuid.uuid4()),
+                name=name or str(uuid.uuid4()),
                 kind=kind,
-                prompt=parts[0]["text"],
+                prompt=prompt["parts"][0]["text"] if prompt else "",
                 ratio=ratio.partition("RATIO_")[2],
-                ready=now() + (self.video_seconds if kind == "video" else 0),
-                project=project,
+                ready=now() + seconds,
+                project=body["clientContext"]["projectId"],
                 batch=body.get("mediaGenerationContext", {}).get("batchId", ""),
                 scene=str(uuid.uuid4()),
             )
@@ -6315,7 +6328,7 @@ class SimulatedFlow:
         if "unsafe" in json.dumps(body):
             return self.refusal(400, "PUBLIC_ERROR_UNSAFE_GENERATION", "Refused.")
         await asyncio.sleep(self.image_seconds)
-        return {"media": self.make(body, "image", request.match_info["project"])}
+        return {"media": self.make(body, "image")}
 
     async def upscale_picture(self, request, body, account):
         await asyncio.sleep(self.image_seconds)
@@ -6331,26 +6344,27 @@ class SimulatedFlow:
             return refused
         larger = request.match_info["mode"] == "UpsampleVideo"
         name = f"{source}_upsampled" if larger else ""
-        media = self.make(body, "video", body["clientContext"]["projectId"], name)
+        media = self.make(body, "video", self.video_seconds, name)
         return {"media": media, "remainingCredits": account.credits}
 
     async def statuses(self, request, body, account):
         media = [self.media.get(item["name"]) for item in body["media"]]
         if not all(media):
             return self.refusal(404)
-        return {"media": [*map(self.medium_object, media)]}
+        return {"media": [self.medium_object(medium) for medium in media]}
 
     def medium_object(self, medium):
         status = {"mediaGenerationStatus": medium.state()}
         if medium.state().endswith("FAILED"):
             status["error"] = {"code": 3, "message": "PUBLIC_ERROR_UNSAFE_GENERATION"}
-        kind = medium.kind
-        made = {"fifeUrl": self.url(medium, kind)} if kind == "image" else {}
+        output = {"video": {"generatedVideo": {}}}
+        if medium.kind == "image":
+            output = {"image": {"generatedImage": {"fifeUrl": self.url(medium, "image")}}}
         return {
+            **output,
             "name": medium.name,
             "projectId": medium.project,
             "workflowId": medium.scene,
-            kind: {f"generated{kind.capitalize()}": made},
             "mediaMetadata": {"mediaStatus": status},
         }
 
@@ -6489,7 +6503,7 @@ EXPOSED_HEADERS = (
 
 
 class Door:
-    """Calls handlers for those who may, as far as there is room."""
+    """Lets requests in to their handlers: those that may, and not too many at once."""
 
     def __init__(self, settings, sessions):
         self.settings = settings
@@ -6594,7 +6608,7 @@ def preflight(request):
 
 
 async def add_headers(request, response):
-    """What every answer bears: of which job it is, and what a browser may read of it."""
+    """Puts on every answer whose it is, and what a browser may read of it."""
     by_aiohttp = {"X-Request-Id": new_request_id()}
     response.headers.update(request.get(ANSWER_HEADERS, by_aiohttp))
     response.headers["Server"] = "Flow2API"  # not the versions of what it runs on
@@ -6606,7 +6620,7 @@ async def add_headers(request, response):
 
 
 async def background(app):
-    """Goes on with what was under way, and what runs for ever; closes all at the end."""
+    """Resumes the open jobs, runs the background loops, and closes all at the end."""
     gateway = app[GATEWAY]
     await gateway.jobs.resume()
     loops = (
@@ -6654,7 +6668,7 @@ def make_app(settings, store):
 
 
 def add_route(app, route, handler):
-    """A route of /v1 is met by what people make of it: without /v1, twice, //, … ."""
+    """Adds a route. Of /v1 also as people write it: without /v1, or twice; slashes, too."""
     method, path = route.replace("{token}", TOKEN_ID).split(" ", 1)
     if path.startswith("/v1/"):
         end = path.removeprefix("/v1/")
@@ -6706,7 +6720,7 @@ def file_limit():
 
 
 async def listen(server, settings):
-    """Takes connections, as long as there are files for all of them -> asyncio's server.
+    """Takes as many connections as this process may have files for -> asyncio's server.
     Raises SettingError."""
     most = file_limit() // 2  # a client's, and one to Google
     loop = asyncio.get_running_loop()
@@ -6762,8 +6776,9 @@ async def make_secrets(settings, store):
 
 def weak_secrets(settings):
     """Warns of each secret that other machines could guess."""
-    local = settings["server.host"] in ("127.0.0.1", "::1", "localhost")
-    for name in () if local else SECRETS:
+    if settings["server.host"] in ("127.0.0.1", "::1", "localhost"):
+        return
+    for name in SECRETS:
         secret = settings[name]
         if 0 < len(secret) + len(set(secret)) < 20:
             hint = "make it longer, or set server.host to 127.0.0.1"
@@ -6833,8 +6848,9 @@ async def serve(settings):
         listener = await listen(runner.server, settings)
         stack.callback(listener.close)
         pool = app[GATEWAY].pool
-        for name in DEMO_ACCOUNTS if settings.demo else ():
-            await pool.add(name)
+        if settings.demo:
+            for st in DEMO_ACCOUNTS:
+                await pool.add(st)
         new = await make_secrets(settings, store)
         greet(settings, listener.sockets[0].getsockname()[1], new, pool.tokens)
         gc.freeze()  # what is imported stays: no need to look at it again and again
@@ -6962,14 +6978,15 @@ def load_settings(arguments):
     if arguments.demo and arguments.data_dir:
         raise SettingError("--demo keeps nothing: start it without --data")
     path = Path(os.path.expanduser(arguments.config)).resolve()
-    if path.is_dir() and path.suffix != ".toml":  # of a folder that one, if it is there
+    if path.is_dir() and path.suffix != ".toml":  # a folder: the file in it, if any
         path /= "setting.toml"
     elif not path.exists():
         raise SettingError(f"--config {path}: there is no such file")
     if not arguments.demo:  # the demo touches nothing of the real one
         settings.read_file(path)
-    for other in () if path.exists() else path.parent.glob("[Ss]ett*"):
-        settings.warnings.append(f"{other} is not read: its name is not {path.name}")
+    if not path.exists():
+        for other in path.parent.glob("[Ss]ett*"):
+            settings.warnings.append(f"{other} is not read: its name is not {path.name}")
     settings.read_environment(os.environ)
     for option in ("data_dir", "host", "port"):
         if (value := getattr(arguments, option)) is not None:
@@ -6979,7 +6996,7 @@ def load_settings(arguments):
 
 
 def check_settings(settings):
-    """What a row of the table can't tell. Raises SettingError."""
+    """Checks what the table of settings can't. Raises SettingError."""
     try:
         read_networks(settings["server.trusted_proxies"])
     except ValueError as err:
@@ -7019,16 +7036,15 @@ def main(argv=None):
             return 0 if asyncio.run(check(settings, arguments.verbose)) else 1
         if arguments.backup:
             Store(settings.data).copy(arguments.backup)
-            return 0
-        if arguments.reset_password:
+        elif arguments.reset_password:
             reset_password(settings)
-            return 0
-        for warning in settings.warnings:
-            log.warning(warning)
-        with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
-            if arguments.demo:
-                settings.layers["command line"]["server.data_dir"] = folder
-            asyncio.run(serve(settings))
+        else:
+            for warning in settings.warnings:
+                log.warning(warning)
+            with tempfile.TemporaryDirectory(prefix="flow2api-") as folder:
+                if arguments.demo:
+                    settings.layers["command line"]["server.data_dir"] = folder
+                asyncio.run(serve(settings))
     except (SettingError, StoreError, OSError) as err:
         print("flow2api:", re.sub(r"\[Errno \d+\] ", "", str(err)), file=sys.stderr)
         return 2
@@ -7040,6 +7056,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    finally:  # who reads no more is no news
+    finally:  # that nobody reads our output any more is no error
         with contextlib.suppress(AttributeError, OSError):
             sys.stdout.close()
