@@ -5345,7 +5345,8 @@ TEXT_FORMS = {
 }
 # A wrong one would stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
-NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # has its own path; holds the database
+# The password has a path of its own, and the data folder keeps what is set here.
+NOT_SET_HERE = ("global.admin_password", "server.data_dir")
 TOKEN_FIELDS = {  # what a request may set of an account
     str: "project_id project_name remark proxy_url",
     bool: "is_active image_enabled video_enabled",
@@ -5524,7 +5525,7 @@ def read_session_token(body):
 
 
 def read_setting(name, raw):
-    """The value to set; None: none, so that the next layer counts. Raises invalid_request."""
+    """The value to set; None: the next layer counts. Raises invalid_request."""
     if name not in SETTINGS:
         raise bad(f"There is no setting {name}", name)
     if raw is None:
@@ -5798,9 +5799,9 @@ class AdminApi(Api):
     async def test_all(self, request):
         """Asks Google about the active accounts; only_active=false: about all;
         only_disabled=true: about the others. Enables or disables them by the answer."""
-        states = {True, read_flag(request.query, "only_active", True)}
+        states = [True] if read_flag(request.query, "only_active", True) else [True, False]
         if read_flag(request.query, "only_disabled", False):
-            states = {False}
+            states = [False]
         counts = {"valid": 0, "invalid": 0, "auto_enabled": 0, "auto_disabled": 0}
         for token in [one for one in self.tokens.values() if one.is_active in states]:
             was_active = token.is_active
@@ -6233,8 +6234,10 @@ class SimulatedFlow:
         if st and self.anybody and st not in self.accounts:
             name = hashlib.sha256(st.encode()).hexdigest()[:6]
             self.add_account(f"{name}@demo.example", SIMULATED_TIERS[1], 1000, st)
-        by_access = {account.at: account for account in self.accounts.values() if account.at}
-        account = by_access.get(at) or self.accounts.get(st)
+        account = self.accounts.get(st)
+        for other in self.accounts.values():
+            if at and other.at == at:
+                account = other
         if not account and handler not in (self.session, self.file):
             return self.refusal(401, "CREDENTIALS_MISSING")
         body = await request.json() if request.body_exists else {}
@@ -6382,13 +6385,13 @@ class SimulatedFlow:
             "Accept-Ranges": "bytes",
             "ETag": f'"{medium.name}"',
         }
-        part, size = request.http_range, len(data)
-        if part.start is None:
+        if "Range" not in request.headers:
             return web.Response(body=data, headers=headers)
-        start, end, _ = part.indices(size)
+        start, end, _ = request.http_range.indices(len(data))
         if start >= end:
-            return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+            headers = {"Content-Range": f"bytes */{len(data)}"}
+            return web.Response(status=416, headers=headers)
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         return web.Response(status=206, body=data[start:end], headers=headers)
 
 
@@ -6485,8 +6488,7 @@ NO_ROUTE = (
 )
 ADDRESSES = itertools.chain(*ROUTES.values())
 ADDRESSES = [route for route in ADDRESSES if not re.search(r"[*?+|\\]", route)]
-HTTP_ERRORS = {  # of aiohttp -> code, message
-    404: ("not_found", "it is not there"),
+HTTP_ERRORS = {  # of aiohttp -> code, reason
     405: ("method_not_allowed", "it wants another method: POST makes, GET asks"),
     413: ("request_too_large", "the body is larger than limits.body_mb allows"),
 }
@@ -6513,9 +6515,9 @@ class Door:
     async def admit(self, role, handler, request):
         """Raises invalid_api_key, request_too_large, unsupported_encoding, queue_full."""
         self._authorise(role, request)
-        most, size = request.client_max_size, request.content_length or 0
-        if size > most:
-            raise web.HTTPRequestEntityTooLarge(most, size)
+        size = request.content_length or 0
+        if size > request.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
         if role is Role.KEY and self.requests >= self.settings["limits.requests"]:
             raise GatewayError("queue_full", "Too many requests at once", retry_after=10)
         self.requests += 1
@@ -6562,9 +6564,9 @@ async def answer_errors(request, handler):
     except ConnectionError:  # the client has gone in the middle of an answer
         raise
     except web.HTTPException as err:
-        code, message = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
-        told = f"{request.method} {request.path[:80]}: {message}"
-        return error_response(request, GatewayError(code, told))
+        code, reason = HTTP_ERRORS.get(err.status, ("invalid_request", err.reason))
+        message = f"{request.method} {request.path[:80]}: {reason}"
+        return error_response(request, GatewayError(code, message))
     except Exception as err:
         return error_response(request, told_error(request, err))
 
@@ -6587,8 +6589,8 @@ async def find_route(request, handler):
     if getattr(request.match_info.http_exception, "status", 0) != 404:
         return await handler(request)
     address = f"{request.method} {request.path[:80]}"
-    page = "text/html" in request.headers.get("Accept", "")
-    if page and re.match("GET /(?!(api|v1|flow)/.)", address):
+    browser = "text/html" in request.headers.get("Accept", "")
+    if browser and re.match("GET /(?!(api|v1|flow)/.)", address):
         return web.Response(status=302, headers={"Location": "/"})
     nearest = difflib.get_close_matches(address, ADDRESSES, 1, 0.75)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -6668,7 +6670,7 @@ def make_app(settings, store):
 
 
 def add_route(app, route, handler):
-    """Adds a route. Of /v1 also as people write it: without /v1, or twice; slashes, too."""
+    """A route; one of /v1 is also found without /v1, with it twice, and with odd slashes."""
     method, path = route.replace("{token}", TOKEN_ID).split(" ", 1)
     if path.startswith("/v1/"):
         end = path.removeprefix("/v1/")
