@@ -5345,8 +5345,7 @@ TEXT_FORMS = {
 }
 # A wrong one would stop the next start.
 READ_AT_START = ("server.host", "server.port", "server.trusted_proxies")
-# The password has a path of its own, and the data folder keeps what is set here.
-NOT_SET_HERE = ("global.admin_password", "server.data_dir")
+NOT_SET_HERE = ("global.admin_password", "server.data_dir")  # see change_password
 TOKEN_FIELDS = {  # what a request may set of an account
     str: "project_id project_name remark proxy_url",
     bool: "is_active image_enabled video_enabled",
@@ -5548,7 +5547,6 @@ def read_setting(name, raw):
 def with_changes(settings, new):
     """The settings as changes of the admin page make them; None takes one back."""
     layer = {**settings.layers["admin page"], **new}
-    layer = {name: value for name, value in layer.items() if value is not None}
     draft = Settings()
     draft.layers = {**settings.layers, "admin page": layer}
     return draft
@@ -5799,7 +5797,8 @@ class AdminApi(Api):
     async def test_all(self, request):
         """Asks Google about the active accounts; only_active=false: about all;
         only_disabled=true: about the others. Enables or disables them by the answer."""
-        states = [True] if read_flag(request.query, "only_active", True) else [True, False]
+        only_active = read_flag(request.query, "only_active", True)
+        states = [True] if only_active else [True, False]
         if read_flag(request.query, "only_disabled", False):
             states = [False]
         counts = {"valid": 0, "invalid": 0, "auto_enabled": 0, "auto_disabled": 0}
@@ -6234,10 +6233,8 @@ class SimulatedFlow:
         if st and self.anybody and st not in self.accounts:
             name = hashlib.sha256(st.encode()).hexdigest()[:6]
             self.add_account(f"{name}@demo.example", SIMULATED_TIERS[1], 1000, st)
-        account = self.accounts.get(st)
-        for other in self.accounts.values():
-            if at and other.at == at:
-                account = other
+        by_access = {account.at: account for account in self.accounts.values()}
+        account = by_access.get(at) if at else self.accounts.get(st)
         if not account and handler not in (self.session, self.file):
             return self.refusal(401, "CREDENTIALS_MISSING")
         body = await request.json() if request.body_exists else {}
@@ -6670,7 +6667,7 @@ def make_app(settings, store):
 
 
 def add_route(app, route, handler):
-    """A route; one of /v1 is also found without /v1, with it twice, and with odd slashes."""
+    """A route; one of /v1 also without /v1, with it twice, and with odd slashes."""
     method, path = route.replace("{token}", TOKEN_ID).split(" ", 1)
     if path.startswith("/v1/"):
         end = path.removeprefix("/v1/")

@@ -6204,10 +6204,10 @@ async def test_switches_take_effect_at_once(world, impatient, monkeypatch, caplo
     assert (await w.chat("nano_banana_pro")).status == 502
     assert "canary" not in await do("POST proxy/test", 502, proxy_url=None) + caplog.text
     await do("POST proxy/config", proxy_enabled=False, proxy_url="")
+    assert (await do("POST proxy/test", proxy_url=None))["status_code"] == 404
     w.live.put("file", "proxy.proxy_url", "http://127.0.0.1:9", "test")  # it stands behind
     await do("POST settings", **{"proxy.proxy_enabled": True, "proxy.proxy_url": None})
     await do("POST settings", **{"proxy.proxy_enabled": None})
-    assert (await do("POST proxy/test", proxy_url=None))["status_code"] == 404
     caplog.set_level(logging.INFO)
     for enabled in (True, False):
         caplog.clear()
