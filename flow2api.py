@@ -380,7 +380,7 @@ ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 class GatewayError(Exception):
     """A failure that a caller is told about: a code of ERRORS and a message of its own.
-    param: the request field at fault. retry_after: seconds for that header. pause: seconds
+    param: the request field at fault. retry_after: seconds for that header. pause: those
     an account steps back at first. upstream: Google's HTTP status, if that is the cause."""
 
     def __init__(self, code, message, *, param=None, retry_after=0, pause=60, upstream=0):
@@ -3070,7 +3070,7 @@ class Jobs:
                 except GatewayError as err:
                     return await self._end(job, "failed", error=err.record())
                 except Exception:
-                    log.exception("%s: %s failed; again in %d s", job.id, job.state, pause)
+                    log.exception("%s, %s: again in %d s", job.id, job.state, pause)
                     if job.state == "queued":
                         self.pool.release(job)
                     await asyncio.sleep(pause)
@@ -3394,8 +3394,8 @@ class Jobs:
             output.answers += 1
             if output.missing or output.state != "pending" or self._is_late(job, output):
                 moved[output] = job
-        try:  # a failed job is written with what was late: killed in between, it stays late
-            await self.store.put(*(out for out, job in moved.items() if job.state != "failed"))
+        try:  # a failed job is written with its late output: killed before, it stays late
+            await self.store.put(*(one for one, job in moved.items() if job.state != "failed"))
         finally:  # on a full disk, too: nobody else would wake the jobs
             for job in set(moved.values()):
                 if job.state == "failed" and self.late.pop(job.id, None):
