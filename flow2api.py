@@ -3746,7 +3746,7 @@ one-api, one-hub or AxonHub; user; {GREETING}
 | hello world, i'm axonhub
 a connection test (new-api, Dify, …); user; {GREETING}
 | ~^HELLO(\W+HELLO)*\W*$ | ~^(what('s| is) )?\d ?\+ ?\d ?(=|等于几)?$
-| ~^(OK\W+)?(SAY\W*)+OK(\W+SAY)*\W*$ | ~^\d$
+| ~^(OK\W+)?(SAY\W*)+OK(\W+SAY)*\W*$
 a chat client; opening; %s
 | ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*(?<!no )\b(titles?|a name)\W*(OF\b|\d|\.|$) & ~TALK & ~\bBRIEF\b
 | ~^(ASK|MAKE)\b & ~\bMAKE\b[^.]*\btitle & ~(conversation|chat)\W*$
