@@ -2677,9 +2677,19 @@ class Media:
             folder.mkdir(exist_ok=True, mode=0o700)
 
     def path(self, name):
-        """The kept file of this name; None where it is none of ours, or gone."""
+        """The kept file of this name; None where it is none of ours, is gone, or would go
+        while it is opened."""
         path = self.kept / name
-        return path if MEDIA_NAME.fullmatch(name) and path.is_file() else None
+        oldest = now() - 0.99 * self.lifetime
+        with contextlib.suppress(OSError):
+            if MEDIA_NAME.fullmatch(name) and path.stat().st_mtime > oldest:
+                return path
+        return None
+
+    @property
+    def lifetime(self):
+        """Seconds that a kept file stays."""
+        return self.settings["cache.timeout"] or math.inf
 
     async def keep(self, chunks, kind):
         """Writes a file -> a name that nobody can guess; what bears one is whole. Raises
@@ -2712,9 +2722,8 @@ class Media:
     async def expire_forever(self):
         """Removes kept files older than `cache.timeout`."""
         while True:
-            lifetime = self.settings["cache.timeout"] or math.inf
-            await asyncio.to_thread(self.expire, lifetime)
-            await asyncio.sleep(min(60, max(1, lifetime / 4)))
+            await asyncio.to_thread(self.expire, self.lifetime)
+            await asyncio.sleep(min(60, max(1, self.lifetime / 4)))
 
     def expire(self, lifetime):
         """Removes the kept files that are older, in seconds -> the bytes that stay."""

@@ -5327,6 +5327,15 @@ async def test_progress_goes_by_the_time_of_earlier_clips_and_never_back(world, 
         assert await shown(w, video) == failed
 
 
+async def test_a_kept_file_that_is_about_to_go_comes_from_flow(world):
+    w = await world(**{"cache.enabled": True}, **QUICK)
+    video = await finished_clip(w)
+    kept = w.jobs.media.path(w.store.job(video["id"]).outputs[0].file)
+    os.utime(kept, (0, 0))
+    assert (await download(w, video["id"])).body == file_of(w, video["id"])
+    assert kept.exists() and len(w.asked("/media/video/")) == 2
+
+
 @pytest.mark.parametrize("agent", ["ai/7.0.173 ai-sdk/provider-utils/5.0", "ai-sdk/openrouter/3.1"])
 async def test_the_ai_sdk_reads_a_clip_as_openrouter_gives_it(world, agent):
     w = await world(**QUICK)
