@@ -4672,7 +4672,6 @@ Output only: OK
 你好啊
 1+1等于几？
 health check
-1
 请直接回复“ok”
 Hello, how are you?
 Hello!
