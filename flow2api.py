@@ -4359,9 +4359,10 @@ def last_turn(turns):
     last, before = None, ""
     for turn in turns:
         if turn.role == before == "user" and not (last.text and turn.text):
-            last = Turn("user", last.text or turn.text, last.links + turn.links)
+            last.links.extend(turn.links)
+            last = Turn("user", last.text or turn.text, last.links)
         elif turn.role == "user":
-            last = turn
+            last = Turn("user", turn.text, turn.links.copy())
         before = turn.role
     return last
 
@@ -4400,7 +4401,8 @@ async def read_chat_generation(chat, media, own_picture=None):
     settings = media.settings
     prompt = check_prompt(chat.last.text, "messages")
     wish = await read_wish(chat.body, settings)
-    links = [*read_links(chat.last.links, "messages")]
+    pictures = read_links(chat.last.links, "messages")
+    links = await apart(chat.body.size, list, pictures)
     if len(links) < len(chat.last.links):
         raise bad("A part of the last message is empty", "messages", "invalid_image")
     wish = dataclasses.replace(wish, links=links + wish.links)
@@ -4944,7 +4946,7 @@ class ChatApi(Api):
             return await ChatAnswer(self, request, chat, text=text).send()
         read = functools.partial(read_chat_generation, chat, self.media, self.own_picture)
         async with self.gateway.admit(request, body, read) as job:
-            for turn in chat.turns:
+            for turn in (*chat.turns, chat.last):
                 turn.links.clear()  # as the body is
             return await ChatAnswer(self, request, chat, job).send()
 
